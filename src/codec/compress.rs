@@ -1,0 +1,1 @@
+//! zstd streams with a shipped dictionary.

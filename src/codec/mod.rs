@@ -1,0 +1,8 @@
+//! Bytes ⇄ types, with limits: XML streams, queue entries, link frames, compression.
+
+pub mod compress;
+pub mod entry;
+pub mod frame;
+pub mod position;
+pub mod varint;
+pub mod xml;

@@ -1,0 +1,1 @@
+//! Shells around the pure floors: sockets, TLS, files, clocks, DNS, HTTP.

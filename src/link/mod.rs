@@ -1,0 +1,3 @@
+//! The link between two sidecars: numbered entries, acknowledgements, resume.
+
+pub mod session;

@@ -1,0 +1,1 @@
+//! Stanzas that are the same but for `to` become one cast.

@@ -1,0 +1,1 @@
+//! Which entry, and how much of it, crosses next.

@@ -1,0 +1,13 @@
+//! The words of XMPP: addresses, stanzas, stanza errors, namespaces.
+//!
+//! A [`Stanza`] is the bytes that came and the places in them that we read. The bytes are
+//! never written anew: what goes out is what came in, with another `to` at most.
+
+mod address;
+mod error;
+pub mod ns;
+mod stanza;
+
+pub use address::{AddressError, Domain, DomainPair, bare, domain_of, resource_of};
+pub use error::{Condition, ErrorType, bounce};
+pub use stanza::{Kind, Stanza, StanzaError};

@@ -1,0 +1,28 @@
+//! Namespaces, by the names the specifications give them.
+
+/// RFC 6120 §4.8.3: the content namespace between servers.
+pub const SERVER: &str = "jabber:server";
+/// RFC 6120 §4.8.1
+pub const STREAM: &str = "http://etherx.jabber.org/streams";
+/// RFC 6120 §4.9.2
+pub const STREAM_ERRORS: &str = "urn:ietf:params:xml:ns:xmpp-streams";
+/// RFC 6120 §8.3.3
+pub const STANZA_ERRORS: &str = "urn:ietf:params:xml:ns:xmpp-stanzas";
+/// RFC 6120 §5
+pub const TLS: &str = "urn:ietf:params:xml:ns:xmpp-tls";
+/// RFC 6120 §6
+pub const SASL: &str = "urn:ietf:params:xml:ns:xmpp-sasl";
+/// XEP-0220
+pub const DIALBACK: &str = "jabber:server:dialback";
+/// XEP-0220 §4
+pub const DIALBACK_FEATURE: &str = "urn:xmpp:features:dialback";
+/// XEP-0198
+pub const MANAGEMENT: &str = "urn:xmpp:sm:3";
+/// XEP-0478
+pub const STREAM_LIMITS: &str = "urn:xmpp:stream-limits:0";
+/// XEP-0288
+pub const BIDI: &str = "urn:xmpp:bidi";
+/// XEP-0288 §2.1, the stream feature.
+pub const BIDI_FEATURE: &str = "urn:xmpp:features:bidi";
+/// XEP-0045
+pub const MUC_USER: &str = "http://jabber.org/protocol/muc#user";
