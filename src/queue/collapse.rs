@@ -1,1 +1,531 @@
 //! Stanzas that are the same but for `to` become one cast.
+//!
+//! A server writes one copy of a broadcast for every far recipient. [`Collapse`] gives the first copy a number in the
+//! spool at once and adds the recipients of the copies that follow, so the first copy can be on disk before the last one
+//! has come. What it keeps true:
+//!
+//! 1. Two stanzas share a cast only if all their bytes outside `to` are equal. Never an id alone.
+//! 2. Per recipient, the order of the numbers is the order in which the stanzas came: a recipient joins an open group only
+//!    if it stands in no group of the same sender that was opened later. Otherwise a new group begins.
+//! 3. A recipient that comes twice closes the group: a room that says the same thing twice is heard twice.
+//! 4. Recipients are those that the server addressed, nobody else.
+//!
+//! # Life of a group
+//!
+//! ```text
+//!           first copy             every session the room is known to have is reached,
+//!   (none) ───────────▶ open ───── a recipient repeats, or the window ends ─────▶ sealed
+//!                        │ ▲
+//!                        └─┘ further copies
+//! ```
+//!
+//! A group is *written* whenever it has changed and *sealed* once. Only sealed groups cross the link.
+//! A *flow* is the bare address of a sender: a room, a user, a component. Order is kept within a flow.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+use crate::{
+    codec::{entry::Cast, position::Seq},
+    stanza::{Kind, Stanza, bare, domain_of},
+    time::{Deadline, Mono, Now},
+};
+
+/// Whose stanzas are kept in order: the bare address of a sender, as written.
+pub type Flow = Arc<str>;
+
+/// Open groups that are held at most; the oldest is sealed to make room. A room's event opens about three
+/// (for participants, moderators and the subject itself), so this is 300 rooms speaking within one window.
+const OPEN_MAX: usize = 1024;
+
+/// Sessions that are remembered, over all rooms. Beyond it everything is forgotten and learned again, which costs
+/// one window of delay for each room.
+const SESSIONS_MAX: usize = 100_000;
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Output {
+    /// The group's slot must be written (again).
+    Write { seq: Seq, cast: Cast },
+    /// Nothing will be added any more. Follows the last `Write` of the group.
+    Sealed { seq: Seq, flow: Flow, cast: Cast },
+}
+
+/// What makes copies one cast.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+struct Key {
+    template: Bytes,
+    to_at: usize,
+    to_domain: String,
+}
+
+#[derive(Debug)]
+struct Group {
+    flow: Flow,
+    key: Key,
+    /// The sender's full address and the kind: the copies of one event share them, whatever their variant.
+    event: (String, Kind),
+    recipients: BTreeSet<Bytes>,
+    closes_at: Mono,
+    /// Whether a whole room is addressed, so that its recipients tell who is in it.
+    to_everybody: bool,
+}
+
+#[derive(Debug, Default)]
+struct FlowState {
+    open: BTreeSet<Seq>,
+    /// For each recipient the latest number it stands in, kept while a group is open.
+    latest: BTreeMap<Bytes, Seq>,
+}
+
+#[derive(Debug)]
+pub struct Collapse {
+    window: Duration,
+    next: Seq,
+    groups: BTreeMap<Seq, Group>,
+    by_key: BTreeMap<Key, Seq>,
+    flows: BTreeMap<Flow, FlowState>,
+    /// The far sessions each room is known to have.
+    sessions: BTreeMap<Flow, BTreeSet<Bytes>>,
+    sessions_total: usize,
+    changed: BTreeSet<Seq>,
+    outputs: VecDeque<Output>,
+}
+
+impl Collapse {
+    /// `last` is the last number that was ever given out, `window` how long a group waits for copies that may follow.
+    pub fn new(last: Seq, window: Duration) -> Self {
+        Self {
+            window,
+            next: Seq(last.0 + 1),
+            groups: BTreeMap::new(),
+            by_key: BTreeMap::new(),
+            flows: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            sessions_total: 0,
+            changed: BTreeSet::new(),
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// The last number given out.
+    pub fn last(&self) -> Seq {
+        Seq(self.next.0 - 1)
+    }
+
+    /// Whether a group may still grow, and whose it is.
+    pub fn open_flow(&self, seq: Seq) -> Option<Flow> {
+        self.groups.get(&seq).map(|group| group.flow.clone())
+    }
+
+    /// Takes in a stanza, which must have `from` and `to`, and returns the number of the slot it is in and whether it is a new slot.
+    pub fn handle_stanza(&mut self, stanza: &Stanza, now: Now) -> Option<(Seq, bool)> {
+        let (template, to_at, to_attribute) = stanza.split_to()?;
+        let (from, to) = (stanza.from()?, stanza.to()?);
+        let flow: Flow = bare(&from).into();
+        let key = Key {
+            template,
+            to_at,
+            to_domain: domain_of(&to).to_owned(),
+        };
+        let stanza_type = stanza.stanza_type();
+        let spread = Spread::of(stanza.kind(), stanza_type.as_deref(), self.sessions.contains_key(&flow));
+        self.learn(&flow, stanza, stanza_type.as_deref(), &to_attribute);
+
+        if spread != Spread::One
+            && let Some(&seq) = self.by_key.get(&key)
+        {
+            if self.admits(seq, &to_attribute) {
+                self.add(seq, to_attribute);
+                self.seal_if_complete(seq);
+                return Some((seq, false));
+            }
+            self.seal(seq);
+        }
+        let seq = self.open(
+            Group {
+                flow,
+                key,
+                event: (from.into_owned(), stanza.kind()),
+                recipients: BTreeSet::new(),
+                closes_at: now.mono + self.window,
+                to_everybody: spread == Spread::Room,
+            },
+            to_attribute,
+        );
+        if spread == Spread::One || self.window.is_zero() {
+            self.seal(seq);
+        } else {
+            self.seal_if_complete(seq);
+        }
+        Some((seq, true))
+    }
+
+    pub fn handle_timeout(&mut self, now: Now) {
+        // Groups wait equally long, so the oldest numbers are due first.
+        while let Some((&seq, group)) = self.groups.first_key_value()
+            && group.closes_at <= now.mono
+        {
+            if group.to_everybody {
+                // The room did not address everybody we thought it would, so what it addressed is what we know.
+                let (flow, recipients) = (group.flow.clone(), group.recipients.clone());
+                self.set_sessions(flow, recipients);
+            }
+            self.seal(seq);
+        }
+    }
+
+    /// Closes every group, for a shutdown.
+    pub fn seal_all(&mut self) {
+        while let Some((&seq, _)) = self.groups.first_key_value() {
+            self.seal(seq);
+        }
+    }
+
+    pub fn poll_timeout(&self) -> Option<Deadline> {
+        let at = self.groups.first_key_value()?.1.closes_at;
+        Some(Deadline {
+            at,
+            why: "collapse window",
+        })
+    }
+
+    pub fn poll_output(&mut self) -> Option<Output> {
+        if let Some(output) = self.outputs.pop_front() {
+            return Some(output);
+        }
+        let seq = self.changed.pop_first()?;
+        let cast = self.groups[&seq].cast();
+        Some(Output::Write { seq, cast })
+    }
+
+    /// Whether `recipient` may stand in this group without being moved before something that came earlier.
+    fn admits(&self, seq: Seq, recipient: &Bytes) -> bool {
+        let group = &self.groups[&seq];
+        if group.recipients.contains(recipient) {
+            return false;
+        }
+        let latest = self.flows.get(&group.flow).and_then(|flow| flow.latest.get(recipient));
+        latest.is_none_or(|&latest| latest < seq)
+    }
+
+    fn open(&mut self, mut group: Group, recipient: Bytes) -> Seq {
+        if self.groups.len() >= OPEN_MAX
+            && let Some((&oldest, _)) = self.groups.first_key_value()
+        {
+            self.seal(oldest);
+        }
+        let seq = self.next;
+        self.next = Seq(seq.0 + 1);
+        let flow = self.flows.entry(group.flow.clone()).or_default();
+        flow.open.insert(seq);
+        flow.latest.insert(recipient.clone(), seq);
+        self.by_key.insert(group.key.clone(), seq);
+        group.recipients.insert(recipient);
+        self.groups.insert(seq, group);
+        self.changed.insert(seq);
+        seq
+    }
+
+    fn add(&mut self, seq: Seq, recipient: Bytes) {
+        let Some(group) = self.groups.get_mut(&seq) else {
+            return;
+        };
+        if let Some(flow) = self.flows.get_mut(&group.flow) {
+            flow.latest.insert(recipient.clone(), seq);
+        }
+        group.recipients.insert(recipient);
+        self.changed.insert(seq);
+    }
+
+    fn seal(&mut self, seq: Seq) {
+        let Some(group) = self.groups.remove(&seq) else {
+            return;
+        };
+        let cast = group.cast();
+        if self.changed.remove(&seq) {
+            self.outputs.push_back(Output::Write { seq, cast: cast.clone() });
+        }
+        if self.by_key.get(&group.key) == Some(&seq) {
+            self.by_key.remove(&group.key);
+        }
+        if let Some(flow) = self.flows.get_mut(&group.flow) {
+            flow.open.remove(&seq);
+            if flow.open.is_empty() {
+                self.flows.remove(&group.flow);
+            }
+        }
+        let flow = group.flow;
+        self.outputs.push_back(Output::Sealed { seq, flow, cast });
+    }
+
+    /// Seals the groups of this group's event if together they reach every session of the room.
+    fn seal_if_complete(&mut self, seq: Seq) {
+        let Some(group) = self.groups.get(&seq) else { return };
+        let (Some(sessions), Some(flow)) = (self.sessions.get(&group.flow), self.flows.get(&group.flow)) else {
+            return;
+        };
+        let event: Vec<Seq> = flow
+            .open
+            .iter()
+            .copied()
+            .filter(|seq| self.groups[seq].event == group.event)
+            .collect();
+        let reached: usize = event.iter().map(|seq| self.groups[seq].recipients.len()).sum();
+        let complete = reached >= sessions.len()
+            && sessions
+                .iter()
+                .all(|session| event.iter().any(|seq| self.groups[seq].recipients.contains(session)));
+        if complete {
+            for seq in event {
+                self.seal(seq);
+            }
+        }
+    }
+
+    /// Learns who is in a room: from what the room tells a session about itself (status 110, XEP-0045 §7.2.2), and from
+    /// messages to everybody.
+    fn learn(&mut self, flow: &Flow, stanza: &Stanza, stanza_type: Option<&str>, recipient: &Bytes) {
+        match (stanza.kind(), stanza_type) {
+            (Kind::Message, Some("groupchat")) => self.add_session(flow, recipient),
+            (Kind::Presence, None) if stanza.has_muc_status("110") => self.add_session(flow, recipient),
+            (Kind::Presence, Some("unavailable")) if stanza.has_muc_status("110") => {
+                if let Some(sessions) = self.sessions.get_mut(flow)
+                    && sessions.remove(recipient)
+                {
+                    self.sessions_total -= 1;
+                    if sessions.is_empty() {
+                        self.sessions.remove(flow);
+                    }
+                }
+            }
+            (Kind::Message | Kind::Presence | Kind::Iq, _) => {}
+        }
+    }
+
+    fn add_session(&mut self, flow: &Flow, recipient: &Bytes) {
+        if self.sessions_total >= SESSIONS_MAX {
+            self.sessions.clear();
+            self.sessions_total = 0;
+        }
+        if self.sessions.entry(flow.clone()).or_default().insert(recipient.clone()) {
+            self.sessions_total += 1;
+        }
+    }
+
+    fn set_sessions(&mut self, flow: Flow, sessions: BTreeSet<Bytes>) {
+        self.sessions_total += sessions.len();
+        if let Some(before) = self.sessions.insert(flow, sessions) {
+            self.sessions_total -= before.len();
+        }
+    }
+}
+
+/// How many copies of a stanza a server may write.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Spread {
+    /// It is addressed once: it need not wait for a window.
+    One,
+    /// Several recipients may get it.
+    Some,
+    /// Every session of a room does.
+    Room,
+}
+
+impl Spread {
+    fn of(kind: Kind, stanza_type: Option<&str>, from_room: bool) -> Self {
+        match (kind, stanza_type) {
+            (Kind::Message, Some("groupchat")) => Self::Room,
+            (Kind::Message, None | Some("normal" | "headline")) => Self::Some,
+            // A private message goes to every session behind a nick (XEP-0045 §7.5).
+            (Kind::Message, Some("chat")) if from_room => Self::Some,
+            (Kind::Presence, None | Some("unavailable")) => Self::Some,
+            (Kind::Message | Kind::Presence | Kind::Iq, _) => Self::One,
+        }
+    }
+}
+
+impl Group {
+    fn cast(&self) -> Cast {
+        Cast {
+            template: self.key.template.clone(),
+            // A stanza is 512 KiB at most, so its offsets fit.
+            to_at: u32::try_from(self.key.to_at).unwrap_or(u32::MAX),
+            recipients: self.recipients.iter().cloned().collect(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const WINDOW: Duration = Duration::from_millis(50);
+
+    fn at(ms: u64) -> Now {
+        Now {
+            mono: Mono::from_start(Duration::from_millis(ms)),
+            ..Now::default()
+        }
+    }
+
+    fn stanza(text: &str) -> Stanza {
+        Stanza::parse(Bytes::copy_from_slice(text.as_bytes())).unwrap()
+    }
+
+    fn message(from: &str, to: &str, body: &str) -> Stanza {
+        stanza(&format!(
+            "<message from='{from}' to='{to}' type='groupchat'><body>{body}</body></message>"
+        ))
+    }
+
+    fn own_presence(room: &str, to: &str) -> Stanza {
+        stanza(&format!(
+            "<presence from='{room}/me' to='{to}'><x xmlns='http://jabber.org/protocol/muc#user'>\
+             <item role='participant' affiliation='none'/><status code='110'/></x></presence>"
+        ))
+    }
+
+    fn sealed(collapse: &mut Collapse) -> Vec<(u64, usize)> {
+        std::iter::from_fn(|| collapse.poll_output())
+            .filter_map(|output| match output {
+                Output::Sealed { seq, cast, .. } => Some((seq.0, cast.recipients.len())),
+                Output::Write { .. } => None,
+            })
+            .collect()
+    }
+
+    /// Copies that differ only in `to` take one slot; the window closes it when nobody is known to be missing.
+    #[test]
+    fn equal_copies_are_one_cast() {
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
+        for n in 0..5 {
+            collapse.handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "hi"), at(n));
+        }
+        assert_eq!(sealed(&mut collapse), []);
+        collapse.handle_timeout(at(49));
+        assert_eq!(sealed(&mut collapse), []);
+        collapse.handle_timeout(at(50));
+        assert_eq!(sealed(&mut collapse), [(1, 5)]);
+        assert_eq!(collapse.poll_timeout(), None);
+    }
+
+    /// Once every session of the room is reached, nothing more is waited for.
+    #[test]
+    fn a_room_whose_sessions_are_all_reached_does_not_wait() {
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
+        for n in 0..3 {
+            collapse.handle_stanza(&own_presence("r@c.example", &format!("b{n}@b.example/r")), at(0));
+        }
+        collapse.handle_timeout(at(100));
+        sealed(&mut collapse);
+        for n in 0..3 {
+            collapse.handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "hi"), at(200));
+        }
+        assert_eq!(sealed(&mut collapse), [(4, 3)]);
+    }
+
+    /// The same words twice are two messages: join, part and join again must not become one (a repeated recipient).
+    #[test]
+    fn a_repeated_recipient_begins_a_new_cast() {
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
+        let seqs: Vec<u64> = ["b1", "b2", "b1", "b2"]
+            .iter()
+            .map(|user| message("r@c.example/n", &format!("{user}@b.example/r"), "ok"))
+            .map(|stanza| collapse.handle_stanza(&stanza, at(0)).unwrap().0.0)
+            .collect();
+        assert_eq!(seqs, [1, 1, 2, 2]);
+    }
+
+    /// ejabberd changes a nick recipient by recipient (leave, join, next recipient): no copy may move before what came earlier.
+    #[test]
+    fn a_recipient_never_moves_before_a_later_group() {
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
+        let mut seqs = Vec::new();
+        for user in ["b1", "b2"] {
+            for body in ["one", "two"] {
+                let copy = message("r@c.example/n", &format!("{user}@b.example/r"), body);
+                seqs.push(collapse.handle_stanza(&copy, at(0)).unwrap().0.0);
+            }
+        }
+        assert_eq!(seqs, [1, 2, 1, 2]);
+        // Now b2 gets "one" again after "two": it must not join a group before its "two".
+        let again = message("r@c.example/n", "b2@b.example/r", "one");
+        assert_eq!(collapse.handle_stanza(&again, at(0)).unwrap().0.0, 3);
+    }
+
+    /// A chat line between two users and an IQ are never broadcasts: they do not wait for a window.
+    #[test]
+    fn what_is_addressed_once_does_not_wait() {
+        let mut collapse = Collapse::new(Seq(7), WINDOW);
+        collapse.handle_stanza(&stanza("<message type='chat' from='a@a.example/x' to='b@b.example'/>"), at(0));
+        collapse.handle_stanza(&stanza("<iq type='get' id='1' from='a@a.example/x' to='b.example'/>"), at(0));
+        assert_eq!(sealed(&mut collapse), [(8, 1), (9, 1)]);
+    }
+
+    /// The number of rooms that may speak at once is bounded; the oldest group gives way, whole.
+    #[test]
+    fn open_groups_are_bounded() {
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
+        for n in 0..=OPEN_MAX {
+            collapse.handle_stanza(&message(&format!("r{n}@c.example/n"), "b@b.example/r", "hi"), at(0));
+        }
+        assert_eq!(sealed(&mut collapse), [(1, 1)]);
+    }
+
+    proptest! {
+        /// For any interleaving of copies of few texts from few rooms to few people, with time passing at random: everybody
+        /// gets exactly the stanzas that were addressed to them, byte for byte, each sender's in order.
+        #[test]
+        fn each_recipient_gets_its_stanzas_in_order(
+            steps in prop::collection::vec((0..2_u8, 0..3_u8, 0..4_u8, 0..30_u64, any::<bool>()), 1..120)
+        ) {
+            let mut collapse = Collapse::new(Seq(0), WINDOW);
+            let mut sent: BTreeMap<(String, String), Vec<Bytes>> = BTreeMap::new();
+            let mut written: BTreeMap<Seq, Cast> = BTreeMap::new();
+            let mut finished: BTreeMap<Seq, Cast> = BTreeMap::new();
+            let mut drain = |collapse: &mut Collapse| {
+                while let Some(output) = collapse.poll_output() {
+                    match output {
+                        Output::Write { seq, cast } => {
+                            assert!(!finished.contains_key(&seq), "written after it was sealed");
+                            written.insert(seq, cast);
+                        }
+                        Output::Sealed { seq, cast, .. } => {
+                            assert_eq!(written.get(&seq), Some(&cast), "the last write is what was sealed");
+                            assert!(finished.insert(seq, cast).is_none());
+                        }
+                    }
+                }
+            };
+            let mut now = 0;
+            for (room, body, user, wait, presence) in steps {
+                now += wait;
+                collapse.handle_timeout(at(now));
+                let (from, to) = (format!("r{room}@c.example/n"), format!("b{user}@b.example/r"));
+                let stanza = if presence { own_presence(&format!("r{room}@c.example"), &to) } else { message(&from, &to, &body.to_string()) };
+                sent.entry((format!("r{room}"), to)).or_default().push(stanza.bytes().clone());
+                collapse.handle_stanza(&stanza, at(now));
+                drain(&mut collapse);
+            }
+            collapse.seal_all();
+            drain(&mut collapse);
+            let mut got: BTreeMap<(String, String), Vec<Bytes>> = BTreeMap::new();
+            for cast in finished.values() {
+                for k in 0..cast.recipients.len() {
+                    let copy = cast.copy(k);
+                    let stanza = Stanza::parse(copy.clone()).unwrap();
+                    let room = stanza.from().unwrap()[..2].to_owned();
+                    got.entry((room, stanza.to().unwrap().into_owned())).or_default().push(copy);
+                }
+            }
+            prop_assert_eq!(sent, got);
+        }
+    }
+}

@@ -34,6 +34,15 @@ pub struct Batch {
     pub changes: Vec<Change>,
 }
 
+/// How much a store holds; bytes are those of the entries.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Levels {
+    pub spool_entries: u64,
+    pub spool_bytes: u64,
+    pub inbox_entries: u64,
+    pub inbox_bytes: u64,
+}
+
 /// What a store knows when it is opened.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Opening {
@@ -41,10 +50,7 @@ pub struct Opening {
     /// The oldest spool entry still held, if any, and the last number ever given out.
     pub spool_first: Option<Seq>,
     pub spool_last: Seq,
-    pub spool_entries: u64,
-    pub spool_bytes: u64,
-    pub inbox_entries: u64,
-    pub inbox_bytes: u64,
+    pub levels: Levels,
     pub received: Received,
 }
 

@@ -1,6 +1,46 @@
 //! One peer's machines together, and the one place that routes.
+//!
+//! A [`Relay`] owns everything that concerns one peer: the collapse of what our server sends, the spool, the link session,
+//! the inbox and the lanes towards our server. It is pure: stanzas, frames, commits and the time are handed in, and come out as
+//! [`Output`]s. The simulator runs two of them against each other; `io` runs one beside sockets and a disk.
+//!
+//! # The way of one stanza
+//!
+//! ```text
+//! leg ─▶ collapse ─▶ spool ─(commit: the leg may ack)─▶ schedule ─▶ link session ─▶ link
+//! link ─▶ link session ─▶ inbox ─(commit: the link may ack)─▶ mark ─(commit)─▶ lane ─▶ server
+//! ```
+//!
+//! # Commits
+//!
+//! What must be durable gathers in a batch. One batch is with the disk at a time, so under load the next one grows while the
+//! disk works: group commit without a timer. Whatever waits for the disk (acknowledging a leg or the peer, sending an entry,
+//! writing to a lane) names the batch that it waits for.
 
-use crate::stanza::DomainPair;
+mod inward;
+mod outward;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+use self::{inward::Inward, outward::Outward};
+use crate::{
+    codec::{
+        frame::Hello,
+        position::{Epoch, Received, Seq},
+    },
+    link::session::{self, LinkError, LinkSession, SessionConfig},
+    queue::{
+        journal::{Batch, Change, Levels, Opening, Slot},
+        scheduler::Piece,
+    },
+    stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bounce},
+    time::{Deadline, Now},
+};
 
 /// Names a receiving stream for as long as the process lives.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -12,4 +52,468 @@ pub struct LegId(pub u64);
 pub struct LaneKey {
     pub pair: DomainPair,
     pub lane: u8,
+}
+
+/// Why a lane went down.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum LaneFault {
+    /// The server closed it in good order, or could not be reached.
+    Gone,
+    /// The server refused something that we sent: a stream error other than a shutdown.
+    Refused,
+}
+
+/// Why something that came was not carried on. The values of the metric's `reason` label.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub enum Drop {
+    Malformed,
+    /// The peer sent in the name of a domain that is not its own.
+    WrongSender,
+    /// The peer sent to a domain that is not ours.
+    WrongRecipient,
+    /// The server closed its stream on this stanza again and again.
+    RefusedByServer,
+    /// Larger than the server takes (XEP-0478).
+    OverServerLimit,
+    AnswerQueueFull,
+}
+
+impl Drop {
+    pub const ALL: [Self; 6] = [
+        Self::Malformed,
+        Self::WrongSender,
+        Self::WrongRecipient,
+        Self::RefusedByServer,
+        Self::OverServerLimit,
+        Self::AnswerQueueFull,
+    ];
+
+    pub fn as_label(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::WrongSender => "wrong_sender",
+            Self::WrongRecipient => "wrong_recipient",
+            Self::RefusedByServer => "refused_by_server",
+            Self::OverServerLimit => "over_server_limit",
+            Self::AnswerQueueFull => "answer_queue_full",
+        }
+    }
+}
+
+/// What the relay has counted since the process started.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct RelayStats {
+    /// Stanzas that our server sent, every copy counted: what plain S2S would have carried.
+    pub copies_accepted: u64,
+    pub copy_bytes_accepted: u64,
+    /// Slots that they became.
+    pub casts: u64,
+    /// Stanzas that were refused because the spool was full.
+    pub refused: u64,
+    pub entries_sent: u64,
+    pub entries_received: u64,
+    pub duplicates: u64,
+    pub copies_delivered: u64,
+    pub copy_bytes_delivered: u64,
+    /// Copies whose delivery is unknown: the leg has no acks and broke, or we were killed in between.
+    pub in_doubt: u64,
+    pub link_ups: u64,
+    dropped: BTreeMap<Drop, u64>,
+}
+
+impl RelayStats {
+    fn dropped(&mut self, drop: Drop) {
+        *self.dropped.entry(drop).or_default() += 1;
+    }
+
+    pub fn dropped_total(&self, drop: Drop) -> u64 {
+        self.dropped.get(&drop).copied().unwrap_or_default()
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Our server's domains.
+    pub local: Vec<Domain>,
+    /// The peer's.
+    pub far: Vec<Domain>,
+    pub collapse_window: Duration,
+    /// Bytes in the spool at which the newest is refused.
+    pub spool_bytes_max: u64,
+    /// Bytes in the inbox at which the link is closed until there is room again.
+    pub inbox_bytes_max: u64,
+    pub lanes_per_pair: u8,
+    pub session: SessionConfig,
+}
+
+#[derive(Clone, Debug)]
+pub enum Input {
+    /// The `n`th stanza of a receiving stream.
+    Stanza { leg: LegId, n: u64, pair: DomainPair, stanza: Stanza },
+    /// This batch and all before it are on disk; what the store holds now.
+    Committed { batch: u64, levels: Levels },
+    SpoolRead { slots: Vec<Slot>, end: bool },
+    InboxRead { slots: Vec<Slot>, end: bool },
+    LaneUp { lane: LaneKey, life: u64, acks: bool, stanza_bytes_max: Option<usize> },
+    LaneConfirmed { lane: LaneKey, life: u64, stanzas: u64 },
+    LaneDown { lane: LaneKey, life: u64, fault: LaneFault },
+    /// An authenticated connection to the peer begins, in place of any before it.
+    LinkUp,
+    LinkBytes(Bytes),
+    LinkDown,
+    /// The process is about to end: nothing more will come from legs.
+    Drain,
+    Timeout,
+}
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Output {
+    Commit(Batch),
+    ReadSpool { from: Seq, entries_max: usize, bytes_max: usize },
+    ReadInbox { from: Seq, entries_max: usize, bytes_max: usize },
+    /// The `n`th stanza of this stream is on disk.
+    Accepted { leg: LegId, n: u64 },
+    OpenLane { lane: LaneKey, life: u64 },
+    WriteLane { lane: LaneKey, life: u64, stanzas: Vec<Bytes> },
+    /// The connection must go: the peer broke the protocol, is dead, or we have no room.
+    CloseLink(LinkClose),
+}
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum LinkClose {
+    Error(LinkError),
+    /// What the peer said when it left.
+    Goodbye(session::Goodbye),
+    InboxFull,
+}
+
+/// Waits for a batch to be on disk.
+#[derive(Debug)]
+enum Waiting {
+    Accept { leg: LegId, n: u64 },
+    Write { lane: LaneKey, life: u64, stanzas: Vec<Bytes> },
+    Stored(Received),
+}
+
+#[derive(Debug)]
+pub struct Relay {
+    settings: Settings,
+    epoch: Epoch,
+    outward: Outward,
+    inward: Inward,
+    session: Option<LinkSession>,
+    /// What has arrived from the peer; `stored` is the part of it that is on disk.
+    received: Received,
+    stored: Received,
+    /// The batch that gathers.
+    batch: Batch,
+    waiting: BTreeMap<u64, Vec<Waiting>>,
+    submitted: u64,
+    committed: u64,
+    levels: Levels,
+    stats: RelayStats,
+    outputs: VecDeque<Output>,
+}
+
+impl Relay {
+    pub fn new(settings: Settings, opening: &Opening, now: Now) -> Self {
+        let acked = opening.spool_first.map_or(opening.spool_last, |first| Seq(first.0 - 1));
+        let mut relay = Self {
+            epoch: opening.epoch,
+            outward: Outward::new(
+                acked,
+                opening.spool_last,
+                settings.collapse_window,
+                settings.session.fragment_bytes_max,
+                now,
+            ),
+            inward: Inward::new(
+                settings.local.clone(),
+                settings.far.clone(),
+                settings.lanes_per_pair,
+                opening.inbox_last,
+            ),
+            session: None,
+            received: opening.received.clone(),
+            stored: opening.received.clone(),
+            batch: Batch { number: 1, changes: Vec::new() },
+            waiting: BTreeMap::new(),
+            submitted: 0,
+            committed: 0,
+            levels: opening.levels,
+            stats: RelayStats::default(),
+            outputs: VecDeque::new(),
+            settings,
+        };
+        relay.settle(now);
+        relay
+    }
+
+    pub fn handle(&mut self, input: Input, now: Now) {
+        match input {
+            Input::Stanza { leg, n, pair, stanza } => self.handle_stanza(leg, n, pair, &stanza, now),
+            Input::Committed { batch, levels } => self.handle_committed(batch, levels, now),
+            Input::SpoolRead { slots, end: _ } => self.outward.handle_read(slots, now, &mut self.stats),
+            Input::InboxRead { slots, end } => self.inward.handle_read(slots, end, &mut self.stats),
+            Input::LaneUp { lane, life, acks, stanza_bytes_max } => {
+                self.inward.handle_lane_up(&lane, life, acks, stanza_bytes_max);
+            }
+            Input::LaneConfirmed { lane, life, stanzas } => {
+                self.inward.handle_lane_confirmed(&lane, life, stanzas, &mut self.stats);
+            }
+            Input::LaneDown { lane, life, fault } => {
+                self.inward.handle_lane_down(&lane, life, fault, now, &mut self.stats);
+            }
+            Input::LinkUp => self.handle_link_up(now),
+            Input::LinkBytes(bytes) => self.handle_session(session::Input::Bytes(bytes), now),
+            Input::LinkDown => {
+                self.session = None;
+                self.outward.link_down();
+            }
+            Input::Drain => self.outward.seal_all(self.batch.number, now),
+            Input::Timeout => {
+                self.outward.handle_timeout(self.batch.number, now);
+                self.handle_session(session::Input::Timeout, now);
+            }
+        }
+        self.settle(now);
+    }
+
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// The next bytes for the link, asked for when the socket can take them: what is most urgent then is what goes.
+    pub fn poll_transmit(&mut self, now: Now) -> Option<Bytes> {
+        let session = self.session.as_mut()?;
+        while !session.batch_is_full()
+            && let Some(piece) = self.outward.next(self.committed)
+        {
+            match piece {
+                Piece::Whole { seq, entry, accepted } => {
+                    session.send(seq, &entry, now.mono.since(accepted));
+                    self.stats.entries_sent += 1;
+                }
+                Piece::Part { seq, encoded, offset } => {
+                    if session.send_fragment(seq, &encoded, offset) + offset == encoded.len() {
+                        self.stats.entries_sent += 1;
+                    }
+                }
+            }
+        }
+        let transmit = session.poll_transmit(now);
+        self.outward.advance();
+        self.settle(now);
+        transmit
+    }
+
+    pub fn poll_timeout(&self) -> Option<Deadline> {
+        let session = self.session.as_ref().and_then(LinkSession::poll_timeout);
+        [self.outward.poll_timeout(), self.inward.poll_timeout(), session]
+            .into_iter()
+            .fold(None, Deadline::earlier)
+    }
+
+    pub fn stats(&self) -> &RelayStats {
+        &self.stats
+    }
+
+    pub fn levels(&self) -> Levels {
+        self.levels
+    }
+
+    pub fn session(&self) -> Option<&LinkSession> {
+        self.session.as_ref()
+    }
+
+    /// Whether the peer has told what it holds, so that entries cross.
+    pub fn is_linked(&self) -> bool {
+        self.session.as_ref().is_some_and(LinkSession::is_ready)
+    }
+
+    pub fn lanes_up(&self) -> (usize, usize) {
+        self.inward.lanes_up()
+    }
+
+    /// How long the oldest entry in the spool has waited.
+    pub fn oldest(&self, now: Now) -> Duration {
+        self.outward.oldest(now)
+    }
+
+    /// Whether everything that came from legs is on disk, and nothing is on its way to a lane.
+    pub fn is_settled(&self) -> bool {
+        self.committed == self.submitted && self.batch.changes.is_empty() && self.waiting.is_empty()
+    }
+
+    /// Whether nothing waits anywhere: everything accepted is with the peer, everything received with our server.
+    pub fn is_quiet(&self) -> bool {
+        self.is_settled() && self.outward.acked() == self.outward.last() && self.inward.is_quiet()
+    }
+
+    fn handle_stanza(&mut self, leg: LegId, n: u64, pair: DomainPair, stanza: &Stanza, now: Now) {
+        if self.levels.spool_bytes >= self.settings.spool_bytes_max {
+            self.stats.refused += 1;
+            let text = "The queue for this destination is full. Try again later.";
+            if let Some(answer) = bounce(stanza, ErrorType::Wait, Condition::ResourceConstraint, text) {
+                self.inward.send_own(pair, answer, &mut self.stats);
+            }
+        } else {
+            self.outward.handle_stanza(stanza, self.batch.number, now, &mut self.stats);
+        }
+        self.wait(Waiting::Accept { leg, n });
+    }
+
+    fn handle_committed(&mut self, batch: u64, levels: Levels, now: Now) {
+        self.committed = self.committed.max(batch);
+        self.levels = levels;
+        let later = self.waiting.split_off(&(self.committed + 1));
+        let done = std::mem::replace(&mut self.waiting, later);
+        for waiting in done.into_values().flatten() {
+            match waiting {
+                Waiting::Accept { leg, n } => self.outputs.push_back(Output::Accepted { leg, n }),
+                Waiting::Write { lane, life, stanzas } => {
+                    self.outputs.push_back(Output::WriteLane { lane, life, stanzas });
+                }
+                Waiting::Stored(received) => {
+                    self.stored = received.clone();
+                    self.handle_session(session::Input::Stored(received), now);
+                }
+            }
+        }
+    }
+
+    fn handle_link_up(&mut self, now: Now) {
+        self.outward.link_down();
+        if self.levels.inbox_bytes >= self.settings.inbox_bytes_max {
+            self.session = None;
+            self.outputs.push_back(Output::CloseLink(LinkClose::InboxFull));
+            return;
+        }
+        let hello = Hello {
+            epoch: self.epoch,
+            received: self.stored.clone(),
+            first_unacked: Seq(self.outward.acked().0 + 1),
+            last: self.outward.last(),
+            ..Hello::ours(&self.settings.session)
+        };
+        self.stats.link_ups += 1;
+        self.session = Some(LinkSession::new(self.settings.session.clone(), hello, now));
+    }
+
+    fn handle_session(&mut self, input: session::Input, now: Now) {
+        let Some(session) = self.session.as_mut() else { return };
+        let result = session.handle(input, now);
+        while let Some(output) = self.session.as_mut().and_then(LinkSession::poll_output) {
+            match output {
+                session::Output::PeerHello(hello) => self.handle_hello(&hello),
+                session::Output::Received { seq, entry, .. } => self.handle_entry(seq, entry),
+                session::Output::Acked { upto, beyond } => self.outward.handle_acked(upto, &beyond),
+                session::Output::Goodbye(reason) => {
+                    self.outputs.push_back(Output::CloseLink(LinkClose::Goodbye(reason)));
+                }
+            }
+        }
+        if let Err(error) = result {
+            self.session = None;
+            self.outward.link_down();
+            self.outputs.push_back(Output::CloseLink(LinkClose::Error(error)));
+        }
+    }
+
+    fn handle_hello(&mut self, hello: &Hello) {
+        if hello.epoch != self.received.epoch {
+            // The first meeting, or the peer's disk was replaced: its numbering starts where its spool does.
+            self.received = Received {
+                epoch: hello.epoch,
+                upto: Seq(hello.first_unacked.0 - 1),
+                beyond: Vec::new(),
+            };
+            self.note_received();
+        }
+        let known = if hello.received.epoch == self.epoch {
+            hello.received.clone()
+        } else {
+            Received {
+                epoch: self.epoch,
+                upto: self.outward.acked(),
+                beyond: Vec::new(),
+            }
+        };
+        self.outward.link_up(&known);
+    }
+
+    fn handle_entry(&mut self, seq: Seq, entry: Bytes) {
+        if !self.received.note(seq) {
+            self.stats.duplicates += 1;
+            return;
+        }
+        self.stats.entries_received += 1;
+        self.inward.handle_entry(entry, &mut self.stats);
+        self.note_received();
+        if self.levels.inbox_bytes >= self.settings.inbox_bytes_max {
+            self.session = None;
+            self.outward.link_down();
+            self.outputs.push_back(Output::CloseLink(LinkClose::InboxFull));
+        }
+    }
+
+    /// The position goes with the batch that holds what it covers. Only its last value in a batch counts.
+    fn note_received(&mut self) {
+        self.batch.changes.retain(|change| !matches!(change, Change::SetReceived(_)));
+        self.batch.changes.push(Change::SetReceived(self.received.clone()));
+        let waiting = self.waiting.entry(self.batch.number).or_default();
+        waiting.retain(|waiting| !matches!(waiting, Waiting::Stored(_)));
+        waiting.push(Waiting::Stored(self.received.clone()));
+    }
+
+    fn wait(&mut self, waiting: Waiting) {
+        self.waiting.entry(self.batch.number).or_default().push(waiting);
+    }
+
+    /// Carries on whatever the last input made possible.
+    fn settle(&mut self, now: Now) {
+        self.outward.advance();
+        self.inward.advance(now, &mut self.stats);
+        let mut reads = Vec::new();
+        loop {
+            if let Some(output) = self.outward.poll_output() {
+                match output {
+                    outward::Output::Change(change) => self.batch.changes.push(change),
+                    outward::Output::Read { from, entries_max, bytes_max } => {
+                        reads.push(Output::ReadSpool { from, entries_max, bytes_max });
+                    }
+                }
+            } else if let Some(output) = self.inward.poll_output() {
+                match output {
+                    inward::Output::Change(change) => self.batch.changes.push(change),
+                    inward::Output::OpenLane { lane, life } => self.outputs.push_back(Output::OpenLane { lane, life }),
+                    inward::Output::Write { lane, life, stanzas } => self.wait(Waiting::Write { lane, life, stanzas }),
+                    inward::Output::Read { from, entries_max, bytes_max } => {
+                        reads.push(Output::ReadInbox { from, entries_max, bytes_max });
+                    }
+                    inward::Output::Answer(stanza) => {
+                        self.outward.handle_stanza(&stanza, self.batch.number, now, &mut self.stats);
+                    }
+                }
+            } else {
+                break;
+            }
+        }
+        // A batch is only ever given away here, when everything that belongs together is in it: a position without its
+        // entries would lose them. A read must see what was written before it.
+        if self.submitted == self.committed || !reads.is_empty() {
+            self.submit();
+        }
+        self.outputs.extend(reads);
+    }
+
+    fn submit(&mut self) {
+        if self.batch.changes.is_empty() && !self.waiting.contains_key(&self.batch.number) {
+            return;
+        }
+        let number = self.batch.number;
+        self.submitted = number;
+        let next = Batch { number: number + 1, changes: Vec::new() };
+        self.outputs.push_back(Output::Commit(std::mem::replace(&mut self.batch, next)));
+    }
 }

@@ -1,0 +1,517 @@
+//! From the link to our server: entries that have crossed, and the lanes that carry their copies.
+//!
+//! An entry is on disk before the peer is told that it arrived, and stays there until every copy is with the server.
+//! A copy is *marked* as given, on disk, before it is written to a lane, and is *confirmed* when the server has acknowledged it
+//! (XEP-0198), or where it does not speak that, when the kernel has taken it.
+//!
+//! ```text
+//!            crossed                 lane has room        batch on disk           confirmed
+//!   (link) ──────────▶ queued on ──────────────▶ marked ───────────────▶ written ──────────▶ done
+//!                       its lane ◀──────────────────────────────────────────┘
+//!                                 the lane went down: what it had not confirmed is queued again
+//! ```
+//!
+//! After our own process was killed, a copy that was marked but not confirmed is *in doubt*: the kernel delivers what was
+//! written before the kill, so it is not written again, and counted.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+use super::{Drop, LaneFault, LaneKey, RelayStats};
+use crate::{
+    codec::{
+        entry::{Cast, Entry},
+        position::Seq,
+        xml,
+    },
+    queue::journal::{Change, Slot},
+    stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bounce, domain_of},
+    time::{Deadline, Mono, Now},
+};
+
+/// What may be written to a lane and not yet be confirmed. Prosody reads 30 kB/s as shipped: two seconds of it.
+const IN_FLIGHT_BYTES_MAX: usize = 64 * 1024;
+
+/// Entries in memory, by bytes of their templates and addresses; the rest waits on disk.
+const MEMORY_BYTES_MAX: usize = 4 * 1024 * 1024;
+
+/// Slots asked for in one read.
+const READ_ENTRIES_MAX: usize = 512;
+
+/// First and longest wait before a lane that failed is opened again. The server is near, so trying costs nothing;
+/// a restart takes seconds, and nobody should wait a minute for it to be noticed.
+const RETRY_FIRST: Duration = Duration::from_millis(500);
+const RETRY_MAX: Duration = Duration::from_secs(15);
+
+/// A stanza on which this many lives of a lane ended in a row is set aside: everything behind it would wait for ever.
+const STRIKES_MAX: u32 = 3;
+
+/// Answers of our own that wait for a lane. They are not durable; beyond this the newest is dropped and counted.
+const OWN_MAX: usize = 1024;
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Output {
+    Change(Change),
+    OpenLane { lane: LaneKey, life: u64 },
+    /// To be written once the batch that holds the changes given out before it is on disk.
+    Write { lane: LaneKey, life: u64, stanzas: Vec<Bytes> },
+    Read { from: Seq, entries_max: usize, bytes_max: usize },
+    /// An answer for a far sender.
+    Answer(Stanza),
+}
+
+#[derive(Debug)]
+struct Item {
+    cast: Cast,
+    given: Bits,
+    unconfirmed: usize,
+    bytes: usize,
+}
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+enum Copy {
+    Of { seq: Seq, index: usize },
+    Own(Bytes),
+}
+
+#[derive(Debug)]
+enum LaneState {
+    /// Nothing is queued, or nothing was yet.
+    Closed,
+    /// The server was not to be had.
+    Waiting { until: Mono },
+    Opening { life: u64 },
+    Up {
+        life: u64,
+        /// Whether the server acknowledges stanzas.
+        acks: bool,
+        stanza_bytes_max: usize,
+        /// How many of this life's copies are confirmed.
+        confirmed: u64,
+    },
+}
+
+#[derive(Debug)]
+struct Lane {
+    state: LaneState,
+    queue: VecDeque<Copy>,
+    in_flight: VecDeque<(Copy, usize)>,
+    in_flight_bytes: usize,
+    failures: u32,
+    /// The copy that stood first when the lane last broke, and how often in a row it did.
+    suspect: Option<(Copy, u32)>,
+}
+
+#[derive(Debug)]
+pub struct Inward {
+    local: Vec<Domain>,
+    far: Vec<Domain>,
+    lanes_per_pair: u8,
+    lanes: BTreeMap<LaneKey, Lane>,
+    items: BTreeMap<Seq, Item>,
+    bytes: usize,
+    /// The last number given to an arrival. It is ours: a peer that lost its disk counts from 1 again.
+    last: Seq,
+    /// Arrivals up to this one are in memory or done with; the rest, up to `last`, is only on disk.
+    taken: Seq,
+    reading: bool,
+    lives: u64,
+    outputs: VecDeque<Output>,
+}
+
+impl Inward {
+    pub fn new(local: Vec<Domain>, far: Vec<Domain>, lanes_per_pair: u8, last: Seq) -> Self {
+        Self {
+            local,
+            far,
+            lanes_per_pair: lanes_per_pair.max(1),
+            lanes: BTreeMap::new(),
+            items: BTreeMap::new(),
+            bytes: 0,
+            last,
+            taken: Seq(0),
+            reading: false,
+            lives: 0,
+            outputs: VecDeque::new(),
+        }
+    }
+
+    /// Takes in an entry that has crossed. What may not be delivered is dropped and counted, never stored.
+    pub fn handle_entry(&mut self, encoded: Bytes, stats: &mut RelayStats) {
+        let (pair, cast) = match self.admit(&encoded) {
+            Ok(Some(admitted)) => admitted,
+            Ok(None) => return,
+            Err(drop) => return stats.dropped(drop),
+        };
+        let all_in_memory = self.taken == self.last;
+        let seq = Seq(self.last.0 + 1);
+        self.last = seq;
+        self.outputs.push_back(Output::Change(Change::PutInbox { seq, entry: encoded }));
+        if all_in_memory && self.bytes < MEMORY_BYTES_MAX {
+            self.taken = seq;
+            self.enqueue(seq, &pair, cast, Bits::default());
+        }
+    }
+
+    pub fn handle_read(&mut self, slots: Vec<Slot>, end: bool, stats: &mut RelayStats) {
+        self.reading = false;
+        if end && slots.is_empty() {
+            self.taken = self.last;
+        }
+        for slot in slots {
+            self.taken = slot.seq;
+            // The configuration may have changed since the entry came, so it is looked at again.
+            match self.admit(&slot.entry) {
+                Ok(Some((pair, cast))) => {
+                    let given = Bits(slot.given);
+                    stats.in_doubt += given.count() as u64;
+                    self.enqueue(slot.seq, &pair, cast, given);
+                }
+                Ok(None) => self.outputs.push_back(Output::Change(Change::DropInbox { seq: slot.seq })),
+                Err(drop) => {
+                    stats.dropped(drop);
+                    self.outputs.push_back(Output::Change(Change::DropInbox { seq: slot.seq }));
+                }
+            }
+        }
+    }
+
+    pub fn handle_lane_up(&mut self, key: &LaneKey, life: u64, acks: bool, stanza_bytes_max: Option<usize>) {
+        if let Some(lane) = self.lanes.get_mut(key)
+            && matches!(lane.state, LaneState::Opening { life: opening } if opening == life)
+        {
+            lane.failures = 0;
+            lane.state = LaneState::Up {
+                life,
+                acks,
+                stanza_bytes_max: stanza_bytes_max.unwrap_or(usize::MAX),
+                confirmed: 0,
+            };
+        }
+    }
+
+    /// `stanzas` of this life's stanzas are with the server.
+    pub fn handle_lane_confirmed(&mut self, key: &LaneKey, life: u64, stanzas: u64, stats: &mut RelayStats) {
+        let Some(lane) = self.lanes.get_mut(key) else { return };
+        let LaneState::Up {
+            life: up, confirmed, ..
+        } = &mut lane.state
+        else {
+            return;
+        };
+        if *up != life {
+            return;
+        }
+        let mut done = Vec::new();
+        while *confirmed < stanzas
+            && let Some((copy, bytes)) = lane.in_flight.pop_front()
+        {
+            *confirmed += 1;
+            lane.in_flight_bytes -= bytes;
+            lane.suspect = None;
+            stats.copies_delivered += 1;
+            stats.copy_bytes_delivered += bytes as u64;
+            done.push(copy);
+        }
+        for copy in done {
+            self.done(&copy);
+        }
+    }
+
+    pub fn handle_lane_down(&mut self, key: &LaneKey, life: u64, fault: LaneFault, now: Now, stats: &mut RelayStats) {
+        let Some(lane) = self.lanes.get_mut(key) else { return };
+        let (current, acks) = match lane.state {
+            LaneState::Opening { life } => (life, true),
+            LaneState::Up { life, acks, .. } => (life, acks),
+            LaneState::Closed | LaneState::Waiting { .. } => return,
+        };
+        if current != life {
+            return;
+        }
+        let never_up = matches!(lane.state, LaneState::Opening { .. });
+        let mut poison = None;
+        if let Some((first, _)) = lane.in_flight.front()
+            && fault == LaneFault::Refused
+        {
+            let strikes = match lane.suspect.take() {
+                Some((copy, strikes)) if copy == *first => strikes + 1,
+                Some(_) | None => 1,
+            };
+            if strikes >= STRIKES_MAX {
+                poison = lane.in_flight.pop_front().map(|(copy, _)| copy);
+            } else {
+                lane.suspect = Some((first.clone(), strikes));
+            }
+        }
+        if !acks {
+            stats.in_doubt += lane.in_flight.len() as u64;
+        }
+        let again: Vec<Copy> = lane.in_flight.drain(..).map(|(copy, _)| copy).collect();
+        lane.in_flight_bytes = 0;
+        for copy in again.into_iter().rev() {
+            if let Copy::Of { seq, index } = &copy
+                && let Some(item) = self.items.get_mut(seq)
+            {
+                item.given.clear(*index);
+                let given = item.given.0.clone();
+                self.outputs.push_back(Output::Change(Change::MarkInbox { seq: *seq, given }));
+            }
+            lane.queue.push_front(copy);
+        }
+        lane.state = if lane.queue.is_empty() && !never_up {
+            // The server may close what is idle (ejabberd after an hour). That is no fault.
+            LaneState::Closed
+        } else {
+            let wait = RETRY_FIRST.saturating_mul(1 << lane.failures.min(8)).min(RETRY_MAX);
+            lane.failures += 1;
+            LaneState::Waiting { until: now.mono + wait }
+        };
+        if let Some(poison) = poison {
+            stats.dropped(Drop::RefusedByServer);
+            self.done(&poison);
+        }
+    }
+
+    /// Something for a local user that need not be durable: a refusal.
+    pub fn send_own(&mut self, pair: DomainPair, stanza: Bytes, stats: &mut RelayStats) {
+        let key = LaneKey { pair, lane: 0 };
+        let lane = self.lanes.entry(key).or_insert_with(Lane::new);
+        if lane.queue.len() >= OWN_MAX {
+            return stats.dropped(Drop::AnswerQueueFull);
+        }
+        lane.queue.push_back(Copy::Own(stanza));
+    }
+
+    /// Opens lanes that are wanted, and gives out what they can take.
+    pub fn advance(&mut self, now: Now, stats: &mut RelayStats) {
+        if !self.reading && self.bytes < MEMORY_BYTES_MAX / 2 && self.taken < self.last {
+            self.reading = true;
+            self.outputs.push_back(Output::Read {
+                from: Seq(self.taken.0 + 1),
+                entries_max: READ_ENTRIES_MAX,
+                bytes_max: MEMORY_BYTES_MAX / 2,
+            });
+        }
+        let mut marked = BTreeMap::new();
+        let mut writes = Vec::new();
+        let mut oversize = Vec::new();
+        for (key, lane) in &mut self.lanes {
+            if lane.queue.is_empty() {
+                continue;
+            }
+            match lane.state {
+                LaneState::Waiting { until } if until > now.mono => {}
+                LaneState::Closed | LaneState::Waiting { .. } => {
+                    self.lives += 1;
+                    lane.state = LaneState::Opening { life: self.lives };
+                    self.outputs.push_back(Output::OpenLane {
+                        lane: key.clone(),
+                        life: self.lives,
+                    });
+                }
+                LaneState::Opening { .. } => {}
+                LaneState::Up {
+                    life, stanza_bytes_max, ..
+                } => {
+                    let mut stanzas = Vec::new();
+                    while lane.in_flight_bytes < IN_FLIGHT_BYTES_MAX
+                        && let Some(copy) = lane.queue.pop_front()
+                    {
+                        let bytes = match &copy {
+                            Copy::Own(bytes) => bytes.clone(),
+                            Copy::Of { seq, index } => {
+                                // Queued copies have their item: it goes only when all are confirmed.
+                                let Some(item) = self.items.get_mut(seq) else { continue };
+                                let bytes = item.cast.copy(*index);
+                                if bytes.len() > stanza_bytes_max {
+                                    oversize.push((copy, bytes));
+                                    continue;
+                                }
+                                item.given.set(*index);
+                                marked.insert(*seq, ());
+                                bytes
+                            }
+                        };
+                        lane.in_flight_bytes += bytes.len();
+                        lane.in_flight.push_back((copy, bytes.len()));
+                        stanzas.push(bytes);
+                    }
+                    if !stanzas.is_empty() {
+                        writes.push(Output::Write {
+                            lane: key.clone(),
+                            life,
+                            stanzas,
+                        });
+                    }
+                }
+            }
+        }
+        for seq in marked.into_keys() {
+            let given = self.items[&seq].given.0.clone();
+            self.outputs.push_back(Output::Change(Change::MarkInbox { seq, given }));
+        }
+        self.outputs.extend(writes);
+        for (copy, bytes) in oversize {
+            stats.dropped(Drop::OverServerLimit);
+            self.done(&copy);
+            if let Some(answer) = Stanza::parse(bytes)
+                .ok()
+                .and_then(|stanza| {
+                    let text = "The receiving server takes no stanza of this size.";
+                    bounce(&stanza, ErrorType::Modify, Condition::PolicyViolation, text)
+                })
+                .and_then(|answer| Stanza::parse(answer).ok())
+            {
+                self.outputs.push_back(Output::Answer(answer));
+            }
+        }
+    }
+
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    pub fn poll_timeout(&self) -> Option<Deadline> {
+        let until = self.lanes.values().filter_map(|lane| match lane.state {
+            LaneState::Waiting { until } if !lane.queue.is_empty() => Some(until),
+            LaneState::Closed | LaneState::Waiting { .. } | LaneState::Opening { .. } | LaneState::Up { .. } => None,
+        });
+        Some(Deadline {
+            at: until.min()?,
+            why: "lane retry",
+        })
+    }
+
+    /// Lanes that are up, and copies written to them that are not confirmed.
+    pub fn lanes_up(&self) -> (usize, usize) {
+        let up = self.lanes.values().filter(|lane| matches!(lane.state, LaneState::Up { .. }));
+        let in_flight = self.lanes.values().map(|lane| lane.in_flight.len()).sum();
+        (up.count(), in_flight)
+    }
+
+    /// Whether nothing waits for a lane or for its confirmation.
+    pub fn is_quiet(&self) -> bool {
+        self.taken == self.last && self.items.is_empty()
+    }
+
+    fn enqueue(&mut self, seq: Seq, pair: &DomainPair, cast: Cast, given: Bits) {
+        let copies = cast.recipients.len();
+        let waiting: Vec<usize> = (0..copies).filter(|&index| !given.get(index)).collect();
+        if waiting.is_empty() {
+            self.outputs.push_back(Output::Change(Change::DropInbox { seq }));
+            return;
+        }
+        for &index in &waiting {
+            let key = LaneKey {
+                pair: pair.clone(),
+                lane: lane_of(&cast.recipients[index], self.lanes_per_pair),
+            };
+            let lane = self.lanes.entry(key).or_insert_with(Lane::new);
+            lane.queue.push_back(Copy::Of { seq, index });
+        }
+        let bytes = cast.template.len() + cast.recipients.iter().map(Bytes::len).sum::<usize>();
+        self.bytes += bytes;
+        let item = Item {
+            cast,
+            given,
+            unconfirmed: waiting.len(),
+            bytes,
+        };
+        self.items.insert(seq, item);
+    }
+
+    fn done(&mut self, copy: &Copy) {
+        let Copy::Of { seq, .. } = copy else { return };
+        let Some(item) = self.items.get_mut(seq) else { return };
+        item.unconfirmed -= 1;
+        if item.unconfirmed == 0 {
+            self.bytes -= item.bytes;
+            self.items.remove(seq);
+            self.outputs.push_back(Output::Change(Change::DropInbox { seq: *seq }));
+        }
+    }
+
+    /// Reads an entry from the peer: `None` if it is void.
+    ///
+    /// The peer is trusted with its own domains only, and our server closes a stream on one bad byte, so the
+    /// stanza is checked as strictly as if it had come from a server.
+    fn admit(&self, encoded: &Bytes) -> Result<Option<(DomainPair, Cast)>, Drop> {
+        let cast = match Entry::decode(encoded).map_err(|_| Drop::Malformed)? {
+            Entry::Void => return Ok(None),
+            Entry::Cast(cast) => cast,
+        };
+        let first = cast.copy(0);
+        xml::check_stanza(&first).map_err(|_| Drop::Malformed)?;
+        let stanza = Stanza::parse(first).map_err(|_| Drop::Malformed)?;
+        let (Some(from), Some(to)) = (stanza.from(), stanza.to()) else {
+            return Err(Drop::Malformed);
+        };
+        let far = Domain::new(domain_of(&from)).map_err(|_| Drop::Malformed)?;
+        if !self.far.contains(&far) {
+            return Err(Drop::WrongSender);
+        }
+        let local = Domain::new(domain_of(&to)).map_err(|_| Drop::Malformed)?;
+        if !self.local.contains(&local) {
+            return Err(Drop::WrongRecipient);
+        }
+        for attribute in &cast.recipients[1..] {
+            let value = xml::attribute_value(attribute, "to").ok_or(Drop::Malformed)?;
+            if Domain::new(domain_of(&value)).map_err(|_| Drop::Malformed)? != local {
+                return Err(Drop::WrongRecipient);
+            }
+        }
+        Ok(Some((DomainPair { local, far }, cast)))
+    }
+}
+
+impl Lane {
+    fn new() -> Self {
+        Self {
+            state: LaneState::Closed,
+            queue: VecDeque::new(),
+            in_flight: VecDeque::new(),
+            in_flight_bytes: 0,
+            failures: 0,
+            suspect: None,
+        }
+    }
+}
+
+/// Spreads recipients over lanes (FNV-1a): always the same lane for one recipient, so its order is kept.
+fn lane_of(recipient: &[u8], lanes: u8) -> u8 {
+    let hash = recipient
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    u8::try_from((hash >> 32) % u64::from(lanes)).unwrap_or(0)
+}
+
+/// A set of copies: bit `k` of byte `k / 8`.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+struct Bits(Vec<u8>);
+
+impl Bits {
+    fn get(&self, index: usize) -> bool {
+        self.0.get(index / 8).is_some_and(|byte| byte & (1 << (index % 8)) != 0)
+    }
+
+    fn set(&mut self, index: usize) {
+        if self.0.len() <= index / 8 {
+            self.0.resize(index / 8 + 1, 0);
+        }
+        self.0[index / 8] |= 1 << (index % 8);
+    }
+
+    fn clear(&mut self, index: usize) {
+        if let Some(byte) = self.0.get_mut(index / 8) {
+            *byte &= !(1 << (index % 8));
+        }
+    }
+
+    fn count(&self) -> usize {
+        self.0.iter().map(|byte| byte.count_ones() as usize).sum()
+    }
+}
