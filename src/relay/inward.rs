@@ -118,7 +118,8 @@ pub struct Inward {
     last: Seq,
     /// Arrivals up to this one are in memory or done with; the rest, up to `last`, is only on disk.
     taken: Seq,
-    reading: bool,
+    /// While a read is under way: `last` when it was asked for.
+    reading: Option<Seq>,
     lives: u64,
     outputs: VecDeque<Output>,
 }
@@ -134,7 +135,7 @@ impl Inward {
             bytes: 0,
             last,
             taken: Seq(0),
-            reading: false,
+            reading: None,
             lives: 0,
             outputs: VecDeque::new(),
         }
@@ -158,10 +159,7 @@ impl Inward {
     }
 
     pub fn handle_read(&mut self, slots: Vec<Slot>, end: bool, stats: &mut RelayStats) {
-        self.reading = false;
-        if end && slots.is_empty() {
-            self.taken = self.last;
-        }
+        let Some(upto) = self.reading.take() else { return };
         for slot in slots {
             self.taken = slot.seq;
             // The configuration may have changed since the entry came, so it is looked at again.
@@ -177,6 +175,9 @@ impl Inward {
                     self.outputs.push_back(Output::Change(Change::DropInbox { seq: slot.seq }));
                 }
             }
+        }
+        if end {
+            self.taken = self.taken.max(upto);
         }
     }
 
@@ -288,8 +289,8 @@ impl Inward {
 
     /// Opens lanes that are wanted, and gives out what they can take.
     pub fn advance(&mut self, now: Now, stats: &mut RelayStats) {
-        if !self.reading && self.bytes < MEMORY_BYTES_MAX / 2 && self.taken < self.last {
-            self.reading = true;
+        if self.reading.is_none() && self.bytes < MEMORY_BYTES_MAX / 2 && self.taken < self.last {
+            self.reading = Some(self.last);
             self.outputs.push_back(Output::Read {
                 from: Seq(self.taken.0 + 1),
                 entries_max: READ_ENTRIES_MAX,
