@@ -595,7 +595,10 @@ fn a_million_entries_open_at_once() {
         let before = proc_self("io", "rchar:");
         let (store, answers, opening) = open(&path);
         let read = proc_self("io", "rchar:") - before;
-        assert_eq!((opening.levels.spool_entries, opening.spool_first), (1_000_000, Some(Seq(1))));
+        assert_eq!(
+            (opening.levels.spool_entries, opening.spool_first),
+            (1_000_000, Some(Seq(1)))
+        );
         // The log is at most a checkpoint's worth and a group.
         assert!(read < 12 << 20, "opening read {read} bytes");
         let memory = proc_self("status", "VmHWM:");

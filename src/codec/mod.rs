@@ -1,5 +1,6 @@
 //! Bytes ⇄ types, with limits: XML streams, queue entries, link frames, compression.
 
+pub mod check;
 pub mod compress;
 pub mod entry;
 pub mod frame;

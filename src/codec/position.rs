@@ -125,39 +125,3 @@ mod tests {
         assert_eq!((received.upto, received.beyond.len()), (Seq(257), 0));
     }
 }
-
-impl Received {
-    /// Notes the arrival of `seq`; `false` if it had arrived before.
-    pub fn note(&mut self, seq: Seq) -> bool {
-        if seq <= self.upto {
-            return false;
-        }
-        match self.beyond.binary_search(&seq) {
-            Ok(_) => return false,
-            Err(at) => self.beyond.insert(at, seq),
-        }
-        let contiguous = (1..).zip(&self.beyond).take_while(|(k, seq)| seq.0 == self.upto.0 + k).count();
-        self.upto.0 += contiguous as u64;
-        self.beyond.drain(..contiguous);
-        true
-    }
-
-    pub fn contains(&self, seq: Seq) -> bool {
-        seq <= self.upto || self.beyond.binary_search(&seq).is_ok()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Numbers that come out of order are kept apart until the gap before them is filled.
-    #[test]
-    fn closes_gaps() {
-        let mut received = Received::default();
-        let news: Vec<bool> = [1, 3, 4, 3, 2, 1, 6].into_iter().map(|seq| received.note(Seq(seq))).collect();
-        assert_eq!(news, [true, true, true, false, true, false, true]);
-        assert_eq!((received.upto, received.beyond.clone()), (Seq(4), vec![Seq(6)]));
-        assert!(received.contains(Seq(2)) && received.contains(Seq(6)) && !received.contains(Seq(5)));
-    }
-}

@@ -43,6 +43,10 @@ pub type Flow = Arc<str>;
 /// (for participants, moderators and the subject itself), so this is 300 rooms speaking within one window.
 const OPEN_MAX: usize = 1024;
 
+/// Addresses of one cast: with the largest stanza that a server writes (512 KiB) they stay within an entry
+/// ([`crate::codec::entry::ENTRY_BYTES_MAX`]). About 6,000 recipients; more make a second cast.
+const RECIPIENT_BYTES_MAX: usize = 256 * 1024;
+
 /// Sessions that are remembered, over all rooms. Beyond it everything is forgotten and learned again, which costs
 /// one window of delay for each room.
 const SESSIONS_MAX: usize = 100_000;
@@ -70,6 +74,7 @@ struct Group {
     /// The sender's full address and the kind: the copies of one event share them, whatever their variant.
     event: (String, Kind),
     recipients: BTreeSet<Bytes>,
+    recipient_bytes: usize,
     closes_at: Mono,
     /// Whether a whole room is addressed, so that its recipients tell who is in it.
     to_everybody: bool,
@@ -152,6 +157,7 @@ impl Collapse {
                 key,
                 event: (from.into_owned(), stanza.kind()),
                 recipients: BTreeSet::new(),
+                recipient_bytes: 0,
                 closes_at: now.mono + self.window,
                 to_everybody: spread == Spread::Room,
             },
@@ -206,7 +212,7 @@ impl Collapse {
     /// Whether `recipient` may stand in this group without being moved before something that came earlier.
     fn admits(&self, seq: Seq, recipient: &Bytes) -> bool {
         let group = &self.groups[&seq];
-        if group.recipients.contains(recipient) {
+        if group.recipients.contains(recipient) || group.recipient_bytes + recipient.len() > RECIPIENT_BYTES_MAX {
             return false;
         }
         let latest = self.flows.get(&group.flow).and_then(|flow| flow.latest.get(recipient));
@@ -225,6 +231,7 @@ impl Collapse {
         flow.open.insert(seq);
         flow.latest.insert(recipient.clone(), seq);
         self.by_key.insert(group.key.clone(), seq);
+        group.recipient_bytes += recipient.len();
         group.recipients.insert(recipient);
         self.groups.insert(seq, group);
         self.changed.insert(seq);
@@ -238,6 +245,7 @@ impl Collapse {
         if let Some(flow) = self.flows.get_mut(&group.flow) {
             flow.latest.insert(recipient.clone(), seq);
         }
+        group.recipient_bytes += recipient.len();
         group.recipients.insert(recipient);
         self.changed.insert(seq);
     }
@@ -248,7 +256,10 @@ impl Collapse {
         };
         let cast = group.cast();
         if self.changed.remove(&seq) {
-            self.outputs.push_back(Output::Write { seq, cast: cast.clone() });
+            self.outputs.push_back(Output::Write {
+                seq,
+                cast: cast.clone(),
+            });
         }
         if self.by_key.get(&group.key) == Some(&seq) {
             self.by_key.remove(&group.key);
@@ -464,8 +475,14 @@ mod tests {
     #[test]
     fn what_is_addressed_once_does_not_wait() {
         let mut collapse = Collapse::new(Seq(7), WINDOW);
-        collapse.handle_stanza(&stanza("<message type='chat' from='a@a.example/x' to='b@b.example'/>"), at(0));
-        collapse.handle_stanza(&stanza("<iq type='get' id='1' from='a@a.example/x' to='b.example'/>"), at(0));
+        collapse.handle_stanza(
+            &stanza("<message type='chat' from='a@a.example/x' to='b@b.example'/>"),
+            at(0),
+        );
+        collapse.handle_stanza(
+            &stanza("<iq type='get' id='1' from='a@a.example/x' to='b.example'/>"),
+            at(0),
+        );
         assert_eq!(sealed(&mut collapse), [(8, 1), (9, 1)]);
     }
 
@@ -519,7 +536,7 @@ mod tests {
             let mut got: BTreeMap<(String, String), Vec<Bytes>> = BTreeMap::new();
             for cast in finished.values() {
                 for k in 0..cast.recipients.len() {
-                    let copy = cast.copy(k);
+                    let copy = cast.copy(k).unwrap();
                     let stanza = Stanza::parse(copy.clone()).unwrap();
                     let room = stanza.from().unwrap()[..2].to_owned();
                     got.entry((room, stanza.to().unwrap().into_owned())).or_default().push(copy);

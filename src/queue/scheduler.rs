@@ -108,7 +108,15 @@ impl Scheduler {
     /// Takes in the wanted number as read back from the disk.
     pub fn load(&mut self, flow: Flow, seq: Seq, entry: Entry, accepted: Mono) {
         self.bytes += size(&entry);
-        self.push(flow, seq, Slot::Ready { entry, batch: 0, accepted });
+        self.push(
+            flow,
+            seq,
+            Slot::Ready {
+                entry,
+                batch: 0,
+                accepted,
+            },
+        );
     }
 
     fn push(&mut self, flow: Flow, seq: Seq, slot: Slot) {
@@ -269,7 +277,12 @@ mod tests {
     fn overtaking_is_bounded() {
         let mut scheduler = scheduler();
         let lines = Received::BEYOND_MAX as u64 + 50;
-        scheduler.load("big".into(), Seq(1), entry(1000 * (lines as usize + 10)), Mono::default());
+        scheduler.load(
+            "big".into(),
+            Seq(1),
+            entry(1000 * (lines as usize + 10)),
+            Mono::default(),
+        );
         for seq in 2..lines + 2 {
             scheduler.load("room".into(), Seq(seq), entry(10), Mono::default());
         }

@@ -24,9 +24,9 @@ use bytes::Bytes;
 use super::{Drop, LaneFault, LaneKey, RelayStats};
 use crate::{
     codec::{
+        check,
         entry::{Cast, Entry},
         position::Seq,
-        xml,
     },
     queue::journal::{Change, Slot},
     stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bounce, domain_of},
@@ -50,16 +50,30 @@ const RETRY_MAX: Duration = Duration::from_secs(15);
 /// A stanza on which this many lives of a lane ended in a row is set aside: everything behind it would wait for ever.
 const STRIKES_MAX: u32 = 3;
 
+/// Checked recipients that are remembered; some hundred bytes each.
+const RECIPIENTS_MAX: usize = 10_000;
+
 /// Answers of our own that wait for a lane. They are not durable; beyond this the newest is dropped and counted.
 const OWN_MAX: usize = 1024;
 
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Output {
     Change(Change),
-    OpenLane { lane: LaneKey, life: u64 },
+    OpenLane {
+        lane: LaneKey,
+        life: u64,
+    },
     /// To be written once the batch that holds the changes given out before it is on disk.
-    Write { lane: LaneKey, life: u64, stanzas: Vec<Bytes> },
-    Read { from: Seq, entries_max: usize, bytes_max: usize },
+    Write {
+        lane: LaneKey,
+        life: u64,
+        stanzas: Vec<Bytes>,
+    },
+    Read {
+        from: Seq,
+        entries_max: usize,
+        bytes_max: usize,
+    },
     /// An answer for a far sender.
     Answer(Stanza),
 }
@@ -83,8 +97,12 @@ enum LaneState {
     /// Nothing is queued, or nothing was yet.
     Closed,
     /// The server was not to be had.
-    Waiting { until: Mono },
-    Opening { life: u64 },
+    Waiting {
+        until: Mono,
+    },
+    Opening {
+        life: u64,
+    },
     Up {
         life: u64,
         /// Whether the server acknowledges stanzas.
@@ -114,6 +132,8 @@ pub struct Inward {
     lanes: BTreeMap<LaneKey, Lane>,
     items: BTreeMap<Seq, Item>,
     bytes: usize,
+    /// Recipients that were checked: the same ones come again with every message of a room.
+    recipients: BTreeMap<Bytes, Domain>,
     /// The last number given to an arrival. It is ours: a peer that lost its disk counts from 1 again.
     last: Seq,
     /// Arrivals up to this one are in memory or done with; the rest, up to `last`, is only on disk.
@@ -133,6 +153,7 @@ impl Inward {
             lanes: BTreeMap::new(),
             items: BTreeMap::new(),
             bytes: 0,
+            recipients: BTreeMap::new(),
             last,
             taken: Seq(0),
             reading: None,
@@ -151,7 +172,8 @@ impl Inward {
         let all_in_memory = self.taken == self.last;
         let seq = Seq(self.last.0 + 1);
         self.last = seq;
-        self.outputs.push_back(Output::Change(Change::PutInbox { seq, entry: encoded }));
+        self.outputs
+            .push_back(Output::Change(Change::PutInbox { seq, entry: encoded }));
         if all_in_memory && self.bytes < MEMORY_BYTES_MAX {
             self.taken = seq;
             self.enqueue(seq, &pair, cast, Bits::default());
@@ -169,10 +191,13 @@ impl Inward {
                     stats.in_doubt += given.count() as u64;
                     self.enqueue(slot.seq, &pair, cast, given);
                 }
-                Ok(None) => self.outputs.push_back(Output::Change(Change::DropInbox { seq: slot.seq })),
+                Ok(None) => self
+                    .outputs
+                    .push_back(Output::Change(Change::DropInbox { seq: slot.seq })),
                 Err(drop) => {
                     stats.dropped(drop);
-                    self.outputs.push_back(Output::Change(Change::DropInbox { seq: slot.seq }));
+                    self.outputs
+                        .push_back(Output::Change(Change::DropInbox { seq: slot.seq }));
                 }
             }
         }
@@ -259,7 +284,8 @@ impl Inward {
             {
                 item.given.clear(*index);
                 let given = item.given.0.clone();
-                self.outputs.push_back(Output::Change(Change::MarkInbox { seq: *seq, given }));
+                self.outputs
+                    .push_back(Output::Change(Change::MarkInbox { seq: *seq, given }));
             }
             lane.queue.push_front(copy);
         }
@@ -327,7 +353,7 @@ impl Inward {
                             Copy::Of { seq, index } => {
                                 // Queued copies have their item: it goes only when all are confirmed.
                                 let Some(item) = self.items.get_mut(seq) else { continue };
-                                let bytes = item.cast.copy(*index);
+                                let Some(bytes) = item.cast.copy(*index) else { continue };
                                 if bytes.len() > stanza_bytes_max {
                                     oversize.push((copy, bytes));
                                     continue;
@@ -389,7 +415,10 @@ impl Inward {
 
     /// Lanes that are up, and copies written to them that are not confirmed.
     pub fn lanes_up(&self) -> (usize, usize) {
-        let up = self.lanes.values().filter(|lane| matches!(lane.state, LaneState::Up { .. }));
+        let up = self
+            .lanes
+            .values()
+            .filter(|lane| matches!(lane.state, LaneState::Up { .. }));
         let in_flight = self.lanes.values().map(|lane| lane.in_flight.len()).sum();
         (up.count(), in_flight)
     }
@@ -440,32 +469,42 @@ impl Inward {
     ///
     /// The peer is trusted with its own domains only, and our server closes a stream on one bad byte, so the
     /// stanza is checked as strictly as if it had come from a server.
-    fn admit(&self, encoded: &Bytes) -> Result<Option<(DomainPair, Cast)>, Drop> {
+    fn admit(&mut self, encoded: &Bytes) -> Result<Option<(DomainPair, Cast)>, Drop> {
         let cast = match Entry::decode(encoded).map_err(|_| Drop::Malformed)? {
             Entry::Void => return Ok(None),
             Entry::Cast(cast) => cast,
         };
-        let first = cast.copy(0);
-        xml::check_stanza(&first).map_err(|_| Drop::Malformed)?;
-        let stanza = Stanza::parse(first).map_err(|_| Drop::Malformed)?;
-        let (Some(from), Some(to)) = (stanza.from(), stanza.to()) else {
-            return Err(Drop::Malformed);
-        };
+        let first = cast.copy(0).ok_or(Drop::Malformed)?;
+        let stanza = check::stanza(&first).map_err(|_| Drop::Malformed)?;
+        let from = stanza.from().ok_or(Drop::Malformed)?;
         let far = Domain::new(domain_of(&from)).map_err(|_| Drop::Malformed)?;
         if !self.far.contains(&far) {
             return Err(Drop::WrongSender);
         }
-        let local = Domain::new(domain_of(&to)).map_err(|_| Drop::Malformed)?;
+        let local = self.domain_of_recipient(&cast.recipients[0])?;
         if !self.local.contains(&local) {
             return Err(Drop::WrongRecipient);
         }
         for attribute in &cast.recipients[1..] {
-            let value = xml::attribute_value(attribute, "to").ok_or(Drop::Malformed)?;
-            if Domain::new(domain_of(&value)).map_err(|_| Drop::Malformed)? != local {
+            if self.domain_of_recipient(attribute)? != local {
                 return Err(Drop::WrongRecipient);
             }
         }
         Ok(Some((DomainPair { local, far }, cast)))
+    }
+
+    fn domain_of_recipient(&mut self, attribute: &Bytes) -> Result<Domain, Drop> {
+        if let Some(domain) = self.recipients.get(attribute) {
+            return Ok(domain.clone());
+        }
+        let to = check::to_attribute(attribute).map_err(|_| Drop::Malformed)?;
+        let domain = Domain::new(domain_of(&to)).map_err(|_| Drop::Malformed)?;
+        if self.recipients.len() >= RECIPIENTS_MAX {
+            self.recipients.clear();
+        }
+        self.recipients
+            .insert(Bytes::copy_from_slice(attribute), domain.clone());
+        Ok(domain)
     }
 }
 
@@ -484,9 +523,9 @@ impl Lane {
 
 /// Spreads recipients over lanes (FNV-1a): always the same lane for one recipient, so its order is kept.
 fn lane_of(recipient: &[u8], lanes: u8) -> u8 {
-    let hash = recipient
-        .iter()
-        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    let hash = recipient.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+    });
     u8::try_from((hash >> 32) % u64::from(lanes)).unwrap_or(0)
 }
 

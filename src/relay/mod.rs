@@ -31,7 +31,7 @@ use self::{inward::Inward, outward::Outward};
 use crate::{
     codec::{
         frame::Hello,
-        position::{Epoch, Received, Seq},
+        position::{Added, Epoch, Received, Seq},
     },
     link::session::{self, LinkError, LinkSession, SessionConfig},
     queue::{
@@ -149,14 +149,41 @@ pub struct Settings {
 #[derive(Clone, Debug)]
 pub enum Input {
     /// The `n`th stanza of a receiving stream.
-    Stanza { leg: LegId, n: u64, pair: DomainPair, stanza: Stanza },
+    Stanza {
+        leg: LegId,
+        n: u64,
+        pair: DomainPair,
+        stanza: Stanza,
+    },
     /// This batch and all before it are on disk; what the store holds now.
-    Committed { batch: u64, levels: Levels },
-    SpoolRead { slots: Vec<Slot>, end: bool },
-    InboxRead { slots: Vec<Slot>, end: bool },
-    LaneUp { lane: LaneKey, life: u64, acks: bool, stanza_bytes_max: Option<usize> },
-    LaneConfirmed { lane: LaneKey, life: u64, stanzas: u64 },
-    LaneDown { lane: LaneKey, life: u64, fault: LaneFault },
+    Committed {
+        batch: u64,
+        levels: Levels,
+    },
+    SpoolRead {
+        slots: Vec<Slot>,
+        end: bool,
+    },
+    InboxRead {
+        slots: Vec<Slot>,
+        end: bool,
+    },
+    LaneUp {
+        lane: LaneKey,
+        life: u64,
+        acks: bool,
+        stanza_bytes_max: Option<usize>,
+    },
+    LaneConfirmed {
+        lane: LaneKey,
+        life: u64,
+        stanzas: u64,
+    },
+    LaneDown {
+        lane: LaneKey,
+        life: u64,
+        fault: LaneFault,
+    },
     /// An authenticated connection to the peer begins, in place of any before it.
     LinkUp,
     LinkBytes(Bytes),
@@ -169,12 +196,30 @@ pub enum Input {
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Output {
     Commit(Batch),
-    ReadSpool { from: Seq, entries_max: usize, bytes_max: usize },
-    ReadInbox { from: Seq, entries_max: usize, bytes_max: usize },
+    ReadSpool {
+        from: Seq,
+        entries_max: usize,
+        bytes_max: usize,
+    },
+    ReadInbox {
+        from: Seq,
+        entries_max: usize,
+        bytes_max: usize,
+    },
     /// The `n`th stanza of this stream is on disk.
-    Accepted { leg: LegId, n: u64 },
-    OpenLane { lane: LaneKey, life: u64 },
-    WriteLane { lane: LaneKey, life: u64, stanzas: Vec<Bytes> },
+    Accepted {
+        leg: LegId,
+        n: u64,
+    },
+    OpenLane {
+        lane: LaneKey,
+        life: u64,
+    },
+    WriteLane {
+        lane: LaneKey,
+        life: u64,
+        stanzas: Vec<Bytes>,
+    },
     /// The connection must go: the peer broke the protocol, is dead, or we have no room.
     CloseLink(LinkClose),
 }
@@ -190,8 +235,15 @@ pub enum LinkClose {
 /// Waits for a batch to be on disk.
 #[derive(Debug)]
 enum Waiting {
-    Accept { leg: LegId, n: u64 },
-    Write { lane: LaneKey, life: u64, stanzas: Vec<Bytes> },
+    Accept {
+        leg: LegId,
+        n: u64,
+    },
+    Write {
+        lane: LaneKey,
+        life: u64,
+        stanzas: Vec<Bytes>,
+    },
     Stored(Received),
 }
 
@@ -236,7 +288,10 @@ impl Relay {
             session: None,
             received: opening.received.clone(),
             stored: opening.received.clone(),
-            batch: Batch { number: 1, changes: Vec::new() },
+            batch: Batch {
+                number: 1,
+                changes: Vec::new(),
+            },
             waiting: BTreeMap::new(),
             submitted: 0,
             committed: 0,
@@ -255,7 +310,12 @@ impl Relay {
             Input::Committed { batch, levels } => self.handle_committed(batch, levels, now),
             Input::SpoolRead { slots, end: _ } => self.outward.handle_read(slots, now, &mut self.stats),
             Input::InboxRead { slots, end } => self.inward.handle_read(slots, end, &mut self.stats),
-            Input::LaneUp { lane, life, acks, stanza_bytes_max } => {
+            Input::LaneUp {
+                lane,
+                life,
+                acks,
+                stanza_bytes_max,
+            } => {
                 self.inward.handle_lane_up(&lane, life, acks, stanza_bytes_max);
             }
             Input::LaneConfirmed { lane, life, stanzas } => {
@@ -358,7 +418,8 @@ impl Relay {
                 self.inward.send_own(pair, answer, &mut self.stats);
             }
         } else {
-            self.outward.handle_stanza(stanza, self.batch.number, now, &mut self.stats);
+            self.outward
+                .handle_stanza(stanza, self.batch.number, now, &mut self.stats);
         }
         self.wait(Waiting::Accept { leg, n });
     }
@@ -443,7 +504,7 @@ impl Relay {
     }
 
     fn handle_entry(&mut self, seq: Seq, entry: Bytes) {
-        if !self.received.note(seq) {
+        if self.received.add(seq) != Added::New {
             self.stats.duplicates += 1;
             return;
         }
@@ -459,7 +520,9 @@ impl Relay {
 
     /// The position goes with the batch that holds what it covers. Only its last value in a batch counts.
     fn note_received(&mut self) {
-        self.batch.changes.retain(|change| !matches!(change, Change::SetReceived(_)));
+        self.batch
+            .changes
+            .retain(|change| !matches!(change, Change::SetReceived(_)));
         self.batch.changes.push(Change::SetReceived(self.received.clone()));
         let waiting = self.waiting.entry(self.batch.number).or_default();
         waiting.retain(|waiting| !matches!(waiting, Waiting::Stored(_)));
@@ -479,8 +542,16 @@ impl Relay {
             if let Some(output) = self.outward.poll_output() {
                 match output {
                     outward::Output::Change(change) => self.batch.changes.push(change),
-                    outward::Output::Read { from, entries_max, bytes_max } => {
-                        reads.push(Output::ReadSpool { from, entries_max, bytes_max });
+                    outward::Output::Read {
+                        from,
+                        entries_max,
+                        bytes_max,
+                    } => {
+                        reads.push(Output::ReadSpool {
+                            from,
+                            entries_max,
+                            bytes_max,
+                        });
                     }
                 }
             } else if let Some(output) = self.inward.poll_output() {
@@ -488,11 +559,20 @@ impl Relay {
                     inward::Output::Change(change) => self.batch.changes.push(change),
                     inward::Output::OpenLane { lane, life } => self.outputs.push_back(Output::OpenLane { lane, life }),
                     inward::Output::Write { lane, life, stanzas } => self.wait(Waiting::Write { lane, life, stanzas }),
-                    inward::Output::Read { from, entries_max, bytes_max } => {
-                        reads.push(Output::ReadInbox { from, entries_max, bytes_max });
+                    inward::Output::Read {
+                        from,
+                        entries_max,
+                        bytes_max,
+                    } => {
+                        reads.push(Output::ReadInbox {
+                            from,
+                            entries_max,
+                            bytes_max,
+                        });
                     }
                     inward::Output::Answer(stanza) => {
-                        self.outward.handle_stanza(&stanza, self.batch.number, now, &mut self.stats);
+                        self.outward
+                            .handle_stanza(&stanza, self.batch.number, now, &mut self.stats);
                     }
                 }
             } else {
@@ -513,7 +593,11 @@ impl Relay {
         }
         let number = self.batch.number;
         self.submitted = number;
-        let next = Batch { number: number + 1, changes: Vec::new() };
-        self.outputs.push_back(Output::Commit(std::mem::replace(&mut self.batch, next)));
+        let next = Batch {
+            number: number + 1,
+            changes: Vec::new(),
+        };
+        self.outputs
+            .push_back(Output::Commit(std::mem::replace(&mut self.batch, next)));
     }
 }

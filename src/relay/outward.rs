@@ -38,7 +38,11 @@ const AGES_MAX: usize = 36_000;
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Output {
     Change(Change),
-    Read { from: Seq, entries_max: usize, bytes_max: usize },
+    Read {
+        from: Seq,
+        entries_max: usize,
+        bytes_max: usize,
+    },
 }
 
 #[derive(Debug)]
@@ -196,7 +200,11 @@ impl Outward {
 
     /// The next piece to cross, given the batches that are on disk.
     pub fn next(&mut self, committed: u64) -> Option<Piece> {
-        if self.open { self.scheduler.next(committed, self.acked) } else { None }
+        if self.open {
+            self.scheduler.next(committed, self.acked)
+        } else {
+            None
+        }
     }
 
     pub fn is_ready(&self, committed: u64) -> bool {
@@ -213,7 +221,9 @@ impl Outward {
 
     /// How long the oldest entry has waited, to the second.
     pub fn oldest(&self, now: Now) -> Duration {
-        self.ages.front().map_or(Duration::ZERO, |(_, since)| now.mono.since(*since))
+        self.ages
+            .front()
+            .map_or(Duration::ZERO, |(_, since)| now.mono.since(*since))
     }
 
     /// Takes the wanted number from its open group, if it has one.
@@ -265,7 +275,7 @@ fn flow_of(encoded: &Bytes) -> Option<(Flow, Entry)> {
     let flow = match &entry {
         Entry::Void => Flow::from(""),
         Entry::Cast(cast) => {
-            let stanza = Stanza::parse(cast.copy(0)).ok()?;
+            let stanza = Stanza::parse(cast.copy(0)?).ok()?;
             bare(&stanza.from()?).into()
         }
     };

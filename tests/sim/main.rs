@@ -15,7 +15,11 @@ use world::{Faults, World};
 const SEEDS: u64 = 300;
 
 fn seeds() -> Box<dyn Iterator<Item = u64>> {
-    let number = |name| std::env::var(name).ok().map(|text| text.parse::<u64>().expect("a number"));
+    let number = |name| {
+        std::env::var(name)
+            .ok()
+            .map(|text| text.parse::<u64>().expect("a number"))
+    };
     match (number("NARROWS_SIM_SEED"), number("NARROWS_SIM_SEEDS")) {
         (Some(seed), _) => Box::new(seed..=seed),
         (None, seeds) => Box::new(0..seeds.unwrap_or(SEEDS)),
@@ -54,23 +58,36 @@ fn quiet_world() {
 /// The link comes and goes at random, with whatever is in flight lost.
 #[test]
 fn bad_link() {
-    run(Faults { link: true, ..Faults::NONE });
+    run(Faults {
+        link: true,
+        ..Faults::NONE
+    });
 }
 
 /// The servers restart: lanes break at random.
 #[test]
 fn restarting_servers() {
-    run(Faults { lanes: true, ..Faults::NONE });
+    run(Faults {
+        lanes: true,
+        ..Faults::NONE
+    });
 }
 
 /// Processes are killed at random and start again from what their disks had finished.
 #[test]
 fn killed_processes() {
-    run(Faults { kills: true, ..Faults::NONE });
+    run(Faults {
+        kills: true,
+        ..Faults::NONE
+    });
 }
 
 /// Everything at once.
 #[test]
 fn everything_fails() {
-    run(Faults { link: true, lanes: true, kills: true });
+    run(Faults {
+        link: true,
+        lanes: true,
+        kills: true,
+    });
 }

@@ -58,7 +58,10 @@ impl Tally {
     }
 
     pub fn assert_covers(&self, faults: Faults) {
-        assert!(self.said > 0 && self.copies > self.casts && self.parts > 0, "too little was said");
+        assert!(
+            self.said > 0 && self.copies > self.casts && self.parts > 0,
+            "too little was said"
+        );
         assert_eq!(self.cuts > 0, faults.link);
         assert_eq!(self.lane_breaks > 0, faults.lanes);
         assert_eq!(self.kills > 0, faults.kills);
@@ -167,8 +170,14 @@ fn domain(text: &str) -> Domain {
 
 fn settings(name: char, other: char, random: &mut Random) -> Settings {
     Settings {
-        local: vec![domain(&format!("{name}.example")), domain(&format!("conference.{name}.example"))],
-        far: vec![domain(&format!("{other}.example")), domain(&format!("conference.{other}.example"))],
+        local: vec![
+            domain(&format!("{name}.example")),
+            domain(&format!("conference.{name}.example")),
+        ],
+        far: vec![
+            domain(&format!("{other}.example")),
+            domain(&format!("conference.{other}.example")),
+        ],
         collapse_window: Duration::from_millis(50),
         spool_bytes_max: 1 << 30,
         inbox_bytes_max: 1 << 30,
@@ -208,7 +217,10 @@ impl World {
             mono: Mono::from_start(Duration::ZERO),
             wall: Wall(1_800_000_000_000),
         };
-        let sites = [Site::new('a', 'b', &mut random, now), Site::new('b', 'a', &mut random, now)];
+        let sites = [
+            Site::new('a', 'b', &mut random, now),
+            Site::new('b', 'a', &mut random, now),
+        ];
         Self {
             random,
             faults,
@@ -282,8 +294,14 @@ impl World {
         self.numbers += 1;
         let number = self.numbers;
         let room = self.random.below(2);
-        let size = if self.random.one_in(12) { 3000 + self.random.below(4000) } else { self.random.below(80) };
-        let body: String = (0..size).map(|_| char::from(b'a' + self.random.below(26) as u8)).collect();
+        let size = if self.random.one_in(12) {
+            3000 + self.random.below(4000)
+        } else {
+            self.random.below(80)
+        };
+        let body: String = (0..size)
+            .map(|_| char::from(b'a' + self.random.below(26) as u8))
+            .collect();
         let reached = 1 + self.random.below(5);
         let copies = (0..reached).map(|user| match number % 3 {
             0 => format!(
@@ -310,7 +328,9 @@ impl World {
     }
 
     fn write_leg(&mut self, index: usize) {
-        let Some(bytes) = self.to_say[index].pop_front() else { return };
+        let Some(bytes) = self.to_say[index].pop_front() else {
+            return;
+        };
         let site = &mut self.sites[index];
         site.leg_count += 1;
         let (leg, n) = (LegId(site.leg), site.leg_count);
@@ -330,7 +350,13 @@ impl World {
         if let Some(batch) = site.batches.pop_front() {
             site.disk.commit(batch.number);
             let levels = site.disk.opening().levels;
-            self.handle(index, Input::Committed { batch: batch.number, levels });
+            self.handle(
+                index,
+                Input::Committed {
+                    batch: batch.number,
+                    levels,
+                },
+            );
         } else if let Some(read) = site.reads.pop_front() {
             self.handle(index, read);
         }
@@ -392,7 +418,15 @@ impl World {
             if !end.up {
                 end.up = true;
                 let acks = end.acks;
-                self.handle(index, Input::LaneUp { lane: key, life, acks, stanza_bytes_max: None });
+                self.handle(
+                    index,
+                    Input::LaneUp {
+                        lane: key,
+                        life,
+                        acks,
+                        stanza_bytes_max: None,
+                    },
+                );
                 continue;
             }
             let some = self.random.below(end.written.len() as u64 + 1);
@@ -409,7 +443,14 @@ impl World {
             }
             let end = self.sites[index].lanes.get_mut(&key).expect("still there");
             let stanzas = end.confirmed;
-            self.handle(index, Input::LaneConfirmed { lane: key, life, stanzas });
+            self.handle(
+                index,
+                Input::LaneConfirmed {
+                    lane: key,
+                    life,
+                    stanzas,
+                },
+            );
         }
     }
 
@@ -418,7 +459,9 @@ impl World {
     fn break_lane(&mut self, index: usize) {
         let site = &mut self.sites[index];
         let pick = self.random.below(site.lanes.len().max(1) as u64) as usize;
-        let Some(key) = site.lanes.keys().nth(pick).cloned() else { return };
+        let Some(key) = site.lanes.keys().nth(pick).cloned() else {
+            return;
+        };
         let mut end = site.lanes.remove(&key).expect("picked from the keys");
         if !end.acks {
             for bytes in end.written.drain(..) {
@@ -428,7 +471,14 @@ impl World {
         self.tally.lane_breaks += 1;
         let (life, confirmed) = (end.life, end.confirmed);
         if end.up {
-            self.handle(index, Input::LaneConfirmed { lane: key.clone(), life, stanzas: confirmed });
+            self.handle(
+                index,
+                Input::LaneConfirmed {
+                    lane: key.clone(),
+                    life,
+                    stanzas: confirmed,
+                },
+            );
         }
         let fault = LaneFault::Gone;
         self.handle(index, Input::LaneDown { lane: key, life, fault });
@@ -454,7 +504,8 @@ impl World {
                 site.heard.push(Copy::read(&bytes));
             }
         }
-        site.abandoned.extend(std::mem::take(&mut site.unaccepted).into_values());
+        site.abandoned
+            .extend(std::mem::take(&mut site.unaccepted).into_values());
         // A server without XEP-0198 does not know what it lost; the rest it still has to say goes to a new stream.
         site.leg += 1;
         site.leg_count = 0;
@@ -474,7 +525,11 @@ impl World {
                 self.now.mono = self.now.mono.max(deadline.at);
                 let before = deadline;
                 self.handle(index, Input::Timeout);
-                assert_ne!(self.sites[index].relay.poll_timeout(), Some(before), "a timeout must do something");
+                assert_ne!(
+                    self.sites[index].relay.poll_timeout(),
+                    Some(before),
+                    "a timeout must do something"
+                );
             }
         }
         self.now.mono = until;
@@ -494,16 +549,27 @@ impl World {
                     site.disk.apply(batch.clone());
                     site.batches.push_back(batch);
                 }
-                Output::ReadSpool { from, entries_max, bytes_max } => {
+                Output::ReadSpool {
+                    from,
+                    entries_max,
+                    bytes_max,
+                } => {
                     let (slots, end) = site.disk.read_spool(from, entries_max.min(3), bytes_max);
                     site.reads.push_back(Input::SpoolRead { slots, end });
                 }
-                Output::ReadInbox { from, entries_max, bytes_max } => {
+                Output::ReadInbox {
+                    from,
+                    entries_max,
+                    bytes_max,
+                } => {
                     let (slots, end) = site.disk.read_inbox(from, entries_max.min(3), bytes_max);
                     site.reads.push_back(Input::InboxRead { slots, end });
                 }
                 Output::Accepted { leg, n } => {
-                    let copy = site.unaccepted.remove(&(leg, n)).expect("accepted once, and only what was written");
+                    let copy = site
+                        .unaccepted
+                        .remove(&(leg, n))
+                        .expect("accepted once, and only what was written");
                     site.accepted.push(copy);
                 }
                 Output::OpenLane { lane, life } => {
@@ -515,7 +581,10 @@ impl World {
                         read: 0,
                         confirmed: 0,
                     };
-                    assert!(site.lanes.insert(lane, end).is_none(), "one stream for a lane at a time");
+                    assert!(
+                        site.lanes.insert(lane, end).is_none(),
+                        "one stream for a lane at a time"
+                    );
                 }
                 Output::WriteLane { lane, life, stanzas } => {
                     if let Some(end) = site.lanes.get_mut(&lane)
@@ -553,7 +622,8 @@ impl World {
             for copy in counts.keys() {
                 assert!(known.contains(*copy), "nobody said {copy:?}");
             }
-            self.tally.unaccepted_lost += from.abandoned.iter().filter(|copy| !counts.contains_key(copy)).count() as u64;
+            self.tally.unaccepted_lost +=
+                from.abandoned.iter().filter(|copy| !counts.contains_key(copy)).count() as u64;
             self.tally.parts += to.heard.iter().filter(|copy| copy.bytes.len() > 3000).count() as u64;
             let mut last: BTreeMap<(&str, &str), u64> = BTreeMap::new();
             for copy in &to.heard {
@@ -565,9 +635,17 @@ impl World {
         let casts = self.casts_before + self.sites.iter().map(|site| site.relay.stats().casts).sum::<u64>();
         self.tally.casts += casts;
         if !self.faults.kills {
-            let iqs: u64 = self.sites.iter().flat_map(|site| &site.accepted).filter(|copy| copy.number % 3 == 2).count() as u64;
+            let iqs: u64 = self
+                .sites
+                .iter()
+                .flat_map(|site| &site.accepted)
+                .filter(|copy| copy.number % 3 == 2)
+                .count() as u64;
             let casts_said = (1..=self.numbers).filter(|number| number % 3 != 2).count() as u64;
-            assert!(casts <= iqs + casts_said + self.late_copies(), "{casts} casts for {iqs} IQs and {casts_said} broadcasts");
+            assert!(
+                casts <= iqs + casts_said + self.late_copies(),
+                "{casts} casts for {iqs} IQs and {casts_said} broadcasts"
+            );
         }
     }
 
