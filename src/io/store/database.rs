@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::ErrorKind,
+    io::{ErrorKind, Read},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::Duration,
@@ -26,6 +26,9 @@ const APPLICATION_ID: i64 = 0x6e61_7277;
 
 /// Of the tables below. A file of another version is left alone.
 const FORMAT_VERSION: i64 = 1;
+
+/// Bytes: what SQLite keeps at the beginning of its files.
+const HEADER_SIZE: u64 = 100;
 
 /// Bytes. A commit writes whole pages: small ones halve what a slow flash has to take, against the usual 4096.
 const PAGE_SIZE: u64 = 2048;
@@ -117,14 +120,9 @@ impl Database {
             }
             create(path)?;
         }
-        let length = fs::metadata(path).map_err(|error| StoreError::io(path, &error))?.len();
-        if length == 0 {
-            // SQLite would take it for a new database.
-            return Err(StoreError::new(path, Fault::Corrupt, "it is empty"));
-        }
+        check_header(path)?;
         let fail = |error| StoreError::sqlite(path, &error);
         let connection = connect(path).map_err(fail)?;
-        check_format(path, &connection)?;
         if let Some(bytes) = options.file_bytes_max {
             let pages = i64::try_from(bytes / PAGE_SIZE).unwrap_or(i64::MAX).max(1);
             let _: i64 = connection
@@ -651,23 +649,34 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-fn check_format(path: &Path, connection: &Connection) -> Result<(), StoreError> {
-    let pragma = |name| {
-        connection
-            .pragma_query_value(None, name, |row| row.get::<_, i64>(0))
-            .map_err(|error| StoreError::sqlite(path, &error))
+/// Looks at the file before SQLite does, which would take an empty one for a new database and turn another's into WAL mode.
+fn check_header(path: &Path) -> Result<(), StoreError> {
+    let mut header = Vec::new();
+    fs::File::open(path)
+        .and_then(|file| file.take(HEADER_SIZE).read_to_end(&mut header))
+        .map_err(|error| StoreError::io(path, &error))?;
+    let number = |at: usize| {
+        header
+            .get(at..at + 4)
+            .map(|bytes| i64::from(u32::from_be_bytes([bytes[0], bytes[1], bytes[2], bytes[3]])))
     };
-    let application = pragma("application_id")?;
-    if application != APPLICATION_ID {
-        let detail = format!("an SQLite database of application {application:#x}");
-        return Err(StoreError::new(path, Fault::NotAStore, detail));
+    // Offsets by https://www.sqlite.org/fileformat2.html#the_database_header
+    match (header.starts_with(b"SQLite format 3\0"), number(60), number(68)) {
+        (true, Some(version), Some(APPLICATION_ID)) => match version {
+            FORMAT_VERSION => Ok(()),
+            _ => {
+                let detail = format!("version {version}, this narrows knows {FORMAT_VERSION}");
+                Err(StoreError::new(path, Fault::Version, detail))
+            }
+        },
+        (true, Some(_), Some(application)) => {
+            let detail = format!("an SQLite database of application {application:#x}");
+            Err(StoreError::new(path, Fault::NotAStore, detail))
+        }
+        (true, _, _) => Err(StoreError::new(path, Fault::Corrupt, "it ends within its header")),
+        (false, _, _) if header.is_empty() => Err(StoreError::new(path, Fault::Corrupt, "it is empty")),
+        (false, _, _) => Err(StoreError::new(path, Fault::NotAStore, "not an SQLite database")),
     }
-    let version = pragma("user_version")?;
-    if version != FORMAT_VERSION {
-        let detail = format!("version {version}, this narrows knows {FORMAT_VERSION}");
-        return Err(StoreError::new(path, Fault::Version, detail));
-    }
-    Ok(())
 }
 
 /// Makes an empty store under another name and gives it its own when it is whole and on disk, so that no

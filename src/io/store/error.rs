@@ -81,7 +81,9 @@ impl Fault {
                 "check the disk; restore the file with its -wal from a backup, or save what `sqlite3 FILE .recover` finds and move both \
                  away: narrows then starts with an empty store, and what waited in it is lost"
             }
-            Self::NotAStore => "check data_dir; move the file away if it does not belong there",
+            Self::NotAStore => {
+                "check data_dir, and move the file away if it does not belong there; if it was a store, its beginning is damaged: restore it with its -wal from a backup"
+            }
             Self::Version => "run the version of narrows that wrote it, or drain it there before changing versions",
             Self::Locked => "stop the other narrows (or sqlite3) that uses this data_dir",
             Self::Orphan => {
