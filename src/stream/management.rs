@@ -1,1 +1,1 @@
-//! (Being written.)
+//! Stream management counters (XEP-0198). (Being written.)
