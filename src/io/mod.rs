@@ -1,1 +1,10 @@
 //! Shells around the pure floors: sockets, TLS, files, clocks, DNS, HTTP.
+
+pub mod backoff;
+pub mod ca;
+pub mod clock;
+pub mod dns;
+pub mod lane;
+pub mod legs;
+pub mod tls;
+pub mod wire;
