@@ -244,3 +244,85 @@ fn content_error(path: &Path, error: impl ToString) -> AuthorityError {
         error: error.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use tokio_rustls::rustls::pki_types::UnixTime;
+
+    use super::*;
+    use crate::io::tls::Roots;
+
+    fn domains(names: &[&str]) -> Vec<Domain> {
+        names.iter().map(|name| Domain::new(name).unwrap()).collect()
+    }
+
+    fn mode(path: PathBuf) -> u32 {
+        path.metadata().unwrap().permissions().mode() & 0o777
+    }
+
+    /// What an authority issues is trusted by who trusts the authority, now and for a year, and names every domain.
+    #[test]
+    fn issues_what_its_root_vouches_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let dir = dir.path().join("ca");
+        let far = domains(&["a.example", "bücher.example", "conference.a.example"]);
+        Authority::create(&dir, "test", &far).unwrap();
+        let authority = Authority::load(&dir).unwrap();
+        let issued = authority.issue(&far).unwrap();
+
+        let roots = Roots::load(&dir.join("ca.pem")).unwrap();
+        let certificate = roots.examine(&issued.chain, UnixTime::now()).unwrap();
+        assert!(certificate.trusted);
+        assert_eq!(certificate.dns, ["a.example", "xn--bcher-kva.example", "conference.a.example"]);
+        assert_eq!(certificate.xmpp, ["a.example", "bücher.example", "conference.a.example"]);
+        assert!(!Roots::default().examine(&issued.chain, UnixTime::now()).unwrap().trusted);
+
+        let after = |days: u64| UnixTime::since_unix_epoch(Duration::from_secs(UnixTime::now().as_secs() + days * 86_400));
+        assert!(roots.examine(&issued.chain, after(395)).unwrap().trusted);
+        assert!(!roots.examine(&issued.chain, after(397)).unwrap().trusted);
+        Identity::new(issued).unwrap();
+    }
+
+    /// A stolen key is good for the far domains only: what it signs for another domain, nobody trusts.
+    #[test]
+    fn a_constrained_authority_cannot_vouch_for_others() {
+        let dir = tempfile::tempdir().unwrap();
+        let far = domains(&["a.example"]);
+        let authority = Authority::create(dir.path(), "test", &far).unwrap();
+        let roots = Roots::load(&dir.path().join("ca.pem")).unwrap();
+        let trusted = |names: &[&str]| {
+            let issued = authority.issue(&domains(names)).unwrap();
+            roots.examine(&issued.chain, UnixTime::now()).unwrap().trusted
+        };
+        assert!(trusted(&["a.example"]));
+        assert!(trusted(&["conference.a.example"]));
+        assert!(!trusted(&["bank.example"]));
+        assert!(!trusted(&["a.example", "bank.example"]));
+    }
+
+    /// Servers may trust what is there, so it is never overwritten; the key is its owner's alone.
+    #[test]
+    fn never_overwrites_and_hides_the_key() {
+        let dir = tempfile::tempdir().unwrap();
+        Authority::create(dir.path(), "test", &[]).unwrap();
+        assert_eq!(mode(dir.path().join("ca.key")), 0o600);
+        assert_eq!(mode(dir.path().join("ca.pem")), 0o644);
+        let before = std::fs::read(dir.path().join("ca.pem")).unwrap();
+
+        let again = Authority::create(dir.path(), "test", &[]).unwrap_err();
+        assert!(matches!(again, AuthorityError::Exists { .. }), "{again}");
+        std::fs::remove_file(dir.path().join("ca.key")).unwrap();
+        Authority::create(dir.path(), "test", &[]).unwrap_err();
+        assert_eq!(std::fs::read(dir.path().join("ca.pem")).unwrap(), before);
+    }
+
+    /// What is missing or broken is said with its path.
+    #[test]
+    fn a_missing_authority_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Authority::load(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("ca.key"), "{error}");
+    }
+}

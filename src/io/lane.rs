@@ -62,6 +62,8 @@ pub struct LegContext {
     pub resolver: Resolver,
     /// Where our own server is.
     pub server: Location,
+    /// Connections that the server may have open to us at once.
+    pub connections_max: u32,
 }
 
 #[derive(Debug)]

@@ -44,9 +44,6 @@ use crate::{
 /// Connections that have not authenticated. A server has two per domain pair on the way at most; the rest is for scanners.
 const UNAUTHENTICATED_MAX: usize = 256;
 
-/// All connections, against a server that opens them in a loop. A site has a few per domain pair.
-const LEGS_MAX: usize = 4096;
-
 /// Dialback questions to our server that are on the way at once: for one stream, and for all.
 const LEG_VERIFICATIONS_MAX: usize = 16;
 const VERIFICATIONS_MAX: usize = 64;
@@ -162,13 +159,14 @@ struct Inner {
 
 impl Legs {
     pub fn new(context: Arc<LegContext>, routes: Routes, handle: LegHandle) -> Self {
+        let connections_max = context.connections_max;
         Self(Arc::new(Inner {
             context,
             routes,
             handle,
             next_leg: AtomicU64::new(1),
             unauthenticated: Arc::new(Semaphore::new(UNAUTHENTICATED_MAX)),
-            connections: Arc::new(Semaphore::new(LEGS_MAX)),
+            connections: Arc::new(Semaphore::new(connections_max as usize)),
             verifications: Arc::new(Semaphore::new(VERIFICATIONS_MAX)),
             draining: watch::Sender::new(false),
         }))
@@ -196,7 +194,7 @@ impl Legs {
     /// before it closes its side is taken and committed as ever.
     pub async fn drain(&self, patience: Duration) {
         self.0.draining.send_replace(true);
-        let all = u32::try_from(LEGS_MAX).unwrap_or(u32::MAX);
+        let all = self.0.context.connections_max;
         if timeout(patience, self.0.connections.acquire_many(all)).await.is_err() {
             warn!("Some streams of the server were still open after the time for draining.");
         }

@@ -499,3 +499,109 @@ impl ClientCertVerifier for AnyCertificate {
         self.schemes()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+    use crate::io::ca::Authority;
+
+    /// An identity for `domain` and the root that vouches for it.
+    fn identity(domain: &str) -> (Arc<Identity>, Vec<CertificateDer<'static>>) {
+        let dir = tempfile::tempdir().unwrap();
+        let domains = [Domain::new(domain).unwrap()];
+        let authority = Authority::create(dir.path(), "test", &domains).unwrap();
+        let roots = read_certificates(&dir.path().join("ca.pem")).unwrap();
+        (Identity::new(authority.issue(&domains).unwrap()).unwrap(), roots)
+    }
+
+    struct Handshakes {
+        client: Result<Option<Certificate>, TlsError>,
+        server: Result<Option<Certificate>, TlsError>,
+    }
+
+    /// Both roles, each with a certificate of its own, each knowing the other's root or not.
+    async fn shake_hands(roots_known: bool, trust: ServerTrust, direct_tls: bool) -> Handshakes {
+        let (near, near_root) = identity("near.example");
+        let (far, far_root) = identity("far.example");
+        let known = |roots| Arc::new(if roots_known { Roots::new(roots) } else { Roots::default() });
+        let acceptor = Acceptor::new(far, known(near_root)).unwrap();
+        let connector = Connector::new(near, known(far_root), trust).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = async {
+            let (tcp, _) = listener.accept().await.unwrap();
+            let (mut tls, certificate) = acceptor.accept(tcp, direct_tls).await?;
+            let _ = tls.write_all(b"hello").await;
+            let _ = tls.flush().await;
+            Ok(certificate)
+        };
+        let client = async {
+            let tcp = TcpStream::connect(address).await.unwrap();
+            let domain = Domain::new("far.example").unwrap();
+            let (mut tls, certificate) = connector.connect(tcp, &domain, direct_tls).await?;
+            tls.read_exact(&mut [0; 5]).await?;
+            Ok(certificate)
+        };
+        let (client, server) = tokio::join!(client, server);
+        Handshakes { client, server }
+    }
+
+    /// Each side learns the other's names, and whether a root vouches for them, with STARTTLS and with direct TLS.
+    #[tokio::test]
+    async fn both_sides_learn_what_the_other_proves() {
+        for roots_known in [false, true] {
+            for direct_tls in [false, true] {
+                let done = shake_hands(roots_known, ServerTrust::Any, direct_tls).await;
+                let (server, client) = (done.client.unwrap().unwrap(), done.server.unwrap().unwrap());
+                assert_eq!(server.dns, ["far.example"]);
+                assert_eq!(client.dns, ["near.example"]);
+                assert_eq!((server.trusted, client.trusted), (roots_known, roots_known));
+            }
+        }
+    }
+
+    /// With `Verified`, an unknown root ends the connection before a byte of XMPP is said.
+    #[tokio::test]
+    async fn verified_refuses_an_unknown_root() {
+        let done = shake_hands(false, ServerTrust::Verified, false).await;
+        assert!(matches!(done.client, Err(TlsError::NotProven(_))));
+    }
+
+    /// A self-signed certificate is trusted where it is listed itself, and SRV and XMPP names are read.
+    #[test]
+    fn a_listed_certificate_is_its_own_root() {
+        let mut params = rcgen::CertificateParams::new(["b.example".to_owned()]).unwrap();
+        let other_name = |kind: u64, value: &str| {
+            rcgen::SanType::OtherName((vec![1, 3, 6, 1, 5, 5, 7, 8, kind], value.into()))
+        };
+        params.subject_alt_names.extend([
+            other_name(5, "b.example"),
+            other_name(7, "_xmpp-server.b.example"),
+            other_name(9, "somebody@b.example"),
+        ]);
+        let key = rcgen::KeyPair::generate().unwrap();
+        let chain = [params.self_signed(&key).unwrap().der().clone()];
+        assert!(!Roots::default().examine(&chain, UnixTime::now()).unwrap().trusted);
+        let certificate = Roots::new(chain.to_vec()).examine(&chain, UnixTime::now()).unwrap();
+        let expected = Certificate {
+            trusted: true,
+            dns: vec!["b.example".to_owned()],
+            srv: vec!["_xmpp-server.b.example".to_owned()],
+            xmpp: vec!["b.example".to_owned()],
+        };
+        assert_eq!(certificate, expected);
+    }
+
+    /// No certificate, or one that is none, proves nothing and breaks nothing.
+    #[test]
+    fn rubbish_proves_nothing() {
+        let rubbish = CertificateDer::from(vec![0x30, 0x03, 1, 2, 3]);
+        assert_eq!(Roots::default().examine(&[rubbish], UnixTime::now()), None);
+        assert_eq!(Roots::default().examine(&[], UnixTime::now()), None);
+    }
+}

@@ -299,3 +299,81 @@ impl AsyncWrite for Transport {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    async fn pair() -> (Wire, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (near, far) = tokio::join!(connect(address, CLOSE_MAX), listener.accept());
+        (Wire::plain(near.unwrap()), far.unwrap().0)
+    }
+
+    /// Only what the kernel took counts as accepted: with a server that does not read, the count stays behind.
+    #[tokio::test]
+    async fn counts_what_the_kernel_took() {
+        let (mut wire, mut far) = pair().await;
+        let all = 64 * 1024 * 1024;
+        wire.send(&vec![b'x'; all]);
+        let mut taken = 0;
+        loop {
+            match timeout(Duration::from_millis(300), wire.next(true)).await {
+                Ok(event) => assert_eq!(event.unwrap(), WireEvent::Flushed),
+                Err(_) => break,
+            }
+            taken = wire.accepted();
+        }
+        assert!(taken > 0 && taken < all as u64, "{taken}");
+        assert_eq!(taken + wire.waiting() as u64, all as u64);
+
+        let reader = tokio::spawn(async move {
+            let mut rest = Vec::new();
+            far.read_to_end(&mut rest).await.unwrap();
+            rest.len()
+        });
+        wire.flush().await.unwrap();
+        assert_eq!((wire.accepted(), wire.waiting()), (all as u64, 0));
+        wire.close().await;
+        assert_eq!(reader.await.unwrap(), all);
+    }
+
+    /// What a server said before it reset the connection is read, although writing fails already.
+    #[tokio::test]
+    async fn hears_the_last_words_of_a_broken_connection() {
+        let (mut wire, mut far) = pair().await;
+        far.write_all(b"last words").await.unwrap();
+        wire.send(b"unread, so that the close is a reset");
+        wire.flush().await.unwrap();
+        SockRef::from(&far).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(far);
+        // Until the reset is here, writes succeed.
+        let mut heard = Vec::new();
+        loop {
+            wire.send(b"more");
+            match wire.next(true).await {
+                Ok(WireEvent::Bytes(bytes)) => heard.extend_from_slice(&bytes),
+                Ok(WireEvent::Flushed) => (),
+                Ok(WireEvent::Eof) | Err(_) => break,
+            }
+        }
+        assert_eq!(heard, b"last words");
+    }
+
+    /// With reading held back nothing is read, and nothing of it is lost.
+    #[tokio::test]
+    async fn reads_only_when_asked() {
+        let (mut wire, mut far) = pair().await;
+        far.write_all(b"later").await.unwrap();
+        assert!(timeout(Duration::from_millis(50), wire.next(false)).await.is_err());
+        assert_eq!(wire.next(true).await.unwrap(), WireEvent::Bytes(Bytes::from_static(b"later")));
+        drop(far);
+        assert_eq!(wire.next(true).await.unwrap(), WireEvent::Eof);
+    }
+}
