@@ -1,1 +1,602 @@
-//! (Being written.)
+//! Every metric there is: name, kind, help and labels, in one list.
+//!
+//! A metric is a constant with the labels in its type: `metrics::LINK_UP.set("shore", 1.0)`. Labels are peers (a handful, from
+//! the configuration) and closed sets of words; never addresses or rooms, which have no bound and are personal data. All
+//! series exist from the start, at 0: a counter that is born at 1 hides its first event from `rate()`.
+//! Without a recorder (in tests, in tools) every call does nothing.
+
+use std::{
+    fmt,
+    marker::PhantomData,
+    sync::OnceLock,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use metrics::{Key, KeyName, Level, Metadata, SharedString, Unit, with_recorder};
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+/// What is known about one metric.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Metric {
+    pub name: &'static str,
+    pub kind: Kind,
+    pub help: &'static str,
+    /// The names of its labels, and the words each may have.
+    pub labels: &'static [(&'static str, Words)],
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    Counter,
+    Gauge,
+    /// With these upper bounds.
+    Histogram(&'static [f64]),
+}
+
+/// What a label's value may be.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Words {
+    /// The name of a configured peer.
+    Peers,
+    /// One of these. Anything else is counted as the last of them.
+    Closed(&'static [&'static str]),
+}
+
+/// One label, as a type: a counter cannot be given a leg where it wants a reason.
+pub trait Label {
+    const NAME: &'static str;
+    const WORDS: Words;
+    /// What the caller gives.
+    type Value<'v>;
+
+    fn text(value: Self::Value<'_>) -> SharedString;
+}
+
+/// The labels of one metric: none, one, or a tuple.
+pub trait Labels {
+    const ALL: &'static [(&'static str, Words)];
+    type Values<'v>;
+
+    fn texts(values: Self::Values<'_>) -> Vec<metrics::Label>;
+}
+
+/// Goes up only.
+pub struct Counter<L>(Metric, PhantomData<fn(L)>);
+
+/// Goes up and down.
+pub struct Gauge<L>(Metric, PhantomData<fn(L)>);
+
+/// How often, by size.
+pub struct Histogram<L>(Metric, PhantomData<fn(L)>);
+
+impl<L: Labels> Counter<L> {
+    pub fn add(&self, labels: L::Values<'_>, by: u64) {
+        self.handle(labels).increment(by);
+    }
+
+    pub fn increment(&self, labels: L::Values<'_>) {
+        self.add(labels, 1);
+    }
+
+    /// Follows a count that is kept elsewhere. A smaller one than before changes nothing.
+    pub fn follow(&self, labels: L::Values<'_>, count: u64) {
+        self.handle(labels).absolute(count);
+    }
+
+    /// To be kept where it is counted often: it spares the look-up.
+    pub fn handle(&self, labels: L::Values<'_>) -> metrics::Counter {
+        with_recorder(|recorder| recorder.register_counter(&key::<L>(&self.0, labels), &METADATA))
+    }
+}
+
+impl<L: Labels> Gauge<L> {
+    pub fn set(&self, labels: L::Values<'_>, value: f64) {
+        self.handle(labels).set(value);
+    }
+
+    pub fn add(&self, labels: L::Values<'_>, by: f64) {
+        self.handle(labels).increment(by);
+    }
+
+    /// As [`Counter::handle`].
+    pub fn handle(&self, labels: L::Values<'_>) -> metrics::Gauge {
+        with_recorder(|recorder| recorder.register_gauge(&key::<L>(&self.0, labels), &METADATA))
+    }
+}
+
+impl<L: Labels> Histogram<L> {
+    pub fn record(&self, labels: L::Values<'_>, value: f64) {
+        self.handle(labels).record(value);
+    }
+
+    pub fn record_period(&self, labels: L::Values<'_>, period: Duration) {
+        self.record(labels, period.as_secs_f64());
+    }
+
+    /// As [`Counter::handle`].
+    pub fn handle(&self, labels: L::Values<'_>) -> metrics::Histogram {
+        with_recorder(|recorder| recorder.register_histogram(&key::<L>(&self.0, labels), &METADATA))
+    }
+}
+
+macro_rules! metric_type {
+    ($type:ident) => {
+        impl<L> $type<L> {
+            pub const fn metric(&self) -> &Metric {
+                &self.0
+            }
+        }
+
+        impl<L> fmt::Debug for $type<L> {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(self.0.name)
+            }
+        }
+    };
+}
+
+metric_type!(Counter);
+metric_type!(Gauge);
+metric_type!(Histogram);
+
+static METADATA: Metadata<'static> = Metadata::new("narrows", Level::INFO, Some("narrows"));
+
+fn key<L: Labels>(metric: &Metric, labels: L::Values<'_>) -> Key {
+    Key::from_parts(metric.name, L::texts(labels))
+}
+
+/// A peer's name.
+#[derive(Clone, Copy, Debug)]
+pub struct Peer;
+
+impl Label for Peer {
+    const NAME: &'static str = "peer";
+    const WORDS: Words = Words::Peers;
+    type Value<'v> = &'v str;
+
+    fn text(peer: &str) -> SharedString {
+        SharedString::from_owned(peer.to_owned())
+    }
+}
+
+/// A label whose words are ours alone.
+macro_rules! words {
+    ($(#[$doc:meta])* $type:ident, $name:literal: $($(#[$word_doc:meta])* $variant:ident = $word:expr),+ $(,)?) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+        pub enum $type {
+            $($(#[$word_doc])* $variant,)+
+        }
+
+        impl $type {
+            pub const fn as_label(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $word,)+
+                }
+            }
+        }
+
+        impl Label for $type {
+            const NAME: &'static str = $name;
+            const WORDS: Words = Words::Closed(&[$($word),+]);
+            type Value<'v> = Self;
+
+            fn text(value: Self) -> SharedString {
+                SharedString::const_str(value.as_label())
+            }
+        }
+    };
+}
+
+/// A label whose words are the `as_label()` of another module's error or reason. A word that is not listed here is counted
+/// as the last one, so that the number of series stays what it is.
+macro_rules! reasons {
+    ($(#[$doc:meta])* $type:ident: $($word:literal),+ $(,)?) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug)]
+        pub struct $type;
+
+        impl Label for $type {
+            const NAME: &'static str = "reason";
+            const WORDS: Words = Words::Closed(&[$($word),+]);
+            type Value<'v> = &'static str;
+
+            fn text(value: &'static str) -> SharedString {
+                const ALL: &[&str] = &[$($word),+];
+                let listed = ALL.iter().find(|word| **word == value);
+                SharedString::const_str(listed.unwrap_or(&ALL[ALL.len() - 1]))
+            }
+        }
+    };
+}
+
+words! {
+    /// Which way something crosses the link, as this side sees it.
+    Direction, "direction": Sent = "sent", Received = "received",
+}
+words! {
+    /// Where on its way down to the wire something is counted.
+    Layer, "level":
+    /// Our frames, before compression.
+    Frame = "frame",
+    /// What TLS was given: after compression.
+    Tls = "tls",
+    /// What TCP was given: with TLS's own share.
+    Tcp = "tcp",
+}
+words! {
+    /// Who opened the stream: our server (receiving) or we (initiating).
+    Leg, "leg": Receiving = "receiving", Initiating = "initiating",
+}
+words! {
+    LegState, "state": Negotiating = "negotiating", Ready = "ready",
+}
+words! {
+    StanzaKind, "kind": Message = "message", Presence = "presence", Iq = "iq",
+}
+words! {
+    AdminPath, "path": Metrics = "metrics", Healthz = "healthz", Readyz = "readyz", Status = "status", Other = "other",
+}
+words! {
+    Version, "version": This = env!("CARGO_PKG_VERSION"),
+}
+
+reasons! {
+    /// Why a connection between the sidecars ended.
+    LinkClosed: "drained", "replaced", "dead", "io", "tls", "version", "protocol", "store", "peer", "other",
+}
+reasons! {
+    /// Why a connection to the link's listener came to nothing.
+    LinkRefused: "unknown_key", "tls", "timeout", "too_many", "other",
+}
+reasons! {
+    /// Why a stream with our server ended: `CloseReason::as_label` of `stream`.
+    LegClosed: "closed_by_server", "drained", "eof", "done", "server_error", "our_error", "failed", "timeout", "io", "other",
+}
+reasons! {
+    /// Why a stanza from our server was refused. Its sender was told, where that does no harm.
+    Refused: "queue_full", "too_large", "too_many_recipients", "store", "other",
+}
+reasons! {
+    /// Why something from a peer was dropped. None of it should happen.
+    Dropped: "wrong_from", "wrong_to", "malformed", "too_large", "other",
+}
+
+impl Labels for () {
+    const ALL: &'static [(&'static str, Words)] = &[];
+    type Values<'v> = ();
+
+    fn texts((): ()) -> Vec<metrics::Label> {
+        Vec::new()
+    }
+}
+
+impl<A: Label> Labels for (A,) {
+    const ALL: &'static [(&'static str, Words)] = &[(A::NAME, A::WORDS)];
+    type Values<'v> = A::Value<'v>;
+
+    fn texts(a: A::Value<'_>) -> Vec<metrics::Label> {
+        vec![label::<A>(a)]
+    }
+}
+
+impl<A: Label, B: Label> Labels for (A, B) {
+    const ALL: &'static [(&'static str, Words)] = &[(A::NAME, A::WORDS), (B::NAME, B::WORDS)];
+    type Values<'v> = (A::Value<'v>, B::Value<'v>);
+
+    fn texts((a, b): Self::Values<'_>) -> Vec<metrics::Label> {
+        vec![label::<A>(a), label::<B>(b)]
+    }
+}
+
+impl<A: Label, B: Label, C: Label> Labels for (A, B, C) {
+    const ALL: &'static [(&'static str, Words)] = &[(A::NAME, A::WORDS), (B::NAME, B::WORDS), (C::NAME, C::WORDS)];
+    type Values<'v> = (A::Value<'v>, B::Value<'v>, C::Value<'v>);
+
+    fn texts((a, b, c): Self::Values<'_>) -> Vec<metrics::Label> {
+        vec![label::<A>(a), label::<B>(b), label::<C>(c)]
+    }
+}
+
+fn label<L: Label>(value: L::Value<'_>) -> metrics::Label {
+    metrics::Label::new(L::NAME, L::text(value))
+}
+
+/// A commit is one flush of the disk: 50 µs on a good one, tens of milliseconds on a memory card.
+const COMMIT_BOUNDS: &[f64] = &[0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0];
+
+/// A link may be down for a day, and what waited for it is delivered all the same.
+const DELIVERY_BOUNDS: &[f64] = &[
+    0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14_400.0, 43_200.0, 86_400.0,
+];
+
+macro_rules! declare {
+    ($($constant:ident: $type:ident $(($bounds:expr))? <$($label:ident),*> = $name:literal, $help:literal;)+) => {
+        $(
+            #[doc = $help]
+            pub const $constant: $type<($($label,)*)> = $type(
+                Metric {
+                    name: $name,
+                    kind: Kind::$type $(($bounds))?,
+                    help: $help,
+                    labels: <($($label,)*) as Labels>::ALL,
+                },
+                PhantomData,
+            );
+        )+
+
+        /// All of them.
+        pub const ALL: &[&Metric] = &[$($constant.metric()),+];
+    };
+}
+
+declare! {
+    BUILD_INFO: Gauge<Version> = "narrows_build_info", "Always 1; the version is in the label.";
+    START_TIME: Gauge<> = "process_start_time_seconds", "When this process started, in seconds since 1970.";
+    ADMIN_REQUESTS: Counter<AdminPath> = "narrows_admin_requests_total", "Requests to the admin port, by path.";
+
+    LINK_UP: Gauge<Peer> = "narrows_link_up", "Whether the link to the peer is up (1) or down (0).";
+    LINK_CONNECTS: Counter<Peer> = "narrows_link_connects_total", "Times that the link to the peer came up.";
+    LINK_CLOSED: Counter<Peer, LinkClosed> = "narrows_link_closed_total",
+        "Times that the link to the peer, or an attempt at it, ended, by reason.";
+    LINK_REFUSED: Counter<LinkRefused> = "narrows_link_refused_total",
+        "Connections to the link's listener that were not let in, by reason.";
+    LINK_RTT: Gauge<Peer> = "narrows_link_rtt_seconds",
+        "The last measured round trip to the peer, the wait in the queue of the modem included; 0 if none was measured.";
+    LINK_BYTES: Counter<Peer, Direction, Layer> = "narrows_link_bytes_total",
+        "Bytes on the link: as frames before compression, as given to TLS, and as given to TCP. Headers of TCP and IP come on top.";
+    LINK_BATCHES: Counter<Peer, Direction> = "narrows_link_batches_total",
+        "Batches on the link: what was compressed and flushed together.";
+
+    ENTRIES: Counter<Peer, Direction> = "narrows_entries_total",
+        "Queue entries that crossed the link: a cast or a single stanza is one. Those sent again after a reconnect count again on the sending side.";
+    CASTS: Counter<Peer, Direction> = "narrows_casts_total", "Entries with more than one recipient.";
+    COPIES: Counter<Peer, Direction> = "narrows_copies_total",
+        "Stanzas that the server gave us for the peer (sent), and that we have for the server from the peer (received), each recipient's counted.";
+    DUPLICATES_DROPPED: Counter<Peer> = "narrows_duplicates_dropped_total",
+        "Entries that the peer sent again although they were stored here already. Dropping them is what makes delivery exact.";
+    DROPPED: Counter<Peer, Dropped> = "narrows_dropped_total",
+        "Entries of the peer that were dropped because it may not send them, by reason. Anything above 0 needs a look.";
+
+    SPOOL_ENTRIES: Gauge<Peer> = "narrows_spool_entries", "Entries that wait to cross, or for the peer's acknowledgement.";
+    SPOOL_BYTES: Gauge<Peer> = "narrows_spool_bytes", "Bytes of the entries in the spool.";
+    SPOOL_OLDEST: Gauge<Peer> = "narrows_spool_oldest_seconds", "How long the oldest entry in the spool has waited.";
+    INBOX_ENTRIES: Gauge<Peer> = "narrows_inbox_entries", "Entries that have crossed and wait for the local server.";
+    INBOX_BYTES: Gauge<Peer> = "narrows_inbox_bytes", "Bytes of the entries in the inbox.";
+    QUEUE_LIMIT_BYTES: Gauge<> = "narrows_queue_limit_bytes", "The configured limit of each spool and each inbox.";
+    QUEUE_LIMIT_ENTRIES: Gauge<> = "narrows_queue_limit_entries", "As narrows_queue_limit_bytes, in entries.";
+    DELIVERY: Histogram(DELIVERY_BOUNDS)<Peer> = "narrows_delivery_seconds",
+        "From when an entry was accepted until the peer said that it is stored there.";
+
+    STANZAS: Counter<Peer, Leg, StanzaKind> = "narrows_stanzas_total",
+        "Stanzas on the streams with the local server, by who opened the stream and by kind.";
+    STANZA_BYTES: Counter<Peer, Direction> = "narrows_stanza_bytes_total",
+        "What plain S2S would have carried over the link: the bytes of every copy of every stanza.";
+    REFUSED: Counter<Refused> = "narrows_refused_total", "Stanzas of the local server that were refused, by reason.";
+    LEGS: Gauge<Leg, LegState> = "narrows_legs", "Streams with the local server that are open now.";
+    LEG_OPENED: Counter<Leg> = "narrows_leg_opened_total", "Connections with the local server that came about.";
+    LEG_CLOSED: Counter<Leg, LegClosed> = "narrows_leg_closed_total",
+        "Streams with the local server that ended, by reason. One that idles out is normal.";
+    LANE_UNCONFIRMED: Gauge<Peer> = "narrows_lane_unconfirmed",
+        "Copies written to a stream that has acknowledgements (XEP-0198) and not acknowledged by the server yet.";
+    IN_DOUBT: Counter<Peer> = "narrows_in_doubt_total",
+        "Copies of which nobody can tell whether the server got them: they were in flight on a stream without acknowledgements when it or a process died.";
+
+    STORE_COMMITS: Counter<Peer> = "narrows_store_commits_total", "Commits to the peer's database; each is a flush of the disk.";
+    STORE_COMMIT: Histogram(COMMIT_BOUNDS)<Peer> = "narrows_store_commit_seconds", "How long a commit took.";
+    STORE_ERRORS: Counter<Peer> = "narrows_store_errors_total",
+        "Commits that failed. Nothing is accepted until one succeeds again. Anything above 0 needs a look.";
+    STORE_BYTES: Gauge<Peer> = "narrows_store_bytes", "The size of the peer's database on disk, its write-ahead log included.";
+}
+
+/// Where the metrics are gathered, to be rendered.
+#[derive(Clone, Debug)]
+pub struct Rendered(PrometheusHandle);
+
+impl Rendered {
+    /// The text that Prometheus scrapes.
+    pub fn text(&self) -> String {
+        self.0.render()
+    }
+
+    /// Sorts new samples into the histograms. Between two scrapes they pile up, so this is called every few seconds.
+    pub fn tidy(&self) {
+        self.0.run_upkeep();
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+#[error("metrics cannot be gathered: {0}")]
+pub struct MetricsError(String);
+
+/// Begins to gather, with all series of these peers at 0. The first call in a process decides; a later one only adds peers.
+pub fn install<'p>(peers: impl IntoIterator<Item = &'p str>) -> Result<Rendered, MetricsError> {
+    static INSTALLED: OnceLock<Result<PrometheusHandle, String>> = OnceLock::new();
+    let handle = INSTALLED
+        .get_or_init(|| {
+            builder()
+                .and_then(|builder| builder.install_recorder())
+                .map_err(|error| error.to_string())
+        })
+        .clone()
+        .map_err(MetricsError)?;
+
+    let peers: Vec<&str> = peers.into_iter().collect();
+    for metric in ALL {
+        describe(metric);
+        register(metric, &peers);
+    }
+    BUILD_INFO.set(Version::This, 1.0);
+    static STARTED: OnceLock<Duration> = OnceLock::new();
+    let started = STARTED.get_or_init(|| SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default());
+    START_TIME.set((), started.as_secs_f64());
+    Ok(Rendered(handle))
+}
+
+fn builder() -> Result<PrometheusBuilder, metrics_exporter_prometheus::BuildError> {
+    ALL.iter()
+        .try_fold(PrometheusBuilder::new(), |builder, metric| match metric.kind {
+            Kind::Histogram(bounds) => builder.set_buckets_for_metric(Matcher::Full(metric.name.to_owned()), bounds),
+            Kind::Counter | Kind::Gauge => Ok(builder),
+        })
+}
+
+fn describe(metric: &Metric) {
+    let (name, help) = (
+        KeyName::from_const_str(metric.name),
+        SharedString::const_str(metric.help),
+    );
+    let unit = if metric.name.contains("_bytes") {
+        Some(Unit::Bytes)
+    } else if metric.name.contains("_seconds") {
+        Some(Unit::Seconds)
+    } else {
+        None
+    };
+    with_recorder(|recorder| match metric.kind {
+        Kind::Counter => recorder.describe_counter(name, unit, help),
+        Kind::Gauge => recorder.describe_gauge(name, unit, help),
+        Kind::Histogram(_) => recorder.describe_histogram(name, unit, help),
+    });
+}
+
+fn register(metric: &Metric, peers: &[&str]) {
+    // The product of all labels' words.
+    let series = metric
+        .labels
+        .iter()
+        .fold(vec![Vec::new()], |series: Vec<Vec<metrics::Label>>, (name, words)| {
+            let words = match words {
+                Words::Peers => peers,
+                Words::Closed(words) => words,
+            };
+            series
+                .iter()
+                .flat_map(|labels| {
+                    words.iter().map(|word| {
+                        let mut labels = labels.clone();
+                        labels.push(metrics::Label::new(*name, SharedString::from_owned((*word).to_owned())));
+                        labels
+                    })
+                })
+                .collect()
+        });
+    for labels in series {
+        let key = Key::from_parts(metric.name, labels);
+        with_recorder(|recorder| match metric.kind {
+            Kind::Counter => recorder.register_counter(&key, &METADATA).increment(0),
+            Kind::Gauge => recorder.register_gauge(&key, &METADATA).increment(0.0),
+            Kind::Histogram(_) => drop(recorder.register_histogram(&key, &METADATA)),
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::BTreeSet,
+        io::Write as _,
+        process::{Command, Stdio},
+    };
+
+    use super::*;
+
+    /// Names follow the rules of Prometheus: prefix, base unit, `_total` for counters and for nothing else.
+    #[test]
+    fn names_follow_the_conventions() {
+        let mut names = BTreeSet::new();
+        for metric in ALL {
+            assert!(names.insert(metric.name), "{} is there twice", metric.name);
+            assert!(
+                metric.name.starts_with("narrows_") || metric.name == "process_start_time_seconds",
+                "{}",
+                metric.name
+            );
+            assert_eq!(
+                metric.name.ends_with("_total"),
+                metric.kind == Kind::Counter,
+                "{}",
+                metric.name
+            );
+            assert!(metric.help.ends_with('.'), "{}", metric.name);
+            for (_, words) in metric.labels {
+                if let Words::Closed(words) = words {
+                    assert_eq!(
+                        words.iter().collect::<BTreeSet<_>>().len(),
+                        words.len(),
+                        "{}",
+                        metric.name
+                    );
+                }
+            }
+        }
+    }
+
+    /// All series are there before anything happened, few enough to keep for years, and a word that is not in the list does
+    /// not make a new one.
+    #[test]
+    fn all_series_exist_from_the_start() {
+        let rendered = install(["early"]).unwrap();
+        let text = rendered.text();
+        for metric in ALL {
+            assert!(text.contains(&format!("# HELP {} ", metric.name)), "{}", metric.name);
+            assert!(text.contains(&format!("# TYPE {} ", metric.name)), "{}", metric.name);
+        }
+        for series in [
+            "narrows_link_up{peer=\"early\"} 0",
+            "narrows_link_bytes_total{peer=\"early\",direction=\"sent\",level=\"tcp\"} 0",
+            "narrows_leg_closed_total{leg=\"receiving\",reason=\"other\"} 0",
+            "narrows_refused_total{reason=\"queue_full\"} 0",
+            "narrows_delivery_seconds_count{peer=\"early\"} 0",
+            "narrows_build_info{version=\"0.1.0\"} 1",
+        ] {
+            assert!(text.contains(series), "no {series} in\n{text}");
+        }
+        let count = |text: &str| {
+            text.lines()
+                .filter(|line| line.contains("\"early\"") && !line.starts_with('#'))
+                .count()
+        };
+        assert!(count(&text) <= 120, "{} series a peer", count(&text));
+        LINK_CLOSED.increment(("early", "never heard of"));
+        assert!(
+            rendered
+                .text()
+                .contains("narrows_link_closed_total{peer=\"early\",reason=\"other\"} 1")
+        );
+        assert_eq!(count(&rendered.text()), count(&text));
+    }
+
+    /// What Prometheus' own checker says of a full page: nothing.
+    #[test]
+    fn promtool_accepts_the_page() {
+        let rendered = install(["checked"]).unwrap();
+        LINK_UP.set("checked", 1.0);
+        LINK_BYTES.add(("checked", Direction::Sent, Layer::Tls), 7);
+        DELIVERY.record_period("checked", Duration::from_secs(3));
+        STORE_COMMIT.record("checked", 0.002);
+        ENTRIES.follow(("checked", Direction::Received), 9);
+        rendered.tidy();
+        let text = rendered.text();
+        assert!(
+            text.contains("narrows_delivery_seconds_bucket{peer=\"checked\",le=\"5\"} 1"),
+            "{text}"
+        );
+        assert!(
+            text.contains("narrows_entries_total{peer=\"checked\",direction=\"received\"} 9"),
+            "{text}"
+        );
+
+        let mut promtool = Command::new("promtool")
+            .args(["check", "metrics"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("promtool is needed for this test: it is in Debian's package `prometheus`");
+        promtool.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+        let output = promtool.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && said.trim().is_empty(), "{said}\n{text}");
+    }
+}

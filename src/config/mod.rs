@@ -1,1 +1,483 @@
-//! (Being written.)
+//! The configuration: one YAML file, read whole and checked before anything starts.
+//!
+//! Every key has its meaning, default and reason here, and from here they get into `config/schema.json` (for editors)
+//! and `config/example.yaml` (for people); tests hold the three together. [`Config::load`] reports all mistakes at
+//! once, each with its line, column and a suggestion, so that a file is put right in one go.
+
+use std::path::{Path, PathBuf};
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+mod check;
+mod read;
+mod values;
+
+pub use read::{ConfigError, Warning};
+pub use values::{Domain, HostPort, ListenAddress, Name, Period, PeriodOrOff, PublicKey, Size};
+
+/// The configuration of one narrows sidecar.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// What this site is called in logs, metrics and the peer's status.
+    ///
+    /// No default: two sites must not have the same name.
+    pub site: Name,
+
+    /// The directory that holds what must survive a restart: the queues, and by default the certificates.
+    ///
+    /// No default: it needs a local disk that is kept (SQLite's write-ahead log does not work on a network share).
+    pub data_dir: PathBuf,
+
+    /// The server that this sidecar stands beside.
+    pub local: Local,
+
+    /// The S2S streams between this sidecar and the local server.
+    #[serde(default)]
+    pub legs: Legs,
+
+    /// The connection between the sidecars.
+    pub link: Link,
+
+    /// The sites at the other ends of the links.
+    ///
+    /// No default. A stanza for a domain that is neither local nor a peer's is refused.
+    #[schemars(length(min = 1))]
+    pub peers: Vec<Peer>,
+
+    /// What may wait, for how long and how much.
+    #[serde(default)]
+    pub queue: Queue,
+
+    /// Metrics, health and status over HTTP.
+    #[serde(default)]
+    pub admin: Admin,
+
+    /// The log, on stderr.
+    #[serde(default)]
+    pub log: Log,
+}
+
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Local {
+    /// The domains of the local server, components included: far sites may write to these and to no others.
+    ///
+    /// No default.
+    #[schemars(length(min = 1))]
+    pub domains: Vec<Domain>,
+
+    /// Where the local server takes S2S connections: a host and a port.
+    ///
+    /// Default: none; then the DNS is asked for the domain's SRV records, as any server would do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<HostPort>,
+}
+
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Legs {
+    /// Where the local server finds the far domains: the addresses that DNS or the server's own override gives for them.
+    ///
+    /// Default `127.0.0.1:5299`: the server is on the same machine and has 5269 itself.
+    #[schemars(length(min = 1))]
+    pub listen: Vec<ListenAddress>,
+
+    /// The directory of the CA that vouches for the far domains towards the local server, made by `narrows ca init`.
+    ///
+    /// Default: `ca` in `data_dir`, unless `certificate` is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificates: Option<PathBuf>,
+
+    /// A certificate for the far domains from the site's own PKI, in place of `certificates`.
+    ///
+    /// Default: none. It must name every far domain, and allow both server and client authentication.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub certificate: Option<CertificateFiles>,
+
+    /// A PEM file of the CAs that the local server's own certificate is checked against.
+    ///
+    /// Default: none; then the system's own are used. A server that proves itself by neither can still use dialback.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trust: Option<PathBuf>,
+
+    /// Whether stanzas are only exchanged with the local server under TLS.
+    ///
+    /// Default `true`, as both servers have it. `false` is for a server on the same machine that has no TLS.
+    pub require_tls: bool,
+
+    /// Whether acknowledgements (XEP-0198) are used with the local server.
+    ///
+    /// Default `auto`: with a server that speaks it. `off`: never; what is in flight on a stream when a process dies is lost
+    /// then, and nobody can tell. `on`: as `auto`, and it is offered even to a server that is not known to use it well.
+    pub management: Management,
+
+    /// How many streams towards the local server share one pair of domains, from 1 to 8. One recipient's stanzas
+    /// stay on one stream, so their order is kept.
+    ///
+    /// Default `2`: Prosody as shipped reads at most 30 kB/s from each. With that limit lifted, `1` is enough.
+    #[schemars(range(min = 1, max = 8))]
+    pub lanes: u8,
+
+    /// The longest wait before a stream to the local server is tried again.
+    ///
+    /// Default `30s`: a server that was restarted is found soon, one that is away for hours costs next to nothing.
+    pub reconnect_max: Period,
+
+    /// How many connections from the local server may be open at once.
+    ///
+    /// Default `256`: one per pair of domains and direction is usual, a cluster opens one per node.
+    #[schemars(range(min = 1, max = 65536))]
+    pub connections_max: u32,
+
+    /// What one stanza from the local server may cost. A larger one closes its stream (`policy-violation`).
+    pub limits: Limits,
+}
+
+/// A certificate chain and its private key, both PEM.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct CertificateFiles {
+    /// The certificate, then its issuers.
+    pub chain: PathBuf,
+
+    /// The private key of the first certificate.
+    pub key: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Management {
+    Auto,
+    On,
+    Off,
+}
+
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Limits {
+    /// Bytes of one stanza.
+    ///
+    /// Default `512KiB`: what Prosody and ejabberd themselves accept from other servers.
+    pub stanza_bytes: Size,
+
+    /// How deep elements may be nested in a stanza.
+    ///
+    /// Default `64`: real stanzas stay below 20.
+    #[schemars(range(min = 8, max = 1024))]
+    pub depth: u16,
+
+    /// How many attributes and namespace declarations one element may have.
+    ///
+    /// Default `64`: real ones stay below 16.
+    #[schemars(range(min = 8, max = 1024))]
+    pub attributes: u16,
+
+    /// How many elements one stanza may hold.
+    ///
+    /// Default `16384`: the member list of a very large room is one stanza.
+    #[schemars(range(min = 64, max = 1_000_000))]
+    pub elements: u32,
+}
+
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Link {
+    /// The file with this sidecar's private key, made by `narrows keygen`.
+    ///
+    /// No default. Only its owner may be able to read it.
+    pub private_key: PathBuf,
+
+    /// Where peers connect to this sidecar.
+    ///
+    /// Default: none; then this side only dials. One of the two sides must listen, both may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub listen: Option<ListenAddress>,
+
+    /// How long an acknowledgement waits for something to ride on before it is sent alone.
+    ///
+    /// Default `200ms`: an acknowledgement alone costs about 75 bytes on the wire, and delays nobody's message.
+    #[serde(default = "Link::ack_delay")]
+    pub ack_delay: Period,
+
+    /// How often the peer is asked for a sign of life when nothing else crosses, or `off` where every byte is paid for.
+    ///
+    /// Default `30s`: some 5 bytes a second. With `off`, a dead link is noticed when something is to be sent.
+    #[serde(default = "Link::keepalive")]
+    pub keepalive: PeriodOrOff,
+
+    /// How long the peer may be silent while an answer is due before the connection is given up and dialled anew.
+    ///
+    /// Default `15s`: far more than a geostationary round trip behind a full queue of `batch_bytes`, far less than TCP's
+    /// own minutes. Raise it where a line stalls for longer without being down.
+    #[serde(default = "Link::dead_after")]
+    pub dead_after: Period,
+
+    /// The longest wait before the peer is dialled again.
+    ///
+    /// Default `2s`: a link that is back is used at once. One attempt costs 60 bytes.
+    #[serde(default = "Link::reconnect_max")]
+    pub reconnect_max: Period,
+
+    /// How many bytes are gathered, at most, into one flush of the compression.
+    ///
+    /// Default `4KiB`: 3.4 s at 9600 bit/s. A larger batch compresses better and lets urgent stanzas wait longer.
+    #[serde(default = "Link::batch_bytes")]
+    pub batch_bytes: Size,
+
+    /// The piece in which a large stanza crosses; others may go in between.
+    ///
+    /// Default `1KiB`: 0.9 s at 9600 bit/s, before compression.
+    #[serde(default = "Link::fragment_bytes")]
+    pub fragment_bytes: Size,
+
+    /// How what crosses is compressed. Both sides must agree; `off` wins.
+    ///
+    /// Default `zstd`. `off` is for a link that is thick, or where the sizes of stanzas must tell nothing of their content.
+    #[serde(default = "Link::compression")]
+    pub compression: Compression,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    Zstd,
+    Off,
+}
+
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Peer {
+    /// What the peer is called in logs, metrics and the name of its database.
+    ///
+    /// No default. Renaming a peer starts an empty queue.
+    pub name: Name,
+
+    /// The domains that this peer speaks for, components included.
+    ///
+    /// No default. Stanzas from other domains that it sends are dropped and counted.
+    #[schemars(length(min = 1))]
+    pub domains: Vec<Domain>,
+
+    /// The peer's public key.
+    ///
+    /// No default: `narrows keygen` at the peer's side printed it.
+    pub public_key: PublicKey,
+
+    /// Where the peer listens.
+    ///
+    /// Default: none; then this side waits to be dialled.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub connect: Option<HostPort>,
+}
+
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Queue {
+    /// How many bytes may wait for each peer, in each direction. Beyond it new stanzas are refused (`resource-constraint`,
+    /// type `wait`); what was accepted stays.
+    ///
+    /// Default `1GiB`: ten days of a 9600 bit/s link even if nothing compressed; the disk needs twice as much.
+    pub bytes_max: Size,
+
+    /// How many entries may wait for each peer, in each direction.
+    ///
+    /// Default `1000000`: opens in well under a second after a crash.
+    #[schemars(range(min = 1000))]
+    pub entries_max: u64,
+
+    /// How long copies of one stanza for more recipients are gathered before the stanza is sent.
+    ///
+    /// Default `50ms`: a server's 100 copies come within 23 ms, once within 44 ms. `0s` gathers only what came in one read.
+    pub collapse_window: Period,
+}
+
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Admin {
+    /// Where `/metrics`, `/healthz`, `/readyz` and `/status` are served over plain HTTP.
+    ///
+    /// Default `127.0.0.1:9275`: there is no password, so it stays on the machine. `narrows status` asks here.
+    pub listen: ListenAddress,
+}
+
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Log {
+    /// What is logged: `error`, `warn`, `info`, `debug` or `trace`. The environment variable `RUST_LOG` overrides it.
+    ///
+    /// Default `info`: starts, stops, links that come and go. `debug` has lines for each stanza.
+    pub level: Level,
+
+    /// How a line is written: `text`, or `json` for collectors.
+    ///
+    /// Default `text`; under systemd without time stamps and with the journal's priorities.
+    pub format: Format,
+
+    /// Whether users' addresses are shown.
+    ///
+    /// Default `false`: a log outlives the purpose for which it was written. Message bodies are never shown.
+    pub show_addresses: bool,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    Text,
+    Json,
+}
+
+/// How we prove to the local server that we are the far domains.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Identity {
+    /// The directory of our own CA.
+    Ca(PathBuf),
+    Files {
+        chain: PathBuf,
+        key: PathBuf,
+    },
+}
+
+impl Config {
+    /// Reads and checks the file. All mistakes come at once.
+    pub fn load(path: &Path) -> Result<(Self, Vec<Warning>), Vec<ConfigError>> {
+        Self::load_with(path, |_| None)
+    }
+
+    /// As [`load`](Self::load); `own_key` reads the public key that belongs to the private key in a file, if it can,
+    /// so that a peer that was given our own key is found.
+    pub fn load_with(
+        path: &Path,
+        own_key: impl FnOnce(&Path) -> Option<PublicKey>,
+    ) -> Result<(Self, Vec<Warning>), Vec<ConfigError>> {
+        let text = std::fs::read_to_string(path).map_err(|error| vec![ConfigError::unreadable(path, &error)])?;
+        Self::parse(path, &text, own_key)
+    }
+
+    /// As [`load_with`](Self::load_with), of a text; `path` is for messages.
+    pub fn parse(
+        path: &Path,
+        text: &str,
+        own_key: impl FnOnce(&Path) -> Option<PublicKey>,
+    ) -> Result<(Self, Vec<Warning>), Vec<ConfigError>> {
+        read::read(path, text, |config: &Self, report| {
+            check::check(config, own_key, report)
+        })
+    }
+
+    pub fn identity(&self) -> Identity {
+        match (&self.legs.certificate, &self.legs.certificates) {
+            (Some(files), _) => Identity::Files {
+                chain: files.chain.clone(),
+                key: files.key.clone(),
+            },
+            (None, Some(directory)) => Identity::Ca(directory.clone()),
+            (None, None) => Identity::Ca(self.data_dir.join("ca")),
+        }
+    }
+
+    /// The JSON Schema of the file, for editors.
+    pub fn schema() -> serde_json::Value {
+        schemars::schema_for!(Self).to_value()
+    }
+}
+
+impl Default for Legs {
+    fn default() -> Self {
+        Self {
+            listen: vec![ListenAddress(([127, 0, 0, 1], 5299).into())],
+            certificates: None,
+            certificate: None,
+            trust: None,
+            require_tls: true,
+            management: Management::Auto,
+            lanes: 2,
+            reconnect_max: Period::from_secs(30),
+            connections_max: 256,
+            limits: Limits::default(),
+        }
+    }
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            stanza_bytes: Size(512 << 10),
+            depth: 64,
+            attributes: 64,
+            elements: 16_384,
+        }
+    }
+}
+
+impl Link {
+    fn ack_delay() -> Period {
+        Period::from_millis(200)
+    }
+
+    fn keepalive() -> PeriodOrOff {
+        PeriodOrOff::Every(Period::from_secs(30))
+    }
+
+    fn dead_after() -> Period {
+        Period::from_secs(15)
+    }
+
+    fn reconnect_max() -> Period {
+        Period::from_secs(2)
+    }
+
+    fn batch_bytes() -> Size {
+        Size(4 << 10)
+    }
+
+    fn fragment_bytes() -> Size {
+        Size(1 << 10)
+    }
+
+    fn compression() -> Compression {
+        Compression::Zstd
+    }
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        Self {
+            bytes_max: Size(1 << 30),
+            entries_max: 1_000_000,
+            collapse_window: Period::from_millis(50),
+        }
+    }
+}
+
+impl Default for Admin {
+    fn default() -> Self {
+        Self {
+            listen: ListenAddress(([127, 0, 0, 1], 9275).into()),
+        }
+    }
+}
+
+impl Default for Log {
+    fn default() -> Self {
+        Self {
+            level: Level::Info,
+            format: Format::Text,
+            show_addresses: false,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

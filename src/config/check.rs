@@ -1,0 +1,287 @@
+//! What one key alone cannot show to be wrong.
+
+use std::{collections::BTreeMap, net::SocketAddr, path::Path};
+
+use super::{
+    Config, Management, PublicKey,
+    read::{Report, Step, at},
+};
+
+/// A fragment below this is mostly frame header; above, the piece no longer lets others in between.
+const FRAGMENT_BYTES: std::ops::RangeInclusive<u64> = 128..=64 << 10;
+
+/// A batch is one TLS record of at most 16 KiB, compressed; what it holds may be a few times as much.
+const BATCH_BYTES: std::ops::RangeInclusive<u64> = 256..=64 << 10;
+
+/// RFC 6120 §13.12 forbids a limit below 10,000 bytes; above 16 MiB a stanza no longer fits in sensible memory.
+const STANZA_BYTES: std::ops::RangeInclusive<u64> = 10_000..=16 << 20;
+
+pub(super) fn check(config: &Config, own_key: impl FnOnce(&Path) -> Option<PublicKey>, report: &mut Report) {
+    domains(config, report);
+    peers(config, own_key(&config.link.private_key), report);
+    listeners(config, report);
+    legs(config, report);
+    link(config, report);
+    queue(config, report);
+}
+
+fn domains(config: &Config, report: &mut Report) {
+    if config.local.domains.is_empty() {
+        report.error(at!["local", "domains"], vec![], "at least one local domain is needed");
+    }
+    let mut claimed: BTreeMap<&str, (String, Vec<Step>)> = BTreeMap::new();
+    let local = config
+        .local
+        .domains
+        .iter()
+        .enumerate()
+        .map(|(index, domain)| (domain, "the local server".to_owned(), at!["local", "domains", index]));
+    let far = config.peers.iter().enumerate().flat_map(|(peer_index, peer)| {
+        peer.domains.iter().enumerate().map(move |(index, domain)| {
+            let path = at!["peers", peer_index, "domains", index];
+            (domain, format!("the peer `{}`", peer.name), path)
+        })
+    });
+    for (domain, owner, path) in local.chain(far) {
+        match claimed.get(domain.0.as_str()) {
+            Some((other, other_path)) => report.error(
+                path,
+                vec![other_path.clone()],
+                if *other == owner {
+                    format!("`{domain}` is listed twice")
+                } else {
+                    format!("`{domain}` belongs to {other} already: a domain is at one site")
+                },
+            ),
+            None => {
+                claimed.insert(domain.0.as_str(), (owner, path));
+            }
+        }
+    }
+}
+
+fn peers(config: &Config, own_key: Option<PublicKey>, report: &mut Report) {
+    if config.peers.is_empty() {
+        report.error(at!["peers"], vec![], "at least one peer is needed");
+    }
+    for (index, peer) in config.peers.iter().enumerate() {
+        let earlier = || config.peers.iter().enumerate().take(index);
+        if peer.domains.is_empty() {
+            report.error(at!["peers", index, "domains"], vec![], "at least one domain is needed");
+        }
+        // Names become file names, and some file systems do not tell case apart.
+        if let Some((other, _)) =
+            earlier().find(|(_, other)| other.name.as_str().eq_ignore_ascii_case(peer.name.as_str()))
+        {
+            report.error(
+                at!["peers", index, "name"],
+                vec![at!["peers", other, "name"]],
+                format!("there are two peers called `{}`", peer.name),
+            );
+        }
+        if let Some((other, named)) = earlier().find(|(_, other)| other.public_key == peer.public_key) {
+            report.error(
+                at!["peers", index, "public_key"],
+                vec![at!["peers", other, "public_key"]],
+                format!(
+                    "the peer `{}` has this key already: a key tells who is calling",
+                    named.name
+                ),
+            );
+        }
+        if own_key == Some(peer.public_key) {
+            report.error(
+                at!["peers", index, "public_key"],
+                vec![at!["link", "private_key"]],
+                "this is our own public key: the peer's is needed here, and ours in the peer's configuration",
+            );
+        }
+        if peer.connect.is_none() && config.link.listen.is_none() {
+            report.error(
+                at!["peers", index],
+                vec![at!["link", "listen"], at!["peers", index, "connect"]],
+                format!(
+                    "no link to `{}` can come about: neither has it `connect`, nor is there a `link.listen` for it to dial",
+                    peer.name
+                ),
+            );
+        }
+    }
+}
+
+fn listeners(config: &Config, report: &mut Report) {
+    if config.legs.listen.is_empty() {
+        report.error(
+            at!["legs", "listen"],
+            vec![],
+            "at least one address is needed, or the server cannot reach the far domains",
+        );
+    }
+    let mut all: Vec<(SocketAddr, Vec<Step>)> = config
+        .legs
+        .listen
+        .iter()
+        .enumerate()
+        .map(|(index, listen)| (listen.0, at!["legs", "listen", index]))
+        .collect();
+    all.extend(config.link.listen.map(|listen| (listen.0, at!["link", "listen"])));
+    all.push((config.admin.listen.0, at!["admin", "listen"]));
+    for (index, (address, path)) in all.iter().enumerate() {
+        if let Some((_, other)) = all[..index].iter().find(|(other, _)| collide(*address, *other)) {
+            report.error(
+                path.clone(),
+                vec![other.clone()],
+                format!("another listener has {address} already"),
+            );
+        }
+    }
+    if !config.admin.listen.0.ip().is_loopback() {
+        report.warning(
+            at!["admin", "listen"],
+            "metrics and status are open to whoever reaches this address: there is no password",
+        );
+    }
+}
+
+/// Port 0 is any free port; an unspecified address takes the port on every address of its family.
+fn collide(one: SocketAddr, other: SocketAddr) -> bool {
+    one.port() == other.port()
+        && one.port() != 0
+        && one.is_ipv4() == other.is_ipv4()
+        && (one.ip() == other.ip() || one.ip().is_unspecified() || other.ip().is_unspecified())
+}
+
+fn legs(config: &Config, report: &mut Report) {
+    let legs = &config.legs;
+    if legs.certificate.is_some() && legs.certificates.is_some() {
+        report.error(
+            at!["legs", "certificate"],
+            vec![at!["legs", "certificates"]],
+            "there is `certificates` too: either our own CA or the site's, not both",
+        );
+    }
+    if !legs.require_tls && legs.listen.iter().any(|listen| !listen.0.ip().is_loopback()) {
+        report.warning(
+            at!["legs", "require_tls"],
+            "stanzas may cross the network between the server and this sidecar in the clear",
+        );
+    }
+    if legs.management == Management::Off {
+        report.warning(
+            at!["legs", "management"],
+            "without acknowledgements, what is in flight when a process dies is lost without notice",
+        );
+    }
+    within(legs.lanes.into(), 1..=8, at!["legs", "lanes"], report);
+    within(
+        legs.connections_max.into(),
+        1..=65_536,
+        at!["legs", "connections_max"],
+        report,
+    );
+    let limits = &legs.limits;
+    within_bytes(
+        limits.stanza_bytes.0,
+        STANZA_BYTES,
+        at!["legs", "limits", "stanza_bytes"],
+        report,
+    );
+    within(limits.depth.into(), 8..=1024, at!["legs", "limits", "depth"], report);
+    within(
+        limits.attributes.into(),
+        8..=1024,
+        at!["legs", "limits", "attributes"],
+        report,
+    );
+    within(
+        limits.elements.into(),
+        64..=1_000_000,
+        at!["legs", "limits", "elements"],
+        report,
+    );
+}
+
+fn link(config: &Config, report: &mut Report) {
+    let link = &config.link;
+    within_bytes(link.batch_bytes.0, BATCH_BYTES, at!["link", "batch_bytes"], report);
+    within_bytes(
+        link.fragment_bytes.0,
+        FRAGMENT_BYTES,
+        at!["link", "fragment_bytes"],
+        report,
+    );
+    if link.fragment_bytes > link.batch_bytes {
+        report.error(
+            at!["link", "fragment_bytes"],
+            vec![at!["link", "batch_bytes"]],
+            format!(
+                "a fragment must fit into a batch, and `batch_bytes` is {}",
+                link.batch_bytes
+            ),
+        );
+    }
+    for (key, period) in [("dead_after", link.dead_after), ("reconnect_max", link.reconnect_max)] {
+        if period.0.is_zero() {
+            report.error(at!["link", key], vec![], "this must be more than nothing");
+        }
+    }
+    if link.keepalive.period().is_some_and(|period| period.is_zero()) {
+        report.error(
+            at!["link", "keepalive"],
+            vec![],
+            "this must be more than nothing, or `off`",
+        );
+    }
+    if link.ack_delay >= link.dead_after {
+        report.error(
+            at!["link", "ack_delay"],
+            vec![at!["link", "dead_after"]],
+            format!(
+                "the peer would be held to be dead before it has acknowledged anything: `dead_after` is {}",
+                link.dead_after
+            ),
+        );
+    }
+}
+
+fn queue(config: &Config, report: &mut Report) {
+    let queue = &config.queue;
+    if queue.bytes_max < config.legs.limits.stanza_bytes {
+        report.error(
+            at!["queue", "bytes_max"],
+            vec![at!["legs", "limits", "stanza_bytes"]],
+            format!(
+                "one stanza may have {}, and it must fit",
+                config.legs.limits.stanza_bytes
+            ),
+        );
+    }
+    if queue.entries_max < 1000 {
+        report.error(at!["queue", "entries_max"], vec![], "this must be 1000 or more");
+    }
+    if queue.collapse_window.0 > std::time::Duration::from_secs(5) {
+        report.error(
+            at!["queue", "collapse_window"],
+            vec![],
+            "every stanza would wait this long: 5s is the most",
+        );
+    }
+}
+
+fn within(value: u64, range: std::ops::RangeInclusive<u64>, path: Vec<Step>, report: &mut Report) {
+    if !range.contains(&value) {
+        let text = format!("this must be from {} to {}", range.start(), range.end());
+        report.error(path, vec![], text);
+    }
+}
+
+fn within_bytes(value: u64, range: std::ops::RangeInclusive<u64>, path: Vec<Step>, report: &mut Report) {
+    if !range.contains(&value) {
+        let text = format!(
+            "this must be from {} to {}",
+            super::Size(*range.start()),
+            super::Size(*range.end())
+        );
+        report.error(path, vec![], text);
+    }
+}

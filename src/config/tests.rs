@@ -1,0 +1,432 @@
+//! The three forms of the configuration agree, and every mistake is shown where it is.
+
+use std::{fmt::Write as _, fs, path::Path};
+
+use serde_json::Value;
+
+use super::*;
+
+/// A configuration with nothing but what is needed.
+const SMALL: &str = "\
+site: ship
+data_dir: /var/lib/narrows
+local:
+  domains: [b.example, conference.b.example]
+link:
+  listen: 0.0.0.0:5270
+  private_key: /etc/narrows/key
+peers:
+  - name: shore
+    domains: [a.example]
+    public_key: AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=
+";
+
+fn parse(text: &str) -> Result<(Config, Vec<Warning>), Vec<ConfigError>> {
+    Config::parse(Path::new("n.yaml"), text, |_| None)
+}
+
+/// The mistakes of `text`, as shown, in the order of the file.
+fn mistakes(text: &str) -> Vec<String> {
+    parse(text).unwrap_err().iter().map(ToString::to_string).collect()
+}
+
+/// The one mistake that [`SMALL`] has after `from` became `to`.
+fn mistake(from: &str, to: &str) -> String {
+    assert!(SMALL.contains(from), "{from}");
+    let all = mistakes(&SMALL.replacen(from, to, 1));
+    assert_eq!(all.len(), 1, "{all:#?}");
+    all[0].clone()
+}
+
+/// What is left out has its default, and an empty section is none.
+#[test]
+fn small_configuration_has_the_defaults() {
+    let (config, warnings) = parse(SMALL).unwrap();
+    assert!(warnings.is_empty());
+    assert_eq!(config.legs, Legs::default());
+    assert_eq!(config.queue, Queue::default());
+    assert_eq!(config.identity(), Identity::Ca("/var/lib/narrows/ca".into()));
+    assert_eq!(config.peers[0].public_key.bytes(), &[1; 32]);
+    assert_eq!(parse(&format!("{SMALL}admin:\nlegs:\n  trust:\n")).unwrap().0, config);
+}
+
+/// A key that does not exist is shown with its place and the key that was likely meant.
+#[test]
+fn unknown_key_is_shown_with_the_likely_one() {
+    assert_eq!(
+        mistake("  listen: 0", "  lisen: 0").lines().collect::<Vec<_>>()[..4],
+        [
+            "n.yaml:6:3: link.lisen: there is no such key",
+            " 6 |   lisen: 0.0.0.0:5270",
+            "   |   ^",
+            "   help: did you mean `listen`?",
+        ]
+    );
+}
+
+/// Wrong types, values and names each get a message of their own, at the value.
+#[test]
+fn wrong_values_are_shown_where_they_are() {
+    for (from, to, wanted) in [
+        (
+            "site: ship",
+            "site: [ship]",
+            "n.yaml:1:7: site: this is a list, but it must be a name",
+        ),
+        (
+            "site: ship",
+            "site: 5",
+            "n.yaml:1:7: site: this is the number `5`, but it must be a name",
+        ),
+        (
+            "data_dir: /var/lib/narrows\n",
+            "",
+            "n.yaml:1:1: data_dir: this key is needed",
+        ),
+        (
+            "  private_key: /etc/narrows/key\n",
+            "",
+            "n.yaml:5:1: link.private_key: this key is needed",
+        ),
+        ("AQEBAQ", "", "n.yaml:11:17: peers[0].public_key: not a public key: it "),
+        (
+            "conference.b",
+            "conference b",
+            "n.yaml:4:24: local.domains[1]: `conference b.example` is not a domain",
+        ),
+        (
+            "0.0.0.0:5270",
+            "0.0.0.0",
+            "n.yaml:6:11: link.listen: `0.0.0.0` is not an address to listen on",
+        ),
+        (
+            "link:",
+            "legs: {lanes: many}\nlink:",
+            "n.yaml:5:15: legs.lanes: this is the text \"many\", but it must be a whole number",
+        ),
+        (
+            "link:",
+            "legs: {lanes: 9}\nlink:",
+            "n.yaml:5:15: legs.lanes: this must be from 1 to 8",
+        ),
+        (
+            "link:",
+            "link:\n  compression: ztsd",
+            "n.yaml:6:16: link.compression: `ztsd` is not possible here, only zstd, off",
+        ),
+        (
+            "link:",
+            "link:\n  ack_delay: 200",
+            "n.yaml:6:14: link.ack_delay: this is the number `200`, but it must be a period",
+        ),
+        (
+            "link:",
+            "link:\n  reconnect_max: 0s",
+            "n.yaml:6:18: link.reconnect_max: this must be more than nothing",
+        ),
+        (
+            "link:",
+            "queue: {bytes_max: 1KiB}\nlink:",
+            "n.yaml:5:20: queue.bytes_max: one stanza may have 512KiB",
+        ),
+        (
+            "  - name: shore",
+            "  - shore\n  - name: shore",
+            "n.yaml:9:5: peers[0]: ",
+        ),
+        (
+            "site: ship",
+            "site: ship\nsite: shore",
+            "n.yaml:2:1: `site` stands here twice",
+        ),
+        ("site: ship", "site: ship\n\tx: y", "n.yaml:2:1: "),
+    ] {
+        let shown = mistake(from, to);
+        assert!(shown.starts_with(wanted), "wanted {wanted:?}, got\n{shown}");
+    }
+    assert!(mistake("link:", "link:\n  compression: ztsd").contains("did you mean `zstd`?"));
+    assert!(mistake("site: ship", "site: ship\n\tx: y").contains("not with tabs"));
+    assert!(mistakes("")[0].contains("holds no configuration"));
+    assert!(mistakes("- a")[0].contains("holds no configuration"));
+    assert!(
+        Config::load(Path::new("/nonexistent/n.yaml")).unwrap_err()[0]
+            .to_string()
+            .contains("cannot be read")
+    );
+}
+
+/// What only the whole shows to be wrong is found, and shown at the key to change.
+#[test]
+fn impossible_combinations_are_refused() {
+    let second = "  - {name: shore2, domains: [c.example], public_key: AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=}\n";
+    let with_second = |from: &str, to: &str| {
+        let all = mistakes(&format!("{SMALL}{}", second.replacen(from, to, 1)));
+        assert_eq!(all.len(), 1, "{all:#?}");
+        all[0].clone()
+    };
+    assert!(parse(&format!("{SMALL}{second}")).is_ok());
+    for (shown, wanted) in [
+        (
+            mistake("[a.example]", "[B.example]"),
+            "n.yaml:10:15: peers[0].domains[0]: `b.example` belongs to the local server already",
+        ),
+        (
+            mistake("[a.example]", "[a.example, A.example]"),
+            "n.yaml:10:26: peers[0].domains[1]: `a.example` is listed twice",
+        ),
+        (
+            mistake("[a.example]", "[]"),
+            "n.yaml:10:14: peers[0].domains: at least one domain",
+        ),
+        (
+            with_second("c.example", "a.example"),
+            "n.yaml:12:30: peers[1].domains[0]: `a.example` belongs to the peer `shore` already",
+        ),
+        (
+            with_second("shore2", "Shore"),
+            "n.yaml:12:12: peers[1].name: there are two peers called `Shore`",
+        ),
+        (
+            with_second(
+                "AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=",
+                "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=",
+            ),
+            "n.yaml:12:54: peers[1].public_key: the peer `shore` has this key already",
+        ),
+        (
+            mistake("  listen: 0.0.0.0:5270\n", ""),
+            "n.yaml:8:5: peers[0]: no link to `shore` can come about",
+        ),
+        (
+            mistake(
+                "link:",
+                "legs: {certificates: /a, certificate: {chain: /a, key: /b}}\nlink:",
+            ),
+            "n.yaml:5:39: legs.certificate: there is `certificates` too",
+        ),
+        (
+            mistake("0.0.0.0:5270", "0.0.0.0:5299"),
+            "n.yaml:6:11: link.listen: another listener has 0.0.0.0:5299",
+        ),
+        (
+            mistake("link:", "admin: {listen: '127.0.0.1:5270'}\nlink:"),
+            "n.yaml:5:17: admin.listen: another listener",
+        ),
+        (
+            mistake("link:", "link:\n  batch_bytes: 512B"),
+            "n.yaml:5:1: link.fragment_bytes: a fragment must fit",
+        ),
+    ] {
+        assert!(shown.starts_with(wanted), "wanted {wanted:?}, got\n{shown}");
+    }
+    let own = Config::parse(Path::new("n.yaml"), SMALL, |file| {
+        assert_eq!(file, Path::new("/etc/narrows/key"));
+        Some(PublicKey([1; 32]))
+    });
+    assert!(
+        own.unwrap_err()[0]
+            .to_string()
+            .starts_with("n.yaml:11:17: peers[0].public_key: this is our own")
+    );
+}
+
+/// All mistakes come at once, in the order of the file, and one mistake does not make a second one elsewhere.
+#[test]
+fn all_mistakes_are_shown_at_once() {
+    let text = SMALL
+        .replace("site: ship\n", "sit: ship\n")
+        .replace("listen: 0.0.0.0:5270", "listen: anywhere")
+        .replace("[a.example]", "[a.example, b.example, 'x y']")
+        .replace("    public_key", "    publik_key");
+    let all = mistakes(&text);
+    let heads: Vec<&str> = all.iter().filter_map(|one| one.lines().next()).collect();
+    assert_eq!(
+        heads,
+        [
+            "n.yaml:1:1: sit: there is no such key",
+            "n.yaml:6:11: link.listen: `anywhere` is not an address to listen on: write an IP address and a port, like `127.0.0.1:5299` or `[::]:5270`",
+            "n.yaml:10:26: peers[0].domains[1]: `b.example` belongs to the local server already: a domain is at one site",
+            "n.yaml:10:37: peers[0].domains[2]: `x y` is not a domain by RFC 7622 §3.2",
+            "n.yaml:11:5: peers[0].publik_key: there is no such key",
+        ],
+        "{all:#?}"
+    );
+}
+
+/// A file that is wrong in every way ends in errors, never in a panic or a loop. Cut [`SMALL`] everywhere, put each kind of
+/// value at every word.
+#[test]
+fn no_text_panics() {
+    for end in 0..SMALL.len() {
+        let _ = parse(&SMALL[..end]);
+        for junk in [
+            "5", "[]", "{}", "~", "\"", "&a", "*a", "- x", ": ", "!t x", "<<: *a", "\u{0}", "x: y",
+        ] {
+            if SMALL.as_bytes()[end] == b' ' {
+                let _ = parse(&format!("{} {junk}{}", &SMALL[..end], &SMALL[end..]));
+            }
+        }
+    }
+}
+
+/// What is allowed but odd is said and does not stop the start.
+#[test]
+fn odd_but_possible_settings_are_warnings() {
+    let text = format!("{SMALL}admin: {{listen: '0.0.0.0:9275'}}\nlegs: {{management: off}}\n");
+    let warnings: Vec<String> = parse(&text).unwrap().1.iter().map(ToString::to_string).collect();
+    assert_eq!(warnings.len(), 2, "{warnings:#?}");
+    assert!(warnings[0].starts_with("n.yaml:12:17: admin.listen: metrics and status are open"));
+    assert!(warnings[1].starts_with("n.yaml:13:20: legs.management: without acknowledgements"));
+}
+
+/// Fails unless `file` holds `wanted`; with `NARROWS_BLESS=1` it writes it instead.
+fn is_current(file: &str, wanted: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
+    if std::env::var_os("NARROWS_BLESS").is_some() {
+        // Other tests read the file at the same time.
+        let new = path.with_extension("new");
+        fs::write(&new, wanted).unwrap();
+        fs::rename(&new, &path).unwrap();
+    }
+    let found = fs::read_to_string(&path).unwrap_or_default();
+    assert!(
+        found == wanted,
+        "{file} is not what src/config/mod.rs makes it: run `NARROWS_BLESS=1 cargo test --lib config` and look at the difference"
+    );
+}
+
+/// Editors get the schema of the types as they are now.
+#[test]
+fn schema_is_current() {
+    is_current("config/schema.json", &format!("{:#}\n", Config::schema()));
+}
+
+/// The example has every key of the schema in its order, with its text, and the default where there is one.
+#[test]
+fn example_is_current() {
+    let schema = Config::schema();
+    let mut example = String::from(EXAMPLE_HEAD);
+    write_section(&mut example, &schema, &schema, "", "");
+    is_current("config/example.yaml", &example);
+}
+
+/// The example can be used as it is, and each default in it is the default that the code has.
+#[test]
+fn example_is_valid_and_shows_the_defaults() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("config/example.yaml");
+    let (config, warnings) = Config::load(&path).unwrap_or_else(|errors| panic!("{errors:#?}"));
+    assert!(warnings.is_empty(), "{warnings:?}");
+
+    // Take out all that has no default: what is left must be the defaults.
+    let (small, _) = parse(SMALL).unwrap();
+    assert_eq!(config.queue, small.queue);
+    assert_eq!(config.admin, small.admin);
+    assert_eq!(config.log, small.log);
+    let mut legs = config.legs.clone();
+    legs.certificates = None;
+    assert_eq!(legs, small.legs);
+    let mut link = config.link.clone();
+    (link.listen, link.private_key) = (small.link.listen, small.link.private_key.clone());
+    assert_eq!(link, small.link);
+}
+
+const EXAMPLE_HEAD: &str = "\
+# yaml-language-server: $schema=schema.json
+
+# Every key that narrows knows, with its default where it has one; `narrows check FILE` says what is wrong with a file.
+# A key that may be left out and has no default is shown as a comment, unless most sites will want it.
+
+";
+
+/// What the example shows where there is no default. With a `#`, the key is shown as a comment.
+const SAMPLES: &[(&str, &str)] = &[
+    ("site", "ship"),
+    ("data_dir", "/var/lib/narrows"),
+    ("local.domains", "[b.example, conference.b.example]"),
+    ("local.server", "# 127.0.0.1:5269"),
+    ("legs.certificates", "/var/lib/narrows/ca"),
+    ("legs.certificate.chain", "# /etc/narrows/far.pem"),
+    ("legs.certificate.key", "# /etc/narrows/far.key"),
+    ("legs.trust", "# /etc/ssl/certs/ca-certificates.crt"),
+    ("link.private_key", "/etc/narrows/key"),
+    ("link.listen", "0.0.0.0:5270"),
+    ("peers.name", "shore"),
+    ("peers.domains", "[a.example, conference.a.example]"),
+    ("peers.public_key", "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="),
+    ("peers.connect", "shore.example:5270"),
+];
+
+/// Follows a reference, also one in an `anyOf` (an optional section) or an `allOf`.
+fn resolve<'v>(root: &'v Value, schema: &'v Value) -> &'v Value {
+    let mut nested = ["anyOf", "allOf"]
+        .into_iter()
+        .filter_map(|key| schema[key][0].as_object().map(|_| &schema[key][0]));
+    match schema["$ref"].as_str() {
+        Some(reference) => &root["$defs"][reference.trim_start_matches("#/$defs/")],
+        None => nested.next().map_or(schema, |nested| resolve(root, nested)),
+    }
+}
+
+fn write_section(out: &mut String, root: &Value, section: &Value, path: &str, indent: &str) {
+    for (key, schema) in section["properties"].as_object().expect("a section has keys") {
+        let path = if path.is_empty() {
+            key.clone()
+        } else {
+            format!("{path}.{key}")
+        };
+        let resolved = resolve(root, schema);
+        let items = resolve(root, &resolved["items"]);
+        let description = schema["description"]
+            .as_str()
+            .unwrap_or_else(|| panic!("{path} has no doc comment"));
+        for paragraph in description.split("\n\n") {
+            wrap(out, paragraph, indent);
+        }
+        let sample = SAMPLES
+            .iter()
+            .find(|(sample, _)| *sample == path)
+            .map(|(_, value)| *value);
+        if resolved["properties"].is_object() {
+            // A section whose keys are all commented out is one itself.
+            let mut keys = String::new();
+            write_section(&mut keys, root, resolved, &path, &format!("{indent}  "));
+            let shown = keys
+                .lines()
+                .any(|line| !line.trim_start().starts_with('#') && !line.is_empty());
+            let hash = if shown { "" } else { "#" };
+            writeln!(out, "{indent}{hash}{key}:").unwrap();
+            out.push_str(&keys);
+        } else if items["properties"].is_object() {
+            let mut keys = String::new();
+            write_section(&mut keys, root, items, &path, &format!("{indent}    "));
+            writeln!(out, "{indent}{key}:\n{indent}  -").unwrap();
+            out.push_str(&keys);
+        } else {
+            let default = match &schema["default"] {
+                Value::Null => None,
+                Value::String(text) => Some(text.clone()),
+                other => Some(other.to_string()),
+            };
+            match (default, sample) {
+                (Some(default), None) => writeln!(out, "{indent}{key}: {default}\n").unwrap(),
+                (None, Some(sample)) => match sample.strip_prefix("# ") {
+                    Some(sample) => writeln!(out, "{indent}#{key}: {sample}\n").unwrap(),
+                    None => writeln!(out, "{indent}{key}: {sample}\n").unwrap(),
+                },
+                (default, sample) => panic!("{path} has the default {default:?} and the sample {sample:?}"),
+            }
+        }
+    }
+}
+
+fn wrap(out: &mut String, paragraph: &str, indent: &str) {
+    let mut line = format!("{indent}#");
+    for word in paragraph.split_whitespace() {
+        if line.len() + 1 + word.len() > 110 {
+            writeln!(out, "{line}").unwrap();
+            line = format!("{indent}#");
+        }
+        write!(line, " {word}").unwrap();
+    }
+    writeln!(out, "{line}").unwrap();
+}
