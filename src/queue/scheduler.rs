@@ -4,9 +4,9 @@
 //! Within a flow nothing overtakes; flows take turns, and an entry too large for one frame crosses piece by piece, one piece
 //! a turn, so that a chat line waits for one piece at most. What keeps it honest:
 //!
-//! - Only a slot that is sealed *and* on disk is given out: after a crash the peer never knows more of our numbering than we do.
+//! - Only a slot that is sealed *and* on disk is offered: after a crash the peer never knows more of our numbering than we do.
 //! - Memory is bounded by [`Scheduler::has_room`]; the rest of the spool stays on disk until it is asked for.
-//! - The peer keeps track of at most [`Received::BEYOND_MAX`] entries that overtook another; then it is that one's turn.
+//! - What the link does not take now stays in its place.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -14,18 +14,38 @@ use bytes::Bytes;
 
 use super::collapse::Flow;
 use crate::{
-    codec::{
-        entry::Entry,
-        position::{Received, Seq},
-    },
+    codec::{entry::Entry, position::Seq},
     time::Mono,
 };
 
-/// What is given to the link in one go.
-#[derive(Clone, Debug, Eq, PartialEq)]
-pub enum Piece {
-    Whole { seq: Seq, entry: Entry, accepted: Mono },
-    Part { seq: Seq, encoded: Bytes, offset: usize },
+/// What is offered to the link.
+#[derive(Debug)]
+pub enum Offer<'a> {
+    Whole {
+        seq: Seq,
+        entry: &'a Entry,
+        accepted: Mono,
+    },
+    /// From `offset` on, as much as it likes.
+    Part {
+        seq: Seq,
+        encoded: &'a Bytes,
+        offset: usize,
+        accepted: Mono,
+    },
+}
+
+/// What the link does with an offer.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Answer {
+    /// The whole entry, or so many bytes of a part.
+    Takes(usize),
+    /// It does not take the entry whole: offer it in parts.
+    InParts,
+    /// Not this one now; perhaps another flow's.
+    Blocked,
+    /// Nothing more now.
+    Full,
 }
 
 #[derive(Debug)]
@@ -38,41 +58,40 @@ enum Slot {
         batch: u64,
         accepted: Mono,
     },
-    /// Parts of it have been given out.
-    Split { encoded: Bytes, offset: usize },
+    /// It crosses in parts.
+    Split {
+        encoded: Bytes,
+        offset: usize,
+        accepted: Mono,
+    },
 }
 
 #[derive(Debug)]
 pub struct Scheduler {
     bytes_max: usize,
-    part_bytes_max: usize,
     flows: BTreeMap<Flow, VecDeque<(Seq, Slot)>>,
     /// Flows in the order of their turns.
     turns: VecDeque<Flow>,
     /// Numbers up to this one are here, were given out, or are done with.
     upto: Seq,
     bytes: usize,
-    /// Given out in parts and not yet through: what others may not overtake by too much.
-    split: BTreeMap<Seq, ()>,
 }
 
 impl Scheduler {
-    /// `bytes_max` is what may be in memory; an entry whose encoding is over `part_bytes_max` crosses in parts.
-    pub fn new(bytes_max: usize, part_bytes_max: usize) -> Self {
+    /// `bytes_max` is what may be in memory.
+    pub fn new(bytes_max: usize) -> Self {
         Self {
             bytes_max,
-            part_bytes_max,
             flows: BTreeMap::new(),
             turns: VecDeque::new(),
             upto: Seq(0),
             bytes: 0,
-            split: BTreeMap::new(),
         }
     }
 
     /// Forgets everything and starts after `upto`: the peer has told what it holds.
     pub fn restart(&mut self, upto: Seq) {
-        *self = Self::new(self.bytes_max, self.part_bytes_max);
+        *self = Self::new(self.bytes_max);
         self.upto = upto;
     }
 
@@ -85,7 +104,7 @@ impl Scheduler {
         self.bytes < self.bytes_max
     }
 
-    /// Passes over the wanted number: the peer has it already, or it is void.
+    /// Passes over the wanted number: the peer has it already.
     pub fn skip(&mut self, seq: Seq) {
         debug_assert_eq!(seq, self.wants());
         self.upto = seq;
@@ -108,15 +127,12 @@ impl Scheduler {
     /// Takes in the wanted number as read back from the disk.
     pub fn load(&mut self, flow: Flow, seq: Seq, entry: Entry, accepted: Mono) {
         self.bytes += size(&entry);
-        self.push(
-            flow,
-            seq,
-            Slot::Ready {
-                entry,
-                batch: 0,
-                accepted,
-            },
-        );
+        let slot = Slot::Ready {
+            entry,
+            batch: 0,
+            accepted,
+        };
+        self.push(flow, seq, slot);
     }
 
     fn push(&mut self, flow: Flow, seq: Seq, slot: Slot) {
@@ -129,80 +145,91 @@ impl Scheduler {
         slots.push_back((seq, slot));
     }
 
-    /// The next piece, given that batches up to `committed` are on disk and the peer has confirmed everything up to `acked`.
-    pub fn next(&mut self, committed: u64, acked: Seq) -> Option<Piece> {
+    /// Offers flows' next pieces in turn, given that batches up to `committed` are on disk, until one is taken. `false` if
+    /// none was.
+    pub fn offer(&mut self, committed: u64, mut offer: impl FnMut(Offer<'_>) -> Answer) -> bool {
         for _ in 0..self.turns.len() {
-            let flow = self.turns.pop_front()?;
-            let piece = self.take(&flow, committed, acked);
-            match self.flows.get(&flow) {
-                Some(slots) if slots.is_empty() => {
-                    self.flows.remove(&flow);
-                }
-                Some(_) => self.turns.push_back(flow),
-                None => {}
+            let Some(flow) = self.turns.pop_front() else {
+                return false;
+            };
+            let Some(slots) = self.flows.get_mut(&flow) else {
+                continue;
+            };
+            let answer = offer_first(slots, &mut self.bytes, committed, &mut offer);
+            if slots.is_empty() {
+                self.flows.remove(&flow);
+            } else if answer == Answer::Full {
+                self.turns.push_front(flow);
+            } else {
+                self.turns.push_back(flow);
             }
-            if piece.is_some() {
-                return piece;
-            }
-        }
-        None
-    }
-
-    fn take(&mut self, flow: &Flow, committed: u64, acked: Seq) -> Option<Piece> {
-        let slots = self.flows.get_mut(flow)?;
-        let (seq, slot) = slots.front_mut()?;
-        let seq = *seq;
-        match slot {
-            Slot::Open => None,
-            Slot::Ready { batch, .. } if *batch > committed => None,
-            Slot::Ready { entry, accepted, .. } => {
-                let overtakes = self.split.first_key_value().is_some_and(|(&first, ())| first < seq);
-                if overtakes && seq.0 > acked.0 + Received::BEYOND_MAX as u64 {
-                    return None;
-                }
-                let accepted = *accepted;
-                if size(entry) > self.part_bytes_max {
-                    self.bytes -= size(entry);
-                    let encoded = entry.encode();
-                    self.bytes += encoded.len();
-                    *slot = Slot::Split { encoded, offset: 0 };
-                    self.split.insert(seq, ());
-                    return self.take(flow, committed, acked);
-                }
-                self.bytes -= size(entry);
-                let Some((seq, Slot::Ready { entry, .. })) = slots.pop_front() else {
-                    unreachable!("the slot was looked at above");
-                };
-                Some(Piece::Whole { seq, entry, accepted })
-            }
-            Slot::Split { encoded, offset } => {
-                let piece = Piece::Part {
-                    seq,
-                    encoded: encoded.clone(),
-                    offset: *offset,
-                };
-                *offset += self.part_bytes_max.min(encoded.len() - *offset);
-                if *offset == encoded.len() {
-                    self.bytes -= encoded.len();
-                    self.split.remove(&seq);
-                    slots.pop_front();
-                }
-                Some(piece)
+            match answer {
+                Answer::Takes(_) => return true,
+                Answer::Full => return false,
+                Answer::Blocked | Answer::InParts => {}
             }
         }
+        false
     }
+}
 
-    /// Whether a call of [`Self::next`] would give something.
-    pub fn is_ready(&self, committed: u64, acked: Seq) -> bool {
-        self.flows.values().any(|slots| match slots.front() {
-            Some((_, Slot::Split { .. })) => true,
-            Some((seq, Slot::Ready { batch, .. })) => {
-                let overtakes = self.split.first_key_value().is_some_and(|(&first, ())| first < *seq);
-                *batch <= committed && !(overtakes && seq.0 > acked.0 + Received::BEYOND_MAX as u64)
+/// Offers what stands first in a flow.
+fn offer_first(
+    slots: &mut VecDeque<(Seq, Slot)>,
+    held_bytes: &mut usize,
+    committed: u64,
+    offer: &mut impl FnMut(Offer<'_>) -> Answer,
+) -> Answer {
+    let Some((seq, slot)) = slots.front_mut() else {
+        return Answer::Blocked;
+    };
+    let seq = *seq;
+    if let Slot::Ready { entry, batch, accepted } = slot {
+        let accepted = *accepted;
+        if *batch > committed {
+            return Answer::Blocked;
+        }
+        match offer(Offer::Whole { seq, entry, accepted }) {
+            Answer::Takes(bytes) => {
+                *held_bytes -= size(entry);
+                slots.pop_front();
+                return Answer::Takes(bytes);
             }
-            Some((_, Slot::Open)) | None => false,
-        })
+            Answer::InParts => {
+                *held_bytes -= size(entry);
+                let encoded = entry.encode();
+                *held_bytes += encoded.len();
+                *slot = Slot::Split {
+                    encoded,
+                    offset: 0,
+                    accepted,
+                };
+            }
+            answer @ (Answer::Blocked | Answer::Full) => return answer,
+        }
     }
+    let Slot::Split {
+        encoded,
+        offset,
+        accepted,
+    } = slot
+    else {
+        return Answer::Blocked;
+    };
+    let answer = offer(Offer::Part {
+        seq,
+        encoded,
+        offset: *offset,
+        accepted: *accepted,
+    });
+    if let Answer::Takes(bytes) = answer {
+        *offset += bytes;
+        if *offset >= encoded.len() {
+            *held_bytes -= encoded.len();
+            slots.pop_front();
+        }
+    }
+    answer
 }
 
 /// What an entry costs in memory, and about what its encoding will.
@@ -227,15 +254,26 @@ mod tests {
     }
 
     fn scheduler() -> Scheduler {
-        Scheduler::new(1 << 20, 1000)
+        Scheduler::new(1 << 20)
     }
 
+    /// A link that takes 1,000 bytes at a time.
     fn seqs(scheduler: &mut Scheduler, committed: u64) -> Vec<u64> {
-        std::iter::from_fn(|| scheduler.next(committed, Seq(0)))
-            .map(|piece| match piece {
-                Piece::Whole { seq, .. } | Piece::Part { seq, .. } => seq.0,
-            })
-            .collect()
+        let mut seqs = Vec::new();
+        while scheduler.offer(committed, |offer| match offer {
+            Offer::Whole { entry, .. } if size(entry) > 1000 => Answer::InParts,
+            Offer::Whole { seq, .. } => {
+                seqs.push(seq.0);
+                Answer::Takes(0)
+            }
+            Offer::Part {
+                seq, encoded, offset, ..
+            } => {
+                seqs.push(seq.0);
+                Answer::Takes((encoded.len() - offset).min(1000))
+            }
+        }) {}
+        seqs
     }
 
     /// A large entry of one sender shares the link with another sender's lines, piece by piece.
@@ -260,36 +298,45 @@ mod tests {
 
     /// What is still growing, or not yet on disk, holds its place and does not cross.
     #[test]
-    fn gives_out_only_what_is_sealed_and_on_disk() {
+    fn offers_only_what_is_sealed_and_on_disk() {
         let mut scheduler = scheduler();
         let room: Flow = "room".into();
         scheduler.reserve(room.clone(), Seq(1));
         scheduler.load("other".into(), Seq(2), entry(10), Mono::default());
         assert_eq!(seqs(&mut scheduler, 0), [2]);
         scheduler.fill(&room, Seq(1), entry(10), 7, Mono::default());
-        assert_eq!(seqs(&mut scheduler, 6), []);
-        assert!(!scheduler.is_ready(6, Seq(0)) && scheduler.is_ready(7, Seq(0)));
+        assert!(seqs(&mut scheduler, 6).is_empty());
         assert_eq!(seqs(&mut scheduler, 7), [1]);
     }
 
-    /// While a large entry is under way, only as many may overtake it as the peer can keep track of.
+    /// What the link cannot take now stays first in its flow; if the link is only blocked for it, others go.
     #[test]
-    fn overtaking_is_bounded() {
+    fn a_refused_offer_stays_in_its_place() {
         let mut scheduler = scheduler();
-        let lines = Received::BEYOND_MAX as u64 + 50;
-        scheduler.load(
-            "big".into(),
-            Seq(1),
-            entry(1000 * (lines as usize + 10)),
-            Mono::default(),
-        );
-        for seq in 2..lines + 2 {
-            scheduler.load("room".into(), Seq(seq), entry(10), Mono::default());
-        }
-        let order = seqs(&mut scheduler, 0);
-        let last_big = order.iter().rposition(|&seq| seq == 1).unwrap();
-        let overtaken = order[..last_big].iter().filter(|&&seq| seq != 1).count();
-        assert_eq!(overtaken, Received::BEYOND_MAX - 1);
-        assert_eq!(*order.last().unwrap(), lines + 1);
+        scheduler.load("one".into(), Seq(1), entry(10), Mono::default());
+        scheduler.load("two".into(), Seq(2), entry(10), Mono::default());
+        assert!(!scheduler.offer(0, |_| Answer::Full));
+        let mut offered = Vec::new();
+        assert!(scheduler.offer(0, |offer| match offer {
+            Offer::Whole { seq: Seq(1), .. } => Answer::Blocked,
+            Offer::Whole { seq, .. } | Offer::Part { seq, .. } => {
+                offered.push(seq.0);
+                Answer::Takes(0)
+            }
+        }));
+        assert_eq!(offered, [2]);
+        assert_eq!(seqs(&mut scheduler, 0), [1]);
+    }
+
+    /// Memory is given back with the last byte of what crossed.
+    #[test]
+    fn memory_is_counted() {
+        let mut scheduler = Scheduler::new(3000);
+        scheduler.load("one".into(), Seq(1), entry(2000), Mono::default());
+        assert!(scheduler.has_room());
+        scheduler.load("two".into(), Seq(2), entry(2000), Mono::default());
+        assert!(!scheduler.has_room());
+        seqs(&mut scheduler, 0);
+        assert_eq!(scheduler.bytes, 0);
     }
 }

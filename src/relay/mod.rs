@@ -30,13 +30,15 @@ use bytes::Bytes;
 use self::{inward::Inward, outward::Outward};
 use crate::{
     codec::{
-        frame::Hello,
-        position::{Added, Epoch, Received, Seq},
+        compress,
+        entry::{ENTRY_BYTES_MAX, Entry},
+        frame::{self, Hello, Reason},
+        position::{Epoch, Received, Seq},
     },
-    link::session::{self, LinkError, LinkSession, SessionConfig},
+    link::session::{self, LinkError, LinkSession, Sent, SessionConfig},
     queue::{
         journal::{Batch, Change, Levels, Opening, Slot},
-        scheduler::Piece,
+        scheduler::{Answer, Offer},
     },
     stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bounce},
     time::{Deadline, Now},
@@ -75,16 +77,19 @@ pub enum Drop {
     RefusedByServer,
     /// Larger than the server takes (XEP-0478).
     OverServerLimit,
+    /// Larger than the peer takes.
+    OverPeerLimit,
     AnswerQueueFull,
 }
 
 impl Drop {
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Malformed,
         Self::WrongSender,
         Self::WrongRecipient,
         Self::RefusedByServer,
         Self::OverServerLimit,
+        Self::OverPeerLimit,
         Self::AnswerQueueFull,
     ];
 
@@ -95,6 +100,7 @@ impl Drop {
             Self::WrongRecipient => "wrong_recipient",
             Self::RefusedByServer => "refused_by_server",
             Self::OverServerLimit => "over_server_limit",
+            Self::OverPeerLimit => "over_peer_limit",
             Self::AnswerQueueFull => "answer_queue_full",
         }
     }
@@ -113,6 +119,8 @@ pub struct RelayStats {
     pub entries_sent: u64,
     pub entries_received: u64,
     pub duplicates: u64,
+    /// Entries that the peer no longer has and we never got: its disk or ours was put back to an earlier state.
+    pub missing: u64,
     pub copies_delivered: u64,
     pub copy_bytes_delivered: u64,
     /// Copies whose delivery is unknown: the leg has no acks and broke, or we were killed in between.
@@ -143,6 +151,12 @@ pub struct Settings {
     /// Bytes in the inbox at which the link is closed until there is room again.
     pub inbox_bytes_max: u64,
     pub lanes_per_pair: u8,
+    /// Bytes of frames that go into one batch, before compression.
+    pub batch_bytes: usize,
+    /// Whether a dictionary and zstd are offered to the peer.
+    pub compress: bool,
+    /// What this site is called, for the peer's log.
+    pub site: Option<String>,
     pub session: SessionConfig,
 }
 
@@ -220,6 +234,9 @@ pub enum Output {
         life: u64,
         stanzas: Vec<Bytes>,
     },
+    /// Nothing was heard from the peer for longer than it should take (or again, after that): another connection may be
+    /// tried beside this one.
+    LinkQuiet(bool),
     /// The connection must go: the peer broke the protocol, is dead, or we have no room.
     CloseLink(LinkClose),
 }
@@ -228,7 +245,7 @@ pub enum Output {
 pub enum LinkClose {
     Error(LinkError),
     /// What the peer said when it left.
-    Goodbye(session::Goodbye),
+    Goodbye(Reason),
     InboxFull,
 }
 
@@ -264,6 +281,7 @@ pub struct Relay {
     committed: u64,
     levels: Levels,
     stats: RelayStats,
+    transmit_due: bool,
     outputs: VecDeque<Output>,
 }
 
@@ -272,13 +290,7 @@ impl Relay {
         let acked = opening.spool_first.map_or(opening.spool_last, |first| Seq(first.0 - 1));
         let mut relay = Self {
             epoch: opening.epoch,
-            outward: Outward::new(
-                acked,
-                opening.spool_last,
-                settings.collapse_window,
-                settings.session.fragment_bytes_max,
-                now,
-            ),
+            outward: Outward::new(acked, opening.spool_last, settings.collapse_window, now),
             inward: Inward::new(
                 settings.local.clone(),
                 settings.far.clone(),
@@ -297,6 +309,7 @@ impl Relay {
             committed: 0,
             levels: opening.levels,
             stats: RelayStats::default(),
+            transmit_due: false,
             outputs: VecDeque::new(),
             settings,
         };
@@ -305,6 +318,7 @@ impl Relay {
     }
 
     pub fn handle(&mut self, input: Input, now: Now) {
+        self.transmit_due = true;
         match input {
             Input::Stanza { leg, n, pair, stanza } => self.handle_stanza(leg, n, pair, &stanza, now),
             Input::Committed { batch, levels } => self.handle_committed(batch, levels, now),
@@ -346,25 +360,30 @@ impl Relay {
     /// The next bytes for the link, asked for when the socket can take them: what is most urgent then is what goes.
     pub fn poll_transmit(&mut self, now: Now) -> Option<Bytes> {
         let session = self.session.as_mut()?;
-        while !session.batch_is_full()
-            && let Some(piece) = self.outward.next(self.committed)
-        {
-            match piece {
-                Piece::Whole { seq, entry, accepted } => {
-                    session.send(seq, &entry, now.mono.since(accepted));
-                    self.stats.entries_sent += 1;
-                }
-                Piece::Part { seq, encoded, offset } => {
-                    if session.send_fragment(seq, &encoded, offset) + offset == encoded.len() {
-                        self.stats.entries_sent += 1;
-                    }
-                }
-            }
-        }
+        let stats = &mut self.stats;
+        while session.batch_bytes() < self.settings.batch_bytes
+            && self
+                .outward
+                .offer(self.committed, |offer| answer(session, stats, offer, now))
+        {}
         let transmit = session.poll_transmit(now);
+        self.transmit_due = transmit.is_some();
         self.outward.advance();
         self.settle(now);
         transmit
+    }
+
+    /// Whether [`Relay::poll_transmit`] may have something: not if it had nothing and nothing has happened since.
+    pub fn wants_transmit(&self) -> bool {
+        self.transmit_due && self.session.is_some()
+    }
+
+    /// Ends the link in good order: the next transmission says so.
+    pub fn say_goodbye(&mut self) {
+        if let Some(session) = self.session.as_mut() {
+            session.goodbye(Reason::Shutdown);
+            self.transmit_due = true;
+        }
     }
 
     pub fn poll_timeout(&self) -> Option<Deadline> {
@@ -388,7 +407,7 @@ impl Relay {
 
     /// Whether the peer has told what it holds, so that entries cross.
     pub fn is_linked(&self) -> bool {
-        self.session.as_ref().is_some_and(LinkSession::is_ready)
+        self.session.as_ref().is_some_and(LinkSession::is_open)
     }
 
     pub fn lanes_up(&self) -> (usize, usize) {
@@ -451,11 +470,20 @@ impl Relay {
             return;
         }
         let hello = Hello {
+            version: frame::VERSION,
+            capabilities: 0,
             epoch: self.epoch,
             received: self.stored.clone(),
             first_unacked: Seq(self.outward.acked().0 + 1),
             last: self.outward.last(),
-            ..Hello::ours(&self.settings.session)
+            site: self.settings.site.clone(),
+            dictionary: if self.settings.compress {
+                compress::dictionary_id()
+            } else {
+                0
+            },
+            entry_bytes_max: ENTRY_BYTES_MAX as u64,
+            ack_delay_ms: u64::try_from(self.settings.session.ack_delay.as_millis()).unwrap_or(u64::MAX),
         };
         self.stats.link_ups += 1;
         self.session = Some(LinkSession::new(self.settings.session.clone(), hello, now));
@@ -466,9 +494,15 @@ impl Relay {
         let result = session.handle(input, now);
         while let Some(output) = self.session.as_mut().and_then(LinkSession::poll_output) {
             match output {
-                session::Output::PeerHello(hello) => self.handle_hello(&hello),
+                session::Output::PeerHello {
+                    hello,
+                    received,
+                    missing,
+                } => self.handle_hello(&hello, received, missing),
                 session::Output::Received { seq, entry, .. } => self.handle_entry(seq, entry),
-                session::Output::Acked { upto, beyond } => self.outward.handle_acked(upto, &beyond),
+                session::Output::Acked(acked) => self.outward.handle_acked(&acked),
+                session::Output::Quiet => self.outputs.push_back(Output::LinkQuiet(true)),
+                session::Output::Alive => self.outputs.push_back(Output::LinkQuiet(false)),
                 session::Output::Goodbye(reason) => {
                     self.outputs.push_back(Output::CloseLink(LinkClose::Goodbye(reason)));
                 }
@@ -481,14 +515,11 @@ impl Relay {
         }
     }
 
-    fn handle_hello(&mut self, hello: &Hello) {
-        if hello.epoch != self.received.epoch {
+    fn handle_hello(&mut self, hello: &Hello, received: Received, missing: u64) {
+        self.stats.missing += missing;
+        if received != self.received {
             // The first meeting, or the peer's disk was replaced: its numbering starts where its spool does.
-            self.received = Received {
-                epoch: hello.epoch,
-                upto: Seq(hello.first_unacked.0 - 1),
-                beyond: Vec::new(),
-            };
+            self.received = received;
             self.note_received();
         }
         let known = if hello.received.epoch == self.epoch {
@@ -504,10 +535,12 @@ impl Relay {
     }
 
     fn handle_entry(&mut self, seq: Seq, entry: Bytes) {
-        if self.received.add(seq) != Added::New {
+        if self.received.contains(seq) {
+            // Sent again because the last connection broke before we could say that it had arrived.
             self.stats.duplicates += 1;
             return;
         }
+        self.received.add(seq);
         self.stats.entries_received += 1;
         self.inward.handle_entry(entry, &mut self.stats);
         self.note_received();
@@ -599,5 +632,40 @@ impl Relay {
         };
         self.outputs
             .push_back(Output::Commit(std::mem::replace(&mut self.batch, next)));
+    }
+}
+
+/// Puts what the scheduler offers into the batch, as far as the session takes it.
+fn answer(session: &mut LinkSession, stats: &mut RelayStats, offer: Offer<'_>, now: Now) -> Answer {
+    match offer {
+        Offer::Whole { seq, entry, accepted } => match session.send(seq, entry, now.mono.since(accepted)) {
+            Sent::Whole => {
+                stats.entries_sent += 1;
+                Answer::Takes(0)
+            }
+            Sent::Known => Answer::Takes(0),
+            Sent::NeedsFragments => Answer::InParts,
+            Sent::BatchFull => Answer::Full,
+            Sent::Blocked => Answer::Blocked,
+            Sent::TooLarge => {
+                stats.dropped(Drop::OverPeerLimit);
+                match session.send(seq, &Entry::Void, Duration::ZERO) {
+                    Sent::Whole => Answer::Takes(0),
+                    _ => Answer::Full,
+                }
+            }
+        },
+        Offer::Part {
+            seq,
+            encoded,
+            offset,
+            accepted,
+        } => match session.send_fragment(seq, encoded, offset, now.mono.since(accepted)) {
+            0 => Answer::Blocked,
+            bytes => {
+                stats.entries_sent += u64::from(offset + bytes == encoded.len());
+                Answer::Takes(bytes)
+            }
+        },
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     queue::{
         collapse::{self, Collapse, Flow},
         journal::{Change, Slot},
-        scheduler::{Piece, Scheduler},
+        scheduler::{Answer, Offer, Scheduler},
     },
     stanza::{Stanza, bare},
     time::{Deadline, Mono, Now},
@@ -65,14 +65,14 @@ pub struct Outward {
 }
 
 impl Outward {
-    pub fn new(acked: Seq, last: Seq, window: Duration, part_bytes_max: usize, now: Now) -> Self {
+    pub fn new(acked: Seq, last: Seq, window: Duration, now: Now) -> Self {
         let mut ages = VecDeque::new();
         if acked < last {
             ages.push_back((last, now.mono));
         }
         Self {
             collapse: Collapse::new(last, window),
-            scheduler: Scheduler::new(MEMORY_BYTES_MAX, part_bytes_max),
+            scheduler: Scheduler::new(MEMORY_BYTES_MAX),
             open: false,
             acked,
             beyond: BTreeSet::new(),
@@ -121,7 +121,7 @@ impl Outward {
 
     /// The link is up and the peer holds what `received` says.
     pub fn link_up(&mut self, received: &Received) {
-        self.handle_acked(received.upto, &received.beyond);
+        self.handle_acked(received);
         self.scheduler.restart(self.acked);
         self.open = true;
         self.take_in_open();
@@ -133,7 +133,8 @@ impl Outward {
     }
 
     /// The peer has these on its disk.
-    pub fn handle_acked(&mut self, upto: Seq, beyond: &[Seq]) {
+    pub fn handle_acked(&mut self, received: &Received) {
+        let Received { upto, ref beyond, .. } = *received;
         if upto <= self.acked && beyond.iter().all(|seq| self.beyond.contains(seq)) {
             return;
         }
@@ -145,7 +146,7 @@ impl Outward {
         }
         self.outputs.push_back(Output::Change(Change::DropSpool {
             upto,
-            beyond: beyond.to_vec(),
+            beyond: beyond.clone(),
         }));
     }
 
@@ -198,17 +199,9 @@ impl Outward {
         }
     }
 
-    /// The next piece to cross, given the batches that are on disk.
-    pub fn next(&mut self, committed: u64) -> Option<Piece> {
-        if self.open {
-            self.scheduler.next(committed, self.acked)
-        } else {
-            None
-        }
-    }
-
-    pub fn is_ready(&self, committed: u64) -> bool {
-        self.open && self.scheduler.is_ready(committed, self.acked)
+    /// Offers what may cross next, given the batches that are on disk. `false` if nothing was taken.
+    pub fn offer(&mut self, committed: u64, offer: impl FnMut(Offer<'_>) -> Answer) -> bool {
+        self.open && self.scheduler.offer(committed, offer)
     }
 
     pub fn poll_output(&mut self) -> Option<Output> {
