@@ -1,1 +1,3 @@
 //! Shells around the pure floors: sockets, TLS, files, clocks, DNS, HTTP.
+
+pub mod admin;
