@@ -1,3 +1,11 @@
 //! Shells around the pure floors: sockets, TLS, files, clocks, DNS, HTTP.
 
 pub mod admin;
+pub mod backoff;
+pub mod ca;
+pub mod clock;
+pub mod dns;
+pub mod lane;
+pub mod legs;
+pub mod tls;
+pub mod wire;

@@ -5,9 +5,11 @@
 
 mod address;
 mod error;
+mod escape;
 pub mod ns;
 mod stanza;
 
 pub use address::{AddressError, Domain, DomainPair, bare, domain_of, resource_of};
 pub use error::{Condition, ErrorType, bounce};
+pub use escape::{escape_attribute, escape_text};
 pub use stanza::{Kind, Stanza, StanzaError};

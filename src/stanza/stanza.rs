@@ -1,8 +1,15 @@
 //! One stanza: its exact bytes, and where in them the addressing is.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, ops::Range, str};
 
 use bytes::Bytes;
+use quick_xml::{
+    NsReader, Reader, XmlVersion,
+    events::{BytesStart, Event, attributes::Attribute},
+    name::{Namespace, PrefixDeclaration, QName, ResolveResult},
+};
+
+use super::ns;
 
 /// RFC 6120 §8.2
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -12,18 +19,52 @@ pub enum Kind {
     Iq,
 }
 
+impl Kind {
+    /// The element's name.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Message => "message",
+            Self::Presence => "presence",
+            Self::Iq => "iq",
+        }
+    }
+}
+
 /// A stanza as it came: a single well-formed element in `jabber:server` without a prefix.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Stanza {
     bytes: Bytes,
     kind: Kind,
+    places: Places,
+}
+
+/// Where the addressing is: the values as written, between their quotes.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+struct Places {
+    stanza_type: Option<Range<usize>>,
+    id: Option<Range<usize>>,
+    from: Option<Range<usize>>,
+    to: Option<Range<usize>>,
+    /// All of the `to` attribute, from the white space before it to the closing quote.
+    to_attribute: Range<usize>,
 }
 
 impl Stanza {
     /// Finds the addressing in an element that [`crate::codec::xml`] has let through.
     pub fn parse(bytes: Bytes) -> Result<Self, StanzaError> {
-        let _ = bytes;
-        todo!()
+        let text = str::from_utf8(&bytes).map_err(|_| StanzaError::Malformed)?;
+        let tag = match Reader::from_str(text).read_event() {
+            Ok(Event::Start(tag) | Event::Empty(tag)) => tag,
+            _ => return Err(StanzaError::Malformed),
+        };
+        let kind = match tag.name().0 {
+            "message" => Kind::Message,
+            "presence" => Kind::Presence,
+            "iq" => Kind::Iq,
+            _ => return Err(StanzaError::NotAStanza),
+        };
+        let places = Places::find(text, &tag)?;
+        Ok(Self { bytes, kind, places })
     }
 
     pub fn kind(&self) -> Kind {
@@ -36,26 +77,180 @@ impl Stanza {
 
     /// The `type` attribute, unescaped.
     pub fn stanza_type(&self) -> Option<Cow<'_, str>> {
-        todo!()
+        self.value(&self.places.stanza_type)
     }
 
     pub fn id(&self) -> Option<Cow<'_, str>> {
-        todo!()
+        self.value(&self.places.id)
     }
 
     pub fn from(&self) -> Option<Cow<'_, str>> {
-        todo!()
+        self.value(&self.places.from)
     }
 
     pub fn to(&self) -> Option<Cow<'_, str>> {
-        todo!()
+        self.value(&self.places.to)
+    }
+
+    /// Whether it is of type `error` (RFC 6120 §8.3).
+    pub fn is_error(&self) -> bool {
+        self.stanza_type().is_some_and(|value| value == "error")
     }
 
     /// Cuts the `to` attribute out: the bytes without it (nor the white space before it), the offset where it stood, and the
     /// attribute exactly as written (white space, name, quotes and escapes), so that joining them again is byte-exact.
     pub fn split_to(&self) -> Option<(Bytes, usize, Bytes)> {
-        todo!()
+        self.places.to.as_ref()?;
+        let Range { start, end } = self.places.to_attribute.clone();
+        let template = [&self.bytes[..start], &self.bytes[end..]].concat();
+        // A copy, so that the small attribute does not keep the whole stanza in memory.
+        let attribute = Bytes::copy_from_slice(&self.bytes[start..end]);
+        Some((template.into(), start, attribute))
     }
+
+    /// The inverse of [`split_to`](Self::split_to). An offset beyond the template means its end.
+    pub fn join(template: &[u8], to_at: usize, to_attribute: &[u8]) -> Bytes {
+        let (before, after) = template.split_at(to_at.min(template.len()));
+        [before, to_attribute, after].concat().into()
+    }
+
+    /// Whether a MUC's extended information (XEP-0045 §14.1 `muc#user`) holds the status `code`, such as `110` for self-presence.
+    pub fn has_muc_status(&self, code: &str) -> bool {
+        self.muc_user_children(|tag| {
+            tag.local_name().into_inner() == "status"
+                && tag
+                    .try_get_attribute("code")
+                    .ok()
+                    .flatten()
+                    .is_some_and(|attribute| &*attribute.value == code)
+        })
+        .is_some_and(|found| found)
+    }
+
+    /// Whether it has a child `x` in `muc#user`, as room traffic other than plain group messages has.
+    pub(super) fn has_muc_user(&self) -> bool {
+        self.muc_user_children(|_| false).is_some()
+    }
+
+    /// Looks through the children of `x` in `muc#user`, if there is one, until one fits.
+    fn muc_user_children(&self, fits: impl Fn(&BytesStart<'_>) -> bool) -> Option<bool> {
+        // Most stanzas have none, and a look through the bytes is far cheaper than parsing them. A namespace
+        // written with escapes would be missed; no server writes that.
+        if !contains(&self.bytes, ns::MUC_USER.as_bytes()) {
+            return None;
+        }
+        let mut reader = NsReader::from_str(str::from_utf8(&self.bytes).ok()?);
+        reader.resolver_mut().set_max_namespace_bindings(usize::MAX);
+        let default = (PrefixDeclaration::Default, Namespace(ns::SERVER));
+        reader.resolver_mut().add(default.0, default.1).ok()?;
+        let mut depth = 0_usize;
+        let mut inside = false;
+        let mut seen = None;
+        loop {
+            let (namespace, event) = reader.read_resolved_event().ok()?;
+            let in_muc_user = namespace == ResolveResult::Bound(Namespace(ns::MUC_USER));
+            let (tag, opens) = match event {
+                Event::Start(tag) => (tag, true),
+                Event::Empty(tag) => (tag, false),
+                Event::End(_) => {
+                    depth = depth.saturating_sub(1);
+                    inside &= depth > 1;
+                    continue;
+                }
+                Event::Eof => return seen,
+                _ => continue,
+            };
+            if depth == 1 && in_muc_user && tag.local_name().into_inner() == "x" {
+                inside = opens;
+                seen = Some(false);
+            } else if depth == 2 && inside && in_muc_user && fits(&tag) {
+                return Some(true);
+            }
+            if opens {
+                depth += 1;
+            }
+        }
+    }
+
+    /// An attribute as written, between and with its quotes, for our own answers.
+    pub(super) fn raw_id(&self) -> Option<&[u8]> {
+        self.quoted(&self.places.id)
+    }
+
+    pub(super) fn raw_from(&self) -> Option<&[u8]> {
+        self.quoted(&self.places.from)
+    }
+
+    pub(super) fn raw_to(&self) -> Option<&[u8]> {
+        self.quoted(&self.places.to)
+    }
+
+    fn quoted(&self, place: &Option<Range<usize>>) -> Option<&[u8]> {
+        let place = place.as_ref()?;
+        // `Places::find` has seen the quotes on both sides.
+        self.bytes.get(place.start - 1..place.end + 1)
+    }
+
+    fn value(&self, place: &Option<Range<usize>>) -> Option<Cow<'_, str>> {
+        let written = str::from_utf8(&self.bytes[place.clone()?]).ok()?;
+        let plain = !written.bytes().any(|byte| matches!(byte, b'&' | b'\t' | b'\n' | b'\r'));
+        if plain {
+            return Some(Cow::Borrowed(written));
+        }
+        let attribute = Attribute {
+            key: QName(""),
+            value: Cow::Borrowed(written),
+        };
+        // `parse` has tried it.
+        attribute.normalized_value(XmlVersion::Implicit1_0).ok()
+    }
+}
+
+impl Places {
+    fn find(text: &str, tag: &BytesStart<'_>) -> Result<Self, StanzaError> {
+        let mut places = Self::default();
+        // The reader upstream has refused repeated attributes.
+        for attribute in tag.attributes().with_checks(false) {
+            let attribute = attribute.map_err(|_| StanzaError::Malformed)?;
+            let value = place_in(text, &attribute.value).ok_or(StanzaError::Malformed)?;
+            let place = match attribute.key.0 {
+                "to" => {
+                    let name = place_in(text, attribute.key.0).ok_or(StanzaError::Malformed)?;
+                    let before = text[..name.start].trim_end_matches([' ', '\t', '\r', '\n']);
+                    places.to_attribute = before.len()..value.end + 1;
+                    &mut places.to
+                }
+                "from" => &mut places.from,
+                "id" => &mut places.id,
+                "type" => &mut places.stanza_type,
+                "xmlns" if &*attribute.value != ns::SERVER => return Err(StanzaError::NotAStanza),
+                _ => continue,
+            };
+            let readable = attribute.normalized_value(XmlVersion::Implicit1_0).is_ok();
+            if !readable || !is_quoted(text.as_bytes(), &value) {
+                return Err(StanzaError::Malformed);
+            }
+            *place = Some(value);
+        }
+        Ok(places)
+    }
+}
+
+/// Where `part`, which the parser has cut out of `text`, stands in it.
+fn place_in(text: &str, part: &str) -> Option<Range<usize>> {
+    let start = (part.as_ptr() as usize).checked_sub(text.as_ptr() as usize)?;
+    let end = start.checked_add(part.len())?;
+    // So that the addresses of unrelated strings cannot mislead us.
+    (text.get(start..end)? == part).then_some(start..end)
+}
+
+fn is_quoted(bytes: &[u8], value: &Range<usize>) -> bool {
+    let before = value.start.checked_sub(1).and_then(|at| bytes.get(at));
+    matches!(before, Some(b'\'' | b'"')) && before == bytes.get(value.end)
+}
+
+fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
+    bytes.windows(wanted.len()).any(|window| window == wanted)
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
@@ -66,4 +261,99 @@ pub enum StanzaError {
     NotAStanza,
     #[error("the element cannot be read")]
     Malformed,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stanza(text: &str) -> Stanza {
+        Stanza::parse(Bytes::copy_from_slice(text.as_bytes())).unwrap()
+    }
+
+    /// Attributes are found in any order, with either quote, white space and escapes, and `to` only without a prefix.
+    #[test]
+    fn finds_the_addressing() {
+        let stanza = stanza(
+            "<message xml:lang='en' xmlns:p='urn:p' p:to='x'\n\tto = \"o'neil@b.example/&lt;r&gt;\" \
+             from='room@a.example/&apos;n&#x27;' type='groupchat' id='a\tb'><body to='y'/></message>",
+        );
+        assert_eq!(stanza.kind(), Kind::Message);
+        assert_eq!(stanza.to().unwrap(), "o'neil@b.example/<r>");
+        assert_eq!(stanza.from().unwrap(), "room@a.example/'n'");
+        assert_eq!(stanza.stanza_type().unwrap(), "groupchat");
+        assert_eq!(stanza.id().unwrap(), "a b");
+        assert!(!stanza.is_error());
+    }
+
+    /// What is missing is missing; an empty value is a value.
+    #[test]
+    fn tells_missing_from_empty() {
+        let stanza = stanza("<presence to=''/>");
+        assert_eq!(stanza.kind(), Kind::Presence);
+        assert_eq!(stanza.to().unwrap(), "");
+        assert_eq!((stanza.from(), stanza.id(), stanza.stanza_type()), (None, None, None));
+    }
+
+    /// Other elements, and stanzas of another namespace, are no stanzas here.
+    #[test]
+    fn refuses_what_is_no_stanza() {
+        let parse = |text: &'static str| Stanza::parse(Bytes::from_static(text.as_bytes()));
+        assert_eq!(parse("<r xmlns='urn:xmpp:sm:3'/>"), Err(StanzaError::NotAStanza));
+        assert_eq!(parse("<x:iq xmlns:x='jabber:server'/>"), Err(StanzaError::NotAStanza));
+        assert_eq!(parse("<iq xmlns='jabber:client'/>"), Err(StanzaError::NotAStanza));
+        assert!(parse("<iq xmlns='jabber:server'/>").is_ok());
+        for malformed in [
+            "",
+            "iq",
+            "<iq to=>",
+            "<iq to='x",
+            "<iq to=x/>",
+            "<iq to='&x;'/>",
+            "<!-- -->",
+        ] {
+            assert_eq!(parse(malformed), Err(StanzaError::Malformed), "{malformed}");
+        }
+        assert_eq!(
+            Stanza::parse(Bytes::from_static(b"<iq to='\xff'/>")),
+            Err(StanzaError::Malformed)
+        );
+    }
+
+    /// Split and joined again, a stanza has the same bytes; what was cut out is the attribute and the white space before it.
+    #[test]
+    fn splits_and_joins() {
+        let text = "<message from='a' \n to = \"b &amp; c\" id='1'><body>to='b'</body></message>";
+        let (template, to_at, attribute) = stanza(text).split_to().unwrap();
+        assert_eq!(template, "<message from='a' id='1'><body>to='b'</body></message>");
+        assert_eq!(attribute, " \n to = \"b &amp; c\"");
+        assert_eq!(Stanza::join(&template, to_at, &attribute), text);
+        assert_eq!(stanza("<presence from='a'/>").split_to(), None);
+        assert_eq!(Stanza::join(b"<iq/>", 99, b"!"), "<iq/>!");
+    }
+
+    /// Status codes count only where XEP-0045 has them, whatever the prefixes.
+    #[test]
+    fn finds_muc_status_codes() {
+        let with = |x: &str| stanza(&format!("<presence>{x}</presence>"));
+        let user = ns::MUC_USER;
+        assert!(with(&format!("<c/><x xmlns='{user}'><item/><status code='110'/></x>")).has_muc_status("110"));
+        assert!(
+            with(&format!(
+                "<p:x xmlns:p='{user}'><p:item><p:reason/></p:item><p:status code=\"110\"></p:status></p:x>"
+            ))
+            .has_muc_status("110")
+        );
+        for without in [
+            format!("<x xmlns='{user}'><status code='100'/></x>"),
+            format!("<x xmlns='{user}'/><x xmlns='urn:other'><status code='110'/></x>"),
+            format!("<y><x xmlns='{user}'><status code='110'/></x></y>"),
+            format!("<x xmlns='{user}'><item><status code='110'/></item></x>"),
+            format!("<x xmlns='{user}'><status xmlns='urn:other' code='110'/></x>"),
+            format!("<x xmlns='{user}'></x><status xmlns='{user}' code='110'/>"),
+            "<status code='110'/>".into(),
+        ] {
+            assert!(!with(&without).has_muc_status("110"), "{without}");
+        }
+    }
 }
