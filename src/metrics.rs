@@ -253,6 +253,10 @@ reasons! {
     /// Why a stream with our server ended: `CloseReason::as_label` of `stream`.
     LegClosed: "closed_by_server", "drained", "eof", "done", "server_error", "our_error", "failed", "timeout", "io", "other",
 }
+words! {
+    /// What our server said of a dialback key.
+    Verified, "verdict": Valid = "valid", Invalid = "invalid", Error = "error",
+}
 reasons! {
     /// Why a stanza from our server was refused. Its sender was told, where that does no harm.
     Refused: "queue_full", "too_large", "too_many_recipients", "store", "other",
@@ -377,6 +381,10 @@ declare! {
     LEG_OPENED: Counter<Leg> = "narrows_leg_opened_total", "Connections with the local server that came about.";
     LEG_CLOSED: Counter<Leg, LegClosed> = "narrows_leg_closed_total",
         "Streams with the local server that ended, by reason. One that idles out is normal.";
+    LEG_REFUSED: Counter<> = "narrows_leg_refused_total",
+        "Connections to the legs' listener that were closed at once because there were too many.";
+    LEG_VERIFICATIONS: Counter<Verified> = "narrows_leg_verifications_total",
+        "Dialback keys that the local server was asked about, by its answer.";
     LANE_UNCONFIRMED: Gauge<Peer> = "narrows_lane_unconfirmed",
         "Copies written to a stream that has acknowledgements (XEP-0198) and not acknowledged by the server yet.";
     IN_DOUBT: Counter<Peer> = "narrows_in_doubt_total",

@@ -25,6 +25,7 @@ use super::{
     wire::{self, Wire, WireEvent},
 };
 use crate::{
+    metrics::{LEG_CLOSED, LEG_OPENED, LEG_VERIFICATIONS, LEGS, Leg, LegState, Verified},
     relay::LaneKey,
     stanza::DomainPair,
     stream::{
@@ -116,12 +117,9 @@ impl DownReason {
     /// The value in metrics.
     pub fn as_label(&self) -> &'static str {
         match self {
-            Self::NotFound(_) => "not_found",
-            Self::NotConnected { .. } => "not_connected",
-            Self::Tls(_) => "tls",
-            Self::Broken(_) => "broken",
+            Self::NotFound(_) | Self::Tls(_) | Self::NoRandomness(_) => "failed",
+            Self::NotConnected { .. } | Self::Broken(_) => "io",
             Self::Closed(reason) => reason.as_label(),
-            Self::NoRandomness(_) => "no_randomness",
         }
     }
 }
@@ -159,8 +157,7 @@ pub fn spawn(context: Arc<LegContext>, lane: LaneKey, life: u64, events: mpsc::S
     let task = tokio::spawn(async move {
         let reason = live(&context, &lane, life, commands, &events).await;
         info!(pair = %lane.pair, lane = lane.lane, life, %reason, "Leg to the server is down.");
-        metrics::counter!("narrows_legs_closed_total", "role" => "initiating", "reason" => reason.as_label())
-            .increment(1);
+        LEG_CLOSED.increment((Leg::Initiating, reason.as_label()));
         // Nobody hears it any more if the owner is gone.
         let _ = events.send(LaneEvent::Down { lane, life, reason }).await;
     });
@@ -194,12 +191,11 @@ pub(super) async fn verify(
             Verdict::Error
         }
     };
-    let label = match verdict {
-        Verdict::Valid => "valid",
-        Verdict::Invalid => "invalid",
-        Verdict::Error => "error",
-    };
-    metrics::counter!("narrows_legs_verifications_total", "verdict" => label).increment(1);
+    LEG_VERIFICATIONS.increment(match verdict {
+        Verdict::Valid => Verified::Valid,
+        Verdict::Invalid => Verified::Invalid,
+        Verdict::Error => Verified::Error,
+    });
     verdict
 }
 
@@ -264,11 +260,15 @@ async fn live(
     };
     let mut failure = DownReason::NotFound(DnsError::NotOffered(lane.pair.local.clone()));
     for target in targets {
-        let mut delivery = Delivery::new(lane, life, events);
-        failure = match open(context, &lane.pair, Purpose::Deliver, target).await {
-            Ok((wire, stream)) => delivery.run(context, wire, stream, &mut commands).await,
-            Err(reason) => reason,
+        let (wire, stream) = match open(context, &lane.pair, Purpose::Deliver, target).await {
+            Ok(opened) => opened,
+            Err(reason) => {
+                failure = reason;
+                continue;
+            }
         };
+        let mut delivery = Delivery::new(lane, life, events);
+        failure = delivery.run(context, wire, stream, &mut commands).await;
         if delivery.was_ready {
             // The owner may be waiting to hand something over, and must be able to hear the last events.
             drop(commands);
@@ -298,6 +298,7 @@ struct Delivery<'a> {
     /// Without acks: when the kernel has taken so many bytes, so many stanzas are confirmed.
     marks: VecDeque<(u64, u64)>,
     draining: bool,
+    counted: Counted,
 }
 
 impl<'a> Delivery<'a> {
@@ -315,6 +316,7 @@ impl<'a> Delivery<'a> {
             written: 0,
             marks: VecDeque::new(),
             draining: false,
+            counted: Counted::new(Leg::Initiating),
         }
     }
 
@@ -394,7 +396,7 @@ impl<'a> Delivery<'a> {
 
     fn ready(&mut self, acks: bool, stanza_bytes_max: Option<usize>) {
         info!(pair = %self.lane.pair, lane = self.lane.lane, life = self.life, acks, "Leg to the server is up.");
-        metrics::counter!("narrows_legs_opened_total", "role" => "initiating").increment(1);
+        self.counted.ready();
         self.was_ready = true;
         self.acks = acks;
         self.up = Some(LaneEvent::Up {
@@ -416,7 +418,6 @@ impl<'a> Delivery<'a> {
             slice.extend(self.queue.pop_front());
         }
         self.written += slice.len() as u64;
-        metrics::counter!("narrows_legs_stanzas_total", "role" => "initiating").increment(slice.len() as u64);
         slice
     }
 
@@ -456,6 +457,36 @@ impl<'a> Delivery<'a> {
                 return;
             }
         }
+    }
+}
+
+/// Counts a connection for as long as it lives.
+#[derive(Debug)]
+pub(super) struct Counted {
+    leg: Leg,
+    state: LegState,
+}
+
+impl Counted {
+    pub(super) fn new(leg: Leg) -> Self {
+        LEG_OPENED.increment(leg);
+        LEGS.add((leg, LegState::Negotiating), 1.0);
+        Self {
+            leg,
+            state: LegState::Negotiating,
+        }
+    }
+
+    pub(super) fn ready(&mut self) {
+        LEGS.add((self.leg, self.state), -1.0);
+        self.state = LegState::Ready;
+        LEGS.add((self.leg, self.state), 1.0);
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        LEGS.add((self.leg, self.state), -1.0);
     }
 }
 

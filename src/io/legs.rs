@@ -29,10 +29,11 @@ use tokio::{
 use tracing::{debug, error, info, warn};
 
 use super::{
-    lane::{self, LegContext},
+    lane::{self, Counted, LegContext},
     wire::{self, Wire, WireEvent},
 };
 use crate::{
+    metrics::{LEG_CLOSED, LEG_REFUSED, Leg as Role},
     relay::LegId,
     stanza::{Domain, DomainPair, Stanza},
     stream::{
@@ -205,10 +206,9 @@ impl Legs {
         let unauthenticated = Arc::clone(&self.0.unauthenticated).try_acquire_owned();
         let (Ok(connection), Ok(unauthenticated)) = (connection, unauthenticated) else {
             warn!(%address, "Too many connections; this one is refused.");
-            metrics::counter!("narrows_legs_refused_total").increment(1);
+            LEG_REFUSED.increment(());
             return;
         };
-        metrics::counter!("narrows_legs_opened_total", "role" => "receiving").increment(1);
         let inner = Arc::clone(&self.0);
         let leg = LegId(inner.next_leg.fetch_add(1, Ordering::Relaxed));
         tokio::spawn(async move {
@@ -220,10 +220,10 @@ impl Legs {
                 }
                 Err(error) => {
                     info!(leg = leg.0, %address, %error, "The server's stream broke.");
-                    "broken"
+                    "io"
                 }
             };
-            metrics::counter!("narrows_legs_closed_total", "role" => "receiving", "reason" => reason).increment(1);
+            LEG_CLOSED.increment((Role::Receiving, reason));
             drop(connection);
         });
     }
@@ -243,6 +243,7 @@ struct Leg<'a> {
     taken: u64,
     committed: u64,
     verifications: JoinSet<(u64, Verdict)>,
+    counted: Counted,
 }
 
 impl Drop for Leg<'_> {
@@ -265,6 +266,7 @@ impl<'a> Leg<'a> {
             taken: 0,
             committed: 0,
             verifications: JoinSet::new(),
+            counted: Counted::new(Role::Receiving),
         }
     }
 
@@ -402,13 +404,14 @@ impl<'a> Leg<'a> {
     }
 
     fn authenticated(&mut self, pair: &DomainPair, how: Method) {
-        self.unauthenticated = None;
+        if self.unauthenticated.take().is_some() {
+            self.counted.ready();
+        }
         let method = match how {
             Method::External => "external",
             Method::Dialback => "dialback",
         };
         info!(leg = self.id.0, %pair, method, "The server's stream is authenticated.");
-        metrics::counter!("narrows_legs_authenticated_total", "method" => method).increment(1);
     }
 
     fn take(&mut self, n: u64, pair: DomainPair, stanza: Stanza) -> io::Result<()> {
@@ -417,7 +420,6 @@ impl<'a> Leg<'a> {
             error!(leg = self.id.0, %pair, "Nobody owns this far domain; its stream is cut.");
             return Err(io::Error::other("no owner"));
         };
-        metrics::counter!("narrows_legs_stanzas_total", "role" => "receiving").increment(1);
         self.taken = n;
         if !self.owners.iter().any(|known| known.same_channel(owner)) {
             self.owners.push(owner.clone());

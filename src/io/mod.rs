@@ -1,5 +1,6 @@
 //! Shells around the pure floors: sockets, TLS, files, clocks, DNS, HTTP.
 
+pub mod admin;
 pub mod backoff;
 pub mod ca;
 pub mod clock;

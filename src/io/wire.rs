@@ -59,7 +59,8 @@ pub struct Wire {
     incoming: BytesMut,
     /// Reading has its turn first. Alternates, so that neither direction starves the other.
     read_first: bool,
-    /// Writing is over, but what the server sent before it went (acknowledgements, a stream error) is read first.
+    /// Writing is over, but what the server sent before it went (acknowledgements, a stream error) is read first. A write
+    /// fails only on a connection that is over in both directions, so reading comes to an end as well.
     write_error: Option<io::Error>,
 }
 
@@ -76,7 +77,7 @@ pub enum WireEvent {
     Bytes(Bytes),
     /// The other side has closed its direction.
     Eof,
-    /// [`Wire::accepted`] has grown.
+    /// [`Wire::accepted`] has grown, or will not grow any more.
     Flushed,
 }
 
@@ -201,15 +202,7 @@ impl Wire {
                 return Poll::Ready(event);
             }
         }
-        let accepted = self.accepted;
-        if self.write_error.is_none() {
-            if let Poll::Ready(Err(error)) = self.poll_flush_all(cx) {
-                self.outgoing.clear();
-                self.unflushed = 0;
-                self.write_error = Some(error);
-            }
-        }
-        if self.accepted > accepted {
+        if self.poll_written(cx) {
             self.read_first = true;
             return Poll::Ready(Ok(WireEvent::Flushed));
         }
@@ -219,9 +212,23 @@ impl Wire {
             }
             self.read_first = true;
         }
-        match self.write_error.take() {
-            Some(error) => Poll::Ready(Err(error)),
-            None => Poll::Pending,
+        Poll::Pending
+    }
+
+    /// Whether there is news: the kernel took something, or takes nothing any more.
+    fn poll_written(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.write_error.is_some() {
+            return false;
+        }
+        let accepted = self.accepted;
+        match self.poll_flush_all(cx) {
+            Poll::Ready(Err(error)) => {
+                self.outgoing.clear();
+                self.unflushed = 0;
+                self.write_error = Some(error);
+                true
+            }
+            Poll::Ready(Ok(())) | Poll::Pending => self.accepted > accepted,
         }
     }
 
@@ -250,7 +257,13 @@ impl Wire {
         self.incoming.reserve(READ_BYTES);
         let mut space = [const { std::mem::MaybeUninit::uninit() }; READ_BYTES];
         let mut buffer = ReadBuf::uninit(&mut space);
-        match ready!(Pin::new(&mut self.transport).poll_read(cx, &mut buffer)) {
+        let read = ready!(Pin::new(&mut self.transport).poll_read(cx, &mut buffer));
+        if buffer.filled().is_empty()
+            && let Some(error) = self.write_error.take()
+        {
+            return Poll::Ready(Err(error));
+        }
+        match read {
             Ok(()) if buffer.filled().is_empty() => Poll::Ready(Ok(WireEvent::Eof)),
             Ok(()) => {
                 self.incoming.extend_from_slice(buffer.filled());

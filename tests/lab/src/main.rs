@@ -1,0 +1,2 @@
+//! Tries the lab by hand.
+fn main() {}
