@@ -1,110 +1,102 @@
-//! `narrows run`: puts the parts together, and takes them apart in good order.
-//!
-//! Order matters. The stores open first: without them nothing may be accepted. Then the owners of the peers, then the
-//! listener for our server, because a server that finds a far domain's door shut throws that domain's users out of its rooms.
-//! The link comes last; it may be down for days anyway. On SIGTERM the legs close first and what they brought
-//! goes to disk, then the lanes and the link close, then the stores.
+//! `narrows run`: the assembly of a sidecar.
 
-use std::{fmt, fs, io, path::PathBuf, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Instant};
 
-use tokio::{
-    net::TcpListener,
-    signal::unix::{Signal, SignalKind, signal},
-    sync::{mpsc, watch},
-    task::JoinSet,
+use tokio::{net::TcpListener, signal::unix};
+
+use super::{
+    Exit,
+    status::{PeerStatus, Status},
 };
-use tracing::{info, warn};
-
 use crate::{
-    codec::xml::Limits,
-    config::{self, Compression, Config, Identity, Management, PeriodOrOff},
-    io::{
-        admin,
-        ca::{Authority, AuthorityError},
-        clock::Clock,
-        dns::{DnsError, Location, Resolver},
-        lane::LegContext,
-        legs::{self, LegHandle, Legs, Routes},
-        link,
-        peer::{self, Peer, PeerStatus},
-        store::{self, StoreError},
-        tls::{self, Acceptor, ChainAndKey, Connector, Roots, ServerTrust, TlsError},
-    },
-    link::session::SessionConfig,
+    config::Config,
+    io::admin::{self, Admin},
     metrics,
-    relay::{Relay, Settings},
-    stanza::Domain,
-    stream::{Site, dialback::Secret},
 };
 
-/// For our server to close its streams after we have closed ours.
-const LEGS_DRAIN_MAX: Duration = Duration::from_secs(5);
-
-/// Why it could not start, or had to stop.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum RunError {
-    #[error("{path}: {error}")]
-    File { path: PathBuf, error: io::Error },
-    #[error("{0}")]
-    Authority(#[from] AuthorityError),
-    #[error("{0}")]
-    Tls(#[from] TlsError),
-    #[error("{0}")]
-    Store(#[from] StoreError),
-    #[error("{what} cannot listen on {address}: {error}")]
-    Bind {
-        what: &'static str,
-        address: String,
-        error: io::Error,
-    },
-    #[error("no random numbers from the system: {0}")]
-    Random(getrandom::Error),
-    #[error("{0}")]
-    Dns(#[from] DnsError),
-    #[error("{0}")]
-    Other(String),
-}
-
-fn domains(list: &[config::Domain]) -> Vec<Domain> {
-    list.iter().map(|domain| domain.0.clone()).collect()
-}
-
-fn far_domains(config: &Config) -> Vec<Domain> {
-    config.peers.iter().flat_map(|peer| domains(&peer.domains)).collect()
-}
-
-fn site(config: &Config) -> Result<Site, RunError> {
-    let mut secret = [0; 32];
-    getrandom::fill(&mut secret).map_err(RunError::Random)?;
-    let limits = &config.legs.limits;
-    Ok(Site {
-        local: domains(&config.local.domains).into_iter().collect(),
-        far: far_domains(config).into_iter().collect(),
-        require_tls: config.legs.require_tls,
-        offer_management: config.legs.management == Management::On,
-        use_management: config.legs.management != Management::Off,
-        before_authentication: Limits::BEFORE_AUTHENTICATION,
-        after_authentication: Limits {
-            stanza_bytes_max: limits.stanza_bytes.0 as usize,
-            depth_max: limits.depth.into(),
-            attributes_max: limits.attributes.into(),
-            elements_max: limits.elements as usize,
-        },
-        secret: Secret::new(secret),
-    })
-}
-
-/// The certificate for the far domains, and the task that keeps it fresh if it is ours to make.
-fn identity(config: &Config, tasks: &mut JoinSet<()>) -> Result<Arc<tls::Identity>, RunError> {
-    match config.identity() {
-        Identity::Files { chain, key } => Ok(tls::Identity::new(ChainAndKey::load(&chain, &key)?)?),
-        Identity::Ca(directory) => {
-            let authority = Authority::load(&directory)?;
-            let far = far_domains(config);
-            let identity = tls::Identity::new(authority.issue(&far)?)?;
-            tasks.spawn(authority.renew(far, Arc::clone(&identity)));
-            Ok(identity)
+/// Runs until SIGTERM or SIGINT.
+pub fn run(config: Config) -> Exit {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "No threads can be started.");
+            return Exit::Failed;
         }
+    };
+    runtime.block_on(assemble(config))
+}
+
+async fn assemble(config: Config) -> Exit {
+    let started = Instant::now();
+    let metrics = match metrics::install(config.peers.iter().map(|peer| peer.name.as_str())) {
+        Ok(metrics) => metrics,
+        Err(error) => {
+            tracing::error!(%error, "Start failed.");
+            return Exit::Failed;
+        }
+    };
+    metrics::QUEUE_LIMIT_BYTES.set((), config.queue.bytes_max.0 as f64);
+    metrics::QUEUE_LIMIT_ENTRIES.set((), config.queue.entries_max as f64);
+
+    let address = config.admin.listen.0;
+    let listener = match TcpListener::bind(address).await {
+        Ok(listener) => listener,
+        Err(error) => {
+            tracing::error!(%address, %error, "The admin port cannot be opened.");
+            return Exit::Bind;
+        }
+    };
+    // Before READY: from then on a signal is expected to be obeyed.
+    let (mut terminate, mut interrupt) = match (
+        unix::signal(unix::SignalKind::terminate()),
+        unix::signal(unix::SignalKind::interrupt()),
+    ) {
+        (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
+        (Err(error), _) | (_, Err(error)) => {
+            tracing::error!(%error, "Signals cannot be received.");
+            return Exit::Failed;
+        }
+    };
+
+    let site = config.site.to_string();
+    let peers: Vec<PeerStatus> = config.peers.iter().map(peer_status).collect();
+    let admin = Admin {
+        metrics,
+        healthy: Arc::new(|| Ok(())),
+        ready: Arc::new(|| Err("legs and link are being built".to_owned())),
+        status: Arc::new(move || {
+            let status = Status {
+                site: site.clone(),
+                version: env!("CARGO_PKG_VERSION").to_owned(),
+                uptime_seconds: started.elapsed().as_secs_f64(),
+                not_ready: Some("legs and link are being built".to_owned()),
+                peers: peers.clone(),
+                ..Status::default()
+            };
+            serde_json::to_value(status).unwrap_or_default()
+        }),
+    };
+    tracing::info!(site = %config.site, admin = %address, "Started.");
+    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+        tracing::warn!(%error, "systemd cannot be told that the start is done.");
+    }
+    tokio::select! {
+        result = admin::serve(listener, admin) => {
+            tracing::error!(?result, "The admin port closed.");
+            return Exit::Failed;
+        }
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    tracing::info!("Stopped.");
+    Exit::Ok
+}
+
+fn peer_status(peer: &crate::config::Peer) -> PeerStatus {
+    PeerStatus {
+        name: peer.name.to_string(),
+        domains: peer.domains.iter().map(ToString::to_string).collect(),
+        ..PeerStatus::default()
     }
 }

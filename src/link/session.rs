@@ -385,7 +385,8 @@ impl LinkSession {
             return deadline(self.now.mono, "link error");
         }
         let mut next = match self.inward.ack_at {
-            Some(at) if self.inward.ack_is_pending() => deadline(at, "ack"),
+            // Once it is due only a batch can carry it, and the socket says when that can be.
+            Some(at) if at > self.now.mono && self.inward.ack_is_pending() => deadline(at, "ack"),
             _ => None,
         };
         let silence = self.silence_since();
@@ -498,9 +499,7 @@ impl LinkSession {
             State::Greeting => return None,
             State::Open { .. } => self.write_beside(),
             State::Leaving { coder, .. } => {
-                if self.goodbye.is_none() {
-                    return None;
-                }
+                self.goodbye?;
                 if coder.is_some() {
                     self.write_beside();
                 }

@@ -39,6 +39,9 @@ use crate::{
 /// Whose stanzas are kept in order: the bare address of a sender, as written.
 pub type Flow = Arc<str>;
 
+/// A recipient's address, unescaped.
+type Address = Arc<str>;
+
 /// Open groups that are held at most; the oldest is sealed to make room. A room's event opens about three
 /// (for participants, moderators and the subject itself), so this is 300 rooms speaking within one window.
 const OPEN_MAX: usize = 1024;
@@ -73,7 +76,8 @@ struct Group {
     key: Key,
     /// The sender's full address and the kind: the copies of one event share them, whatever their variant.
     event: (String, Kind),
-    recipients: BTreeSet<Bytes>,
+    /// The attribute that each address was written in: quotes and escapes may differ, and are kept.
+    recipients: BTreeMap<Address, Bytes>,
     recipient_bytes: usize,
     closes_at: Mono,
     /// Whether a whole room is addressed, so that its recipients tell who is in it.
@@ -84,7 +88,7 @@ struct Group {
 struct FlowState {
     open: BTreeSet<Seq>,
     /// For each recipient the latest number it stands in, kept while a group is open.
-    latest: BTreeMap<Bytes, Seq>,
+    latest: BTreeMap<Address, Seq>,
 }
 
 #[derive(Debug)]
@@ -95,7 +99,7 @@ pub struct Collapse {
     by_key: BTreeMap<Key, Seq>,
     flows: BTreeMap<Flow, FlowState>,
     /// The far sessions each room is known to have.
-    sessions: BTreeMap<Flow, BTreeSet<Bytes>>,
+    sessions: BTreeMap<Flow, BTreeSet<Address>>,
     sessions_total: usize,
     changed: BTreeSet<Seq>,
     outputs: VecDeque<Output>,
@@ -139,13 +143,14 @@ impl Collapse {
         };
         let stanza_type = stanza.stanza_type();
         let spread = Spread::of(stanza.kind(), stanza_type.as_deref(), self.sessions.contains_key(&flow));
-        self.learn(&flow, stanza, stanza_type.as_deref(), &to_attribute);
+        let to: Address = to.into();
+        self.learn(&flow, stanza, stanza_type.as_deref(), &to);
 
         if spread != Spread::One
             && let Some(&seq) = self.by_key.get(&key)
         {
-            if self.admits(seq, &to_attribute) {
-                self.add(seq, to_attribute);
+            if self.admits(seq, &to, to_attribute.len()) {
+                self.add(seq, to, to_attribute);
                 self.seal_if_complete(seq);
                 return Some((seq, false));
             }
@@ -156,11 +161,12 @@ impl Collapse {
                 flow,
                 key,
                 event: (from.into_owned(), stanza.kind()),
-                recipients: BTreeSet::new(),
+                recipients: BTreeMap::new(),
                 recipient_bytes: 0,
                 closes_at: now.mono + self.window,
                 to_everybody: spread == Spread::Room,
             },
+            to,
             to_attribute,
         );
         if spread == Spread::One || self.window.is_zero() {
@@ -178,8 +184,8 @@ impl Collapse {
         {
             if group.to_everybody {
                 // The room did not address everybody we thought it would, so what it addressed is what we know.
-                let (flow, recipients) = (group.flow.clone(), group.recipients.clone());
-                self.set_sessions(flow, recipients);
+                let (flow, reached) = (group.flow.clone(), group.recipients.keys().cloned().collect());
+                self.set_sessions(flow, reached);
             }
             self.seal(seq);
         }
@@ -209,17 +215,15 @@ impl Collapse {
         Some(Output::Write { seq, cast })
     }
 
-    /// Whether `recipient` may stand in this group without being moved before something that came earlier.
-    fn admits(&self, seq: Seq, recipient: &Bytes) -> bool {
+    /// Whether a recipient may stand in this group: not if it stands there already, nor if it would be moved before something
+    /// that came earlier.
+    fn admits(&self, seq: Seq, to: &Address, attribute_bytes: usize) -> bool {
         let group = &self.groups[&seq];
-        if group.recipients.contains(recipient) || group.recipient_bytes + recipient.len() > RECIPIENT_BYTES_MAX {
-            return false;
-        }
-        let latest = self.flows.get(&group.flow).and_then(|flow| flow.latest.get(recipient));
-        latest.is_none_or(|&latest| latest < seq)
+        let latest = self.flows.get(&group.flow).and_then(|flow| flow.latest.get(to));
+        latest.is_none_or(|&latest| latest < seq) && group.recipient_bytes + attribute_bytes <= RECIPIENT_BYTES_MAX
     }
 
-    fn open(&mut self, mut group: Group, recipient: Bytes) -> Seq {
+    fn open(&mut self, group: Group, to: Address, attribute: Bytes) -> Seq {
         if self.groups.len() >= OPEN_MAX
             && let Some((&oldest, _)) = self.groups.first_key_value()
         {
@@ -227,26 +231,22 @@ impl Collapse {
         }
         let seq = self.next;
         self.next = Seq(seq.0 + 1);
-        let flow = self.flows.entry(group.flow.clone()).or_default();
-        flow.open.insert(seq);
-        flow.latest.insert(recipient.clone(), seq);
+        self.flows.entry(group.flow.clone()).or_default().open.insert(seq);
         self.by_key.insert(group.key.clone(), seq);
-        group.recipient_bytes += recipient.len();
-        group.recipients.insert(recipient);
         self.groups.insert(seq, group);
-        self.changed.insert(seq);
+        self.add(seq, to, attribute);
         seq
     }
 
-    fn add(&mut self, seq: Seq, recipient: Bytes) {
+    fn add(&mut self, seq: Seq, to: Address, attribute: Bytes) {
         let Some(group) = self.groups.get_mut(&seq) else {
             return;
         };
         if let Some(flow) = self.flows.get_mut(&group.flow) {
-            flow.latest.insert(recipient.clone(), seq);
+            flow.latest.insert(to.clone(), seq);
         }
-        group.recipient_bytes += recipient.len();
-        group.recipients.insert(recipient);
+        group.recipient_bytes += attribute.len();
+        group.recipients.insert(to, attribute);
         self.changed.insert(seq);
     }
 
@@ -288,9 +288,11 @@ impl Collapse {
             .collect();
         let reached: usize = event.iter().map(|seq| self.groups[seq].recipients.len()).sum();
         let complete = reached >= sessions.len()
-            && sessions
-                .iter()
-                .all(|session| event.iter().any(|seq| self.groups[seq].recipients.contains(session)));
+            && sessions.iter().all(|session| {
+                event
+                    .iter()
+                    .any(|seq| self.groups[seq].recipients.contains_key(session))
+            });
         if complete {
             for seq in event {
                 self.seal(seq);
@@ -298,37 +300,37 @@ impl Collapse {
         }
     }
 
-    /// Learns who is in a room: from what the room tells a session about itself (status 110, XEP-0045 §7.2.2), and from
-    /// messages to everybody.
-    fn learn(&mut self, flow: &Flow, stanza: &Stanza, stanza_type: Option<&str>, recipient: &Bytes) {
+    /// Follows who is in a room that is known: by what the room tells a session about itself (status 110, XEP-0045 §7.2.2),
+    /// and by messages to everybody. A room gets known by a message to everybody whose window has ended; before that,
+    /// some of its sessions may have joined before we were started.
+    fn learn(&mut self, flow: &Flow, stanza: &Stanza, stanza_type: Option<&str>, to: &Address) {
+        let Some(sessions) = self.sessions.get_mut(flow) else {
+            return;
+        };
+        let before = sessions.len();
         match (stanza.kind(), stanza_type) {
-            (Kind::Message, Some("groupchat")) => self.add_session(flow, recipient),
-            (Kind::Presence, None) if stanza.has_muc_status("110") => self.add_session(flow, recipient),
+            (Kind::Message, Some("groupchat")) => {
+                sessions.insert(to.clone());
+            }
+            (Kind::Presence, None) if stanza.has_muc_status("110") => {
+                sessions.insert(to.clone());
+            }
             (Kind::Presence, Some("unavailable")) if stanza.has_muc_status("110") => {
-                if let Some(sessions) = self.sessions.get_mut(flow)
-                    && sessions.remove(recipient)
-                {
-                    self.sessions_total -= 1;
-                    if sessions.is_empty() {
-                        self.sessions.remove(flow);
-                    }
-                }
+                sessions.remove(to);
             }
             (Kind::Message | Kind::Presence | Kind::Iq, _) => {}
         }
+        self.sessions_total = self.sessions_total + sessions.len() - before;
+        if sessions.is_empty() {
+            self.sessions.remove(flow);
+        }
     }
 
-    fn add_session(&mut self, flow: &Flow, recipient: &Bytes) {
+    fn set_sessions(&mut self, flow: Flow, sessions: BTreeSet<Address>) {
         if self.sessions_total >= SESSIONS_MAX {
             self.sessions.clear();
             self.sessions_total = 0;
         }
-        if self.sessions.entry(flow.clone()).or_default().insert(recipient.clone()) {
-            self.sessions_total += 1;
-        }
-    }
-
-    fn set_sessions(&mut self, flow: Flow, sessions: BTreeSet<Bytes>) {
         self.sessions_total += sessions.len();
         if let Some(before) = self.sessions.insert(flow, sessions) {
             self.sessions_total -= before.len();
@@ -362,11 +364,13 @@ impl Spread {
 
 impl Group {
     fn cast(&self) -> Cast {
+        let mut recipients: Vec<Bytes> = self.recipients.values().cloned().collect();
+        recipients.sort_unstable();
         Cast {
             template: self.key.template.clone(),
             // A stanza is 512 KiB at most, so its offsets fit.
             to_at: u32::try_from(self.key.to_at).unwrap_or(u32::MAX),
-            recipients: self.recipients.iter().cloned().collect(),
+            recipients,
         }
     }
 }
@@ -431,15 +435,24 @@ mod tests {
     #[test]
     fn a_room_whose_sessions_are_all_reached_does_not_wait() {
         let mut collapse = Collapse::new(Seq(0), WINDOW);
-        for n in 0..3 {
-            collapse.handle_stanza(&own_presence("r@c.example", &format!("b{n}@b.example/r")), at(0));
-        }
+        let say = |collapse: &mut Collapse, users: std::ops::Range<u32>, body: &str, now| {
+            for n in users {
+                collapse.handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), body), at(now));
+            }
+        };
+        say(&mut collapse, 0..3, "who is there?", 0);
         collapse.handle_timeout(at(100));
-        sealed(&mut collapse);
-        for n in 0..3 {
-            collapse.handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "hi"), at(200));
-        }
-        assert_eq!(sealed(&mut collapse), [(4, 3)]);
+        assert_eq!(sealed(&mut collapse), [(1, 3)]);
+        say(&mut collapse, 0..3, "hi", 200);
+        assert_eq!(sealed(&mut collapse), [(2, 3)]);
+        // One more comes in: it is waited for at once.
+        collapse.handle_stanza(&own_presence("r@c.example", "b3@b.example/r"), at(300));
+        collapse.handle_timeout(at(400));
+        assert_eq!(sealed(&mut collapse), [(3, 1)]);
+        say(&mut collapse, 0..3, "welcome", 500);
+        assert_eq!(sealed(&mut collapse), []);
+        say(&mut collapse, 3..4, "welcome", 501);
+        assert_eq!(sealed(&mut collapse), [(4, 4)]);
     }
 
     /// The same words twice are two messages: join, part and join again must not become one (a repeated recipient).

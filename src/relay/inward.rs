@@ -78,6 +78,14 @@ pub enum Output {
     Answer(Stanza),
 }
 
+/// What is known of a `to` attribute.
+#[derive(Clone, Debug)]
+struct Recipient {
+    domain: Domain,
+    /// Of the address, however it is written: it picks the lane.
+    hash: u64,
+}
+
 #[derive(Debug)]
 struct Item {
     cast: Cast,
@@ -133,7 +141,7 @@ pub struct Inward {
     items: BTreeMap<Seq, Item>,
     bytes: usize,
     /// Recipients that were checked: the same ones come again with every message of a room.
-    recipients: BTreeMap<Bytes, Domain>,
+    recipients: BTreeMap<Bytes, Recipient>,
     /// The last number given to an arrival. It is ours: a peer that lost its disk counts from 1 again.
     last: Seq,
     /// Arrivals up to this one are in memory or done with; the rest, up to `last`, is only on disk.
@@ -436,9 +444,13 @@ impl Inward {
             return;
         }
         for &index in &waiting {
+            // Checked when the entry was let in, so it is known, or else it has only one lane to go to.
+            let hash = self
+                .recipient(&cast.recipients[index])
+                .map_or(0, |recipient| recipient.hash);
             let key = LaneKey {
                 pair: pair.clone(),
-                lane: lane_of(&cast.recipients[index], self.lanes_per_pair),
+                lane: u8::try_from(hash % u64::from(self.lanes_per_pair)).unwrap_or(0),
             };
             let lane = self.lanes.entry(key).or_insert_with(Lane::new);
             lane.queue.push_back(Copy::Of { seq, index });
@@ -481,30 +493,34 @@ impl Inward {
         if !self.far.contains(&far) {
             return Err(Drop::WrongSender);
         }
-        let local = self.domain_of_recipient(&cast.recipients[0])?;
+        let local = self.recipient(&cast.recipients[0])?.domain;
         if !self.local.contains(&local) {
             return Err(Drop::WrongRecipient);
         }
         for attribute in &cast.recipients[1..] {
-            if self.domain_of_recipient(attribute)? != local {
+            if self.recipient(attribute)?.domain != local {
                 return Err(Drop::WrongRecipient);
             }
         }
         Ok(Some((DomainPair { local, far }, cast)))
     }
 
-    fn domain_of_recipient(&mut self, attribute: &Bytes) -> Result<Domain, Drop> {
-        if let Some(domain) = self.recipients.get(attribute) {
-            return Ok(domain.clone());
+    fn recipient(&mut self, attribute: &Bytes) -> Result<Recipient, Drop> {
+        if let Some(known) = self.recipients.get(attribute) {
+            return Ok(known.clone());
         }
         let to = check::to_attribute(attribute).map_err(|_| Drop::Malformed)?;
-        let domain = Domain::new(domain_of(&to)).map_err(|_| Drop::Malformed)?;
+        let recipient = Recipient {
+            domain: Domain::new(domain_of(&to)).map_err(|_| Drop::Malformed)?,
+            hash: hash(to.as_bytes()),
+        };
         if self.recipients.len() >= RECIPIENTS_MAX {
             self.recipients.clear();
         }
+        // A copy: a slice would keep the whole entry in memory.
         self.recipients
-            .insert(Bytes::copy_from_slice(attribute), domain.clone());
-        Ok(domain)
+            .insert(Bytes::copy_from_slice(attribute), recipient.clone());
+        Ok(recipient)
     }
 }
 
@@ -521,12 +537,10 @@ impl Lane {
     }
 }
 
-/// Spreads recipients over lanes (FNV-1a): always the same lane for one recipient, so its order is kept.
-fn lane_of(recipient: &[u8], lanes: u8) -> u8 {
-    let hash = recipient.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
-    });
-    u8::try_from((hash >> 32) % u64::from(lanes)).unwrap_or(0)
+/// FNV-1a: spreads recipients over lanes, always the same lane for one recipient, so its order is kept.
+fn hash(address: &[u8]) -> u64 {
+    let fold = |hash: u64, &byte: &u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    address.iter().fold(0xcbf2_9ce4_8422_2325, fold) >> 32
 }
 
 /// A set of copies: bit `k` of byte `k / 8`.

@@ -33,7 +33,7 @@ use crate::{
         compress,
         entry::{ENTRY_BYTES_MAX, Entry},
         frame::{self, Hello, Reason},
-        position::{Epoch, Received, Seq},
+        position::{Added, Epoch, Received, Seq},
     },
     link::session::{self, LinkError, LinkSession, Sent, SessionConfig},
     queue::{
@@ -264,13 +264,41 @@ enum Waiting {
     Stored(Received),
 }
 
+/// The connection to the peer.
+#[derive(Debug)]
+enum Link {
+    Down,
+    /// It is up, but what an earlier one brought is still on its way to the disk, and our hello says what is there.
+    Waiting {
+        /// The peer's hello, as far as it has come.
+        bytes: Vec<Bytes>,
+    },
+    Up {
+        session: Box<LinkSession>,
+        /// The peer has said what it holds: entries may cross.
+        greeted: bool,
+    },
+}
+
+impl Link {
+    fn session(&mut self) -> Option<&mut LinkSession> {
+        match self {
+            Self::Up { session, .. } => Some(session),
+            Self::Down | Self::Waiting { .. } => None,
+        }
+    }
+}
+
+/// Pieces of the peer's hello that are kept while the disk is busy. It is one segment, and nothing follows it before ours.
+const WAITING_PIECES_MAX: usize = 64;
+
 #[derive(Debug)]
 pub struct Relay {
     settings: Settings,
     epoch: Epoch,
     outward: Outward,
     inward: Inward,
-    session: Option<LinkSession>,
+    link: Link,
     /// What has arrived from the peer; `stored` is the part of it that is on disk.
     received: Received,
     stored: Received,
@@ -297,7 +325,7 @@ impl Relay {
                 settings.lanes_per_pair,
                 opening.inbox_last,
             ),
-            session: None,
+            link: Link::Down,
             received: opening.received.clone(),
             stored: opening.received.clone(),
             batch: Batch {
@@ -339,11 +367,12 @@ impl Relay {
                 self.inward.handle_lane_down(&lane, life, fault, now, &mut self.stats);
             }
             Input::LinkUp => self.handle_link_up(now),
-            Input::LinkBytes(bytes) => self.handle_session(session::Input::Bytes(bytes), now),
-            Input::LinkDown => {
-                self.session = None;
-                self.outward.link_down();
-            }
+            Input::LinkBytes(bytes) => match &mut self.link {
+                Link::Waiting { bytes: waiting } if waiting.len() < WAITING_PIECES_MAX => waiting.push(bytes),
+                Link::Waiting { .. } => self.close_link(LinkClose::Error(LinkError::NotAHello)),
+                Link::Down | Link::Up { .. } => self.handle_session(session::Input::Bytes(bytes), now),
+            },
+            Input::LinkDown => self.drop_link(),
             Input::Drain => self.outward.seal_all(self.batch.number, now),
             Input::Timeout => {
                 self.outward.handle_timeout(self.batch.number, now);
@@ -359,7 +388,7 @@ impl Relay {
 
     /// The next bytes for the link, asked for when the socket can take them: what is most urgent then is what goes.
     pub fn poll_transmit(&mut self, now: Now) -> Option<Bytes> {
-        let session = self.session.as_mut()?;
+        let session = self.link.session()?;
         let stats = &mut self.stats;
         while session.batch_bytes() < self.settings.batch_bytes
             && self
@@ -375,19 +404,19 @@ impl Relay {
 
     /// Whether [`Relay::poll_transmit`] may have something: not if it had nothing and nothing has happened since.
     pub fn wants_transmit(&self) -> bool {
-        self.transmit_due && self.session.is_some()
+        self.transmit_due && matches!(self.link, Link::Up { .. })
     }
 
     /// Ends the link in good order: the next transmission says so.
     pub fn say_goodbye(&mut self) {
-        if let Some(session) = self.session.as_mut() {
+        if let Some(session) = self.link.session() {
             session.goodbye(Reason::Shutdown);
             self.transmit_due = true;
         }
     }
 
     pub fn poll_timeout(&self) -> Option<Deadline> {
-        let session = self.session.as_ref().and_then(LinkSession::poll_timeout);
+        let session = self.session().and_then(LinkSession::poll_timeout);
         [self.outward.poll_timeout(), self.inward.poll_timeout(), session]
             .into_iter()
             .fold(None, Deadline::earlier)
@@ -402,12 +431,15 @@ impl Relay {
     }
 
     pub fn session(&self) -> Option<&LinkSession> {
-        self.session.as_ref()
+        match &self.link {
+            Link::Up { session, .. } => Some(session),
+            Link::Down | Link::Waiting { .. } => None,
+        }
     }
 
     /// Whether the peer has told what it holds, so that entries cross.
     pub fn is_linked(&self) -> bool {
-        self.session.as_ref().is_some_and(LinkSession::is_open)
+        self.session().is_some_and(LinkSession::is_open)
     }
 
     pub fn lanes_up(&self) -> (usize, usize) {
@@ -460,15 +492,28 @@ impl Relay {
                 }
             }
         }
+        self.greet(now);
     }
 
     fn handle_link_up(&mut self, now: Now) {
-        self.outward.link_down();
+        self.drop_link();
         if self.levels.inbox_bytes >= self.settings.inbox_bytes_max {
-            self.session = None;
-            self.outputs.push_back(Output::CloseLink(LinkClose::InboxFull));
+            return self.close_link(LinkClose::InboxFull);
+        }
+        self.stats.link_ups += 1;
+        self.link = Link::Waiting { bytes: Vec::new() };
+        self.greet(now);
+    }
+
+    /// Begins a session, once everything that has arrived is on disk.
+    fn greet(&mut self, now: Now) {
+        let Link::Waiting { bytes } = &mut self.link else {
+            return;
+        };
+        if self.stored != self.received {
             return;
         }
+        let bytes = std::mem::take(bytes);
         let hello = Hello {
             version: frame::VERSION,
             capabilities: 0,
@@ -485,69 +530,73 @@ impl Relay {
             entry_bytes_max: ENTRY_BYTES_MAX as u64,
             ack_delay_ms: u64::try_from(self.settings.session.ack_delay.as_millis()).unwrap_or(u64::MAX),
         };
-        self.stats.link_ups += 1;
-        self.session = Some(LinkSession::new(self.settings.session.clone(), hello, now));
+        self.link = Link::Up {
+            session: Box::new(LinkSession::new(self.settings.session.clone(), hello, now)),
+            greeted: false,
+        };
+        for bytes in bytes {
+            self.handle_session(session::Input::Bytes(bytes), now);
+        }
+    }
+
+    fn drop_link(&mut self) {
+        self.link = Link::Down;
+        self.outward.link_down();
+    }
+
+    fn close_link(&mut self, why: LinkClose) {
+        self.drop_link();
+        self.outputs.push_back(Output::CloseLink(why));
     }
 
     fn handle_session(&mut self, input: session::Input, now: Now) {
-        let Some(session) = self.session.as_mut() else { return };
+        let Some(session) = self.link.session() else { return };
         let result = session.handle(input, now);
-        while let Some(output) = self.session.as_mut().and_then(LinkSession::poll_output) {
+        while let Some(output) = self.link.session().and_then(LinkSession::poll_output) {
             match output {
-                session::Output::PeerHello {
-                    hello,
-                    received,
-                    missing,
-                } => self.handle_hello(&hello, received, missing),
+                session::Output::PeerHello { received, missing, .. } => self.handle_hello(received, missing),
                 session::Output::Received { seq, entry, .. } => self.handle_entry(seq, entry),
-                session::Output::Acked(acked) => self.outward.handle_acked(&acked),
+                session::Output::Acked(acked) => self.handle_acked(&acked),
                 session::Output::Quiet => self.outputs.push_back(Output::LinkQuiet(true)),
                 session::Output::Alive => self.outputs.push_back(Output::LinkQuiet(false)),
-                session::Output::Goodbye(reason) => {
-                    self.outputs.push_back(Output::CloseLink(LinkClose::Goodbye(reason)));
-                }
+                session::Output::Goodbye(reason) => self.close_link(LinkClose::Goodbye(reason)),
             }
         }
         if let Err(error) = result {
-            self.session = None;
-            self.outward.link_down();
-            self.outputs.push_back(Output::CloseLink(LinkClose::Error(error)));
+            self.close_link(LinkClose::Error(error));
         }
     }
 
-    fn handle_hello(&mut self, hello: &Hello, received: Received, missing: u64) {
+    fn handle_hello(&mut self, received: Received, missing: u64) {
         self.stats.missing += missing;
         if received != self.received {
-            // The first meeting, or the peer's disk was replaced: its numbering starts where its spool does.
+            // The first meeting, or a disk was replaced: the peer's numbering starts where its spool does.
             self.received = received;
             self.note_received();
         }
-        let known = if hello.received.epoch == self.epoch {
-            hello.received.clone()
-        } else {
-            Received {
-                epoch: self.epoch,
-                upto: self.outward.acked(),
-                beyond: Vec::new(),
+    }
+
+    fn handle_acked(&mut self, acked: &Received) {
+        match &mut self.link {
+            // The first says where the peer stands.
+            Link::Up { greeted, .. } if !*greeted => {
+                *greeted = true;
+                self.outward.link_up(acked);
             }
-        };
-        self.outward.link_up(&known);
+            Link::Up { .. } | Link::Down | Link::Waiting { .. } => self.outward.handle_acked(acked),
+        }
     }
 
     fn handle_entry(&mut self, seq: Seq, entry: Bytes) {
-        if self.received.contains(seq) {
-            // Sent again because the last connection broke before we could say that it had arrived.
+        if self.received.add(seq) != Added::New {
             self.stats.duplicates += 1;
             return;
         }
-        self.received.add(seq);
         self.stats.entries_received += 1;
         self.inward.handle_entry(entry, &mut self.stats);
         self.note_received();
         if self.levels.inbox_bytes >= self.settings.inbox_bytes_max {
-            self.session = None;
-            self.outward.link_down();
-            self.outputs.push_back(Output::CloseLink(LinkClose::InboxFull));
+            self.close_link(LinkClose::InboxFull);
         }
     }
 

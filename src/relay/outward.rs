@@ -56,7 +56,8 @@ pub struct Outward {
     beyond: BTreeSet<Seq>,
     /// The last number whose slot has been given to the store.
     written: Seq,
-    reading: bool,
+    /// While a read is under way: from where.
+    reading: Option<Seq>,
     /// Sealed while a read was under way, which may have seen the slot before its last write.
     sealed_while_reading: BTreeMap<Seq, (Flow, Cast)>,
     /// When numbers were given out, for the age of what waits.
@@ -77,7 +78,7 @@ impl Outward {
             acked,
             beyond: BTreeSet::new(),
             written: last,
-            reading: false,
+            reading: None,
             sealed_while_reading: BTreeMap::new(),
             ages,
             outputs: VecDeque::new(),
@@ -151,9 +152,10 @@ impl Outward {
     }
 
     pub fn handle_read(&mut self, slots: Vec<Slot>, now: Now, stats: &mut RelayStats) {
-        self.reading = false;
         let sealed = std::mem::take(&mut self.sealed_while_reading);
-        if !self.open {
+        let from = self.reading.take();
+        // The link may have begun anew since, further back: what lies before this read would be passed over.
+        if !self.open || from.is_none_or(|from| self.scheduler.wants() < from) {
             return;
         }
         for slot in slots {
@@ -189,8 +191,8 @@ impl Outward {
     pub fn advance(&mut self) {
         self.take_in_open();
         let wants = self.scheduler.wants();
-        if self.open && !self.reading && self.scheduler.has_room() && wants <= self.written {
-            self.reading = true;
+        if self.open && self.reading.is_none() && self.scheduler.has_room() && wants <= self.written {
+            self.reading = Some(wants);
             self.outputs.push_back(Output::Read {
                 from: wants,
                 entries_max: READ_ENTRIES_MAX,
@@ -238,7 +240,7 @@ impl Outward {
                     self.outputs.push_back(Output::Change(Change::PutSpool { seq, entry }));
                 }
                 collapse::Output::Sealed { seq, flow, cast } => {
-                    if self.reading {
+                    if self.reading.is_some() {
                         self.sealed_while_reading.insert(seq, (flow.clone(), cast.clone()));
                     }
                     if self.open && self.scheduler.wants() == seq && self.scheduler.has_room() {

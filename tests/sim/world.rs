@@ -182,6 +182,9 @@ fn settings(name: char, other: char, random: &mut Random) -> Settings {
         spool_bytes_max: 1 << 30,
         inbox_bytes_max: 1 << 30,
         lanes_per_pair: 1 + (random.below(3) as u8),
+        batch_bytes: 4096,
+        compress: true,
+        site: None,
         session: SessionConfig::default(),
     }
 }
@@ -255,19 +258,19 @@ impl World {
             5..=6 => self.finish_disk(site),
             7..=9 => self.carry(site),
             10 => self.read_lane(site),
-            11 => self.pass(Duration::from_millis(1 + self.random.below(40))),
+            11 => self.pass(40),
             12 => self.raise_link(),
             13 if self.faults.link && self.random.one_in(3) => self.cut_link(),
             14 if self.faults.lanes && self.random.one_in(2) => self.break_lane(site),
             15 if self.faults.kills && self.random.one_in(4) => self.kill(site),
-            _ => self.pass(Duration::from_millis(self.random.below(10))),
+            _ => self.pass(10),
         }
     }
 
     /// No more faults, until nothing is left to do.
     fn rest(&mut self) {
         for round in 0.. {
-            assert!(round < 20_000, "never comes to rest");
+            assert!(round < 20_000, "never comes to rest: {}", self.unrest());
             for site in 0..2 {
                 self.write_leg(site);
                 self.finish_disk(site);
@@ -275,7 +278,7 @@ impl World {
                 self.read_lane(site);
             }
             self.raise_link();
-            self.pass(Duration::from_millis(25));
+            self.pass(50);
             let quiet = (0..2).all(|site| {
                 self.to_say[site].is_empty()
                     && self.sites[site].relay.is_quiet()
@@ -286,6 +289,22 @@ impl World {
                 return;
             }
         }
+    }
+
+    fn unrest(&self) -> String {
+        let site = |site: &Site| {
+            format!(
+                "{}: {:?}, {:?}, {} unaccepted, lanes {:?}, settled {}, linked {}; ",
+                site.name,
+                site.relay.levels(),
+                site.relay.stats(),
+                site.unaccepted.len(),
+                site.relay.lanes_up(),
+                site.relay.is_settled(),
+                site.relay.is_linked(),
+            )
+        };
+        self.sites.iter().map(site).collect()
     }
 
     /// A server decides to tell something to some far users.
@@ -516,7 +535,9 @@ impl World {
         self.drain(index);
     }
 
-    fn pass(&mut self, time: Duration) {
+    /// Up to so many milliseconds go by.
+    fn pass(&mut self, ms_max: u64) {
+        let time = Duration::from_millis(1 + self.random.below(ms_max));
         let until = self.now.mono + time;
         for index in 0..2 {
             while let Some(deadline) = self.sites[index].relay.poll_timeout()
@@ -597,6 +618,7 @@ impl World {
                         end.written.extend(stanzas);
                     }
                 }
+                Output::LinkQuiet(_) => {}
                 Output::CloseLink(why) => panic!("site {}: {why:?}", site.name),
             }
         }
