@@ -189,6 +189,31 @@ proptest! {
     }
 }
 
+/// Found by the comparison above: behind an entry larger than the limit, an empty one is over it as well.
+#[test]
+fn nothing_is_read_beyond_a_large_entry() {
+    let (_folder, path) = temp();
+    let (store, answers, opening) = open(&path);
+    let mut model = Model::new(opening.epoch);
+    for (number, size) in [(1, 900), (2, 0)] {
+        let request = put_spool(number, number, size);
+        if let Request::Commit(batch) = &request {
+            model.apply(batch.clone());
+        }
+        store.submit(request);
+    }
+    let (from, entries_max, bytes_max) = (Seq(1), 9, 500);
+    store.submit(Request::ReadSpool {
+        from,
+        entries_max,
+        bytes_max,
+    });
+    let read = next_read(&answers);
+    assert_eq!((read.0.len(), read.1), (1, false));
+    assert_eq!(read, model.read_spool(from, entries_max, bytes_max));
+    store.close();
+}
+
 /// Every batch is answered, in order, and nothing is answered after the last.
 #[test]
 fn answers_every_batch_once_and_in_order() {
@@ -239,13 +264,21 @@ fn kill_loses_nothing_answered() {
         }
         writer.kill().expect("the child is ours");
         writer.wait().expect("the child is ours");
-        answered = store_load::read_answers(pipe).last().copied().unwrap_or(answered);
+        answered = rest_of_answers(pipe).unwrap_or(answered);
         checker.check(&path, answered);
     }
     assert!(
         answered > 1000,
         "only {answered} batches were answered: nothing was tried"
     );
+}
+
+/// The last answer that a dead child wrote; one more may be cut.
+fn rest_of_answers(mut pipe: impl Read) -> Option<u64> {
+    let mut bytes = Vec::new();
+    pipe.read_to_end(&mut bytes)
+        .expect("the pipe of a dead child can be read");
+    bytes.as_chunks().0.last().map(|number| u64::from_be_bytes(*number))
 }
 
 /// Only one process at a time has a store.
@@ -477,6 +510,62 @@ fn damage_is_found_wherever_it_is() {
         let _ = fs::remove_file(path.with_extension("sqlite-wal"));
     }
     assert!(refused * 2 > count, "only {refused} of {count} were found");
+}
+
+/// Damage in the log of a process that died is found as well, if anything was flushed after it.
+///
+/// Copy a store in use with its log, which is what a crash leaves; overwrite 16 bytes at a time throughout the log. At most the last batch
+/// may be missing, for it may just as well have been torn.
+#[test]
+fn damaged_log_is_not_taken_for_a_torn_one() {
+    let (folder, path) = temp();
+    let (store, answers, _) = open(&path);
+    let mut states = Vec::new();
+    // The last two matter, so that each has a commit of its own.
+    for number in 1..=38 {
+        store.submit(Request::Commit(store_load::batch(number)));
+        committed(&answers, number);
+        states.push(read_all(&store, &answers));
+    }
+    let log = |path: &Path| path.with_extension("sqlite-wal");
+    let (bytes, log_bytes) = (fs::read(&path).unwrap(), fs::read(log(&path)).unwrap());
+    store.close();
+    let crashed = folder.path().join("crashed.sqlite");
+    let crash_with = |log_bytes: &[u8]| {
+        fs::write(&crashed, &bytes).unwrap();
+        fs::write(log(&crashed), log_bytes).unwrap();
+        try_all(&crashed)
+    };
+    let [.., before_last, last] = &states[..] else {
+        panic!("there are 38");
+    };
+    assert!(crash_with(&log_bytes).unwrap() == *last, "an undamaged log is taken");
+    let mut refused = 0;
+    let places = (0..log_bytes.len() - 16).step_by(499);
+    let count = places.clone().count();
+    for place in places {
+        let mut damaged = log_bytes.clone();
+        for byte in &mut damaged[place..place + 16] {
+            *byte ^= 0xa5;
+        }
+        match crash_with(&damaged) {
+            Ok(read) => assert!(
+                read == *last || read == *before_last,
+                "damage at {place} went unnoticed"
+            ),
+            Err(error) => {
+                refused += 1;
+                assert_eq!(error.fault, Fault::Corrupt, "damage at {place}: {error}");
+                assert!(fs::read(log(&crashed)).unwrap() == damaged, "the log was changed");
+            }
+        }
+    }
+    assert!(refused * 10 > count * 9, "only {refused} of {count} were found");
+    // Cut short anywhere, a log is a torn one, and some state of before is found.
+    for length in (0..log_bytes.len()).step_by(4999) {
+        let read = crash_with(&log_bytes[..length]).unwrap_or_else(|error| panic!("cut at {length}: {error}"));
+        assert!(read == (vec![], vec![]) || states.contains(&read), "cut at {length}");
+    }
 }
 
 /// A file that is cut short, empty, foreign, or of another version is refused by name and left alone.

@@ -9,12 +9,13 @@ use std::{
 };
 
 use bytes::Bytes;
-use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, params};
+use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, config::DbConfig, params};
 use sha2::{Digest, Sha256};
 
 use super::{
     Options,
     error::{Fault, StoreError},
+    log,
 };
 use crate::{
     codec::position::{Epoch, Received, Seq},
@@ -122,7 +123,7 @@ impl Database {
         }
         check_header(path)?;
         let fail = |error| StoreError::sqlite(path, &error);
-        let connection = connect(path).map_err(fail)?;
+        let connection = connect(path, false).map_err(fail)?;
         if let Some(bytes) = options.file_bytes_max {
             let pages = i64::try_from(bytes / PAGE_SIZE).unwrap_or(i64::MAX).max(1);
             let _: i64 = connection
@@ -144,6 +145,7 @@ impl Database {
             in_transaction: false,
         };
         database.check_ends()?;
+        database.take_over_log()?;
         Ok(database)
     }
 
@@ -163,6 +165,16 @@ impl Database {
             }
         }
         Ok(())
+    }
+
+    /// Makes sure that nothing is missing from the log of an earlier life, and empties it.
+    fn take_over_log(&self) -> Result<(), StoreError> {
+        let (logged, _) = self.wal("PRAGMA wal_checkpoint(NOOP)")?;
+        let damage = log::damage(&self.wal_path, logged.unsigned_abs());
+        if let Some(detail) = damage.map_err(|error| StoreError::io(&self.wal_path, &error))? {
+            return Err(StoreError::new(&self.wal_path, Fault::Corrupt, detail));
+        }
+        self.wal("PRAGMA wal_checkpoint(TRUNCATE)").map(|_| ())
     }
 
     fn ends(&self, table: &str) -> Result<(Option<Seq>, Option<Seq>), StoreError> {
@@ -426,7 +438,7 @@ impl Database {
             let slot = read_slot(row)
                 .map_err(fail)?
                 .map_err(|seq| self.corrupt(format!("row {} does not match its checksum ({sql})", seq.0)))?;
-            if !slots.is_empty() && slot.entry.len() > bytes_max.saturating_sub(bytes) {
+            if !slots.is_empty() && bytes + slot.entry.len() > bytes_max {
                 return Ok((slots, false));
             }
             bytes += slot.entry.len();
@@ -446,9 +458,7 @@ impl Database {
     /// Empties the log into the database and lets go of the file.
     pub(super) fn close(self) -> Result<(), StoreError> {
         let Self { connection, path, .. } = self;
-        connection
-            .close()
-            .map_err(|(_, error)| StoreError::sqlite(&path, &error))
+        close(connection).map_err(|error| StoreError::sqlite(&path, &error))
     }
 
     fn execute(&self, sql: &str, values: impl rusqlite::Params) -> Result<usize, StoreError> {
@@ -620,18 +630,21 @@ fn read_state(connection: &Connection) -> rusqlite::Result<Option<State>> {
     Ok(row.state().filter(|_| row.checksum() == sum))
 }
 
-/// Opens the file as we use it: alone, with a log that is flushed at every commit.
-fn connect(path: &Path) -> rusqlite::Result<Connection> {
+/// Opens the file as we use it: alone, with a log that is flushed at every commit. Nothing is written to one that is not new.
+fn connect(path: &Path, new: bool) -> rusqlite::Result<Connection> {
     // Without CREATE: an absent file is our caller's to make. Without URI: a name is only a name.
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(LOCK_WAIT)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
     connection.set_prepared_statement_cache_capacity(32);
     // Before anything is read, so that the lock is never given back and the log needs no shared memory.
     let _: String = connection.pragma_update_and_check(None, "locking_mode", "EXCLUSIVE", |row| row.get(0))?;
-    // Both take hold only while the file is empty.
-    connection.pragma_update(None, "page_size", PAGE_SIZE.cast_signed())?;
-    connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
+    if new {
+        // Both take hold only while the file is empty; later, the second would write.
+        connection.pragma_update(None, "page_size", PAGE_SIZE.cast_signed())?;
+        connection.pragma_update(None, "auto_vacuum", "INCREMENTAL")?;
+    }
     let journal_mode: String = connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))?;
     // NORMAL loses the last commits in a power cut.
     connection.pragma_update(None, "synchronous", "FULL")?;
@@ -647,6 +660,14 @@ fn connect(path: &Path) -> rusqlite::Result<Connection> {
     let _: i64 = connection.pragma_update_and_check(None, "journal_size_limit", limit, |row| row.get(0))?;
     connection.pragma_update(None, "cell_size_check", true)?;
     Ok(connection)
+}
+
+/// Lets go of the file and removes the log. A connection that is only dropped, after an error, leaves both as they are.
+fn close(connection: Connection) -> rusqlite::Result<()> {
+    // By ourselves first: closing does not tell of errors.
+    connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, false)?;
+    connection.close().map_err(|(_, error)| error)
 }
 
 /// Looks at the file before SQLite does, which would take an empty one for a new database and turn another's into WAL mode.
@@ -692,15 +713,13 @@ fn create(path: &Path) -> Result<(), StoreError> {
         .mode(0o600)
         .open(&draft)
         .map_err(fail_io)?;
-    let connection = connect(&draft).map_err(|error| StoreError::sqlite(path, &error))?;
+    let connection = connect(&draft, true).map_err(|error| StoreError::sqlite(path, &error))?;
     let state = State {
         epoch: Epoch(getrandom::u64().map_err(|error| StoreError::new(path, Fault::Io, error.to_string()))?),
         ..State::default()
     };
     fill(&connection, &state).map_err(|error| StoreError::sqlite(path, &error))?;
-    connection
-        .close()
-        .map_err(|(_, error)| StoreError::sqlite(path, &error))?;
+    close(connection).map_err(|error| StoreError::sqlite(path, &error))?;
     fs::File::open(&draft)
         .and_then(|file| file.sync_all())
         .map_err(fail_io)?;

@@ -33,6 +33,7 @@
 
 mod database;
 mod error;
+mod log;
 
 use std::{
     fmt, mem,
