@@ -303,6 +303,8 @@ impl StreamReader {
             rxml::Error::InvalidUtf8Byte(_) => XmlError::UnsupportedEncoding,
             // The parser does not know `<!DOCTYPE` from a misspelt CDATA section. It stops at the first letter.
             rxml::Error::InvalidSyntax(_) if is_declaration(self.buffer.item()) => XmlError::Restricted,
+            // Nor, at the very start, `<?xml-stylesheet` from an XML declaration.
+            _ if is_instruction(self.buffer.item()) => XmlError::Restricted,
             _ => XmlError::NotWellFormed,
         }
     }
@@ -446,6 +448,12 @@ fn check_names(prefix: Option<&NcName>, name: &NcName) -> Result<(), XmlError> {
 /// Whether the last thing read is `<!` and something that begins neither a comment nor a CDATA section.
 fn is_declaration(read: &[u8]) -> bool {
     matches!(read, [.., b'<', b'!', last] if !matches!(last, b'-' | b'['))
+}
+
+/// Whether the item is a processing instruction whose name begins with `xml` and goes on.
+fn is_instruction(read: &[u8]) -> bool {
+    let next = read.strip_prefix(b"<?xml").and_then(<[u8]>::first);
+    next.is_some_and(|byte| !is_white_space(*byte) && *byte != b'?')
 }
 
 /// What has been received and not given out yet.

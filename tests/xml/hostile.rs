@@ -118,7 +118,9 @@ fn hostile_beginnings_end_the_stream() {
         ),
         ("<!-- x -->", "restricted-xml"),
         ("<?x y?>", "restricted-xml"),
+        ("<?xml-stylesheet href='x'?>", "restricted-xml"),
         ("x", "not-well-formed"),
+        // Well-formed, but RFC 6120 §11.6 forbids it.
         ("\u{feff}", "not-well-formed"),
         ("</stream:stream>", "not-well-formed"),
     ];
