@@ -416,7 +416,7 @@ impl FrameWriter {
     pub fn ack(&mut self, ack: &Ack) {
         self.text.push(frame_type::ACK);
         put_varint(&mut self.text, ack.upto.0.saturating_sub(self.acked.0.0));
-        put_varint(&mut self.text, ack.delay_ms / HELD_STEP_MS);
+        put_varint(&mut self.text, ack.delay_ms);
         put_beyond(&mut self.text, ack.upto, &ack.beyond);
         self.acked = AckBase(ack.upto);
     }
@@ -730,7 +730,7 @@ impl FrameReader {
             .checked_add(text.varint()?)
             .map(Seq)
             .ok_or(FrameError::BadSeq)?;
-        let delay_ms = text.varint()?.saturating_mul(HELD_STEP_MS);
+        let delay_ms = text.varint()?;
         let beyond = read_beyond(text, upto)?;
         self.acked = AckBase(upto);
         Ok(Frame::Ack(Ack { upto, beyond, delay_ms }))
