@@ -1,1 +1,4 @@
 //! Shells around the pure floors: sockets, TLS, files, clocks, DNS, HTTP.
+
+pub mod keys;
+pub mod link;
