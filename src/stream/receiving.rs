@@ -779,8 +779,13 @@ impl ReceivingStream {
     fn on_eof(&mut self) {
         match &self.state {
             State::Closed => {}
-            State::Closing { .. } => self.close(CloseReason::Drained),
-            State::Securing | State::Opening | State::Open(_) | State::Finishing { .. } => self.close(CloseReason::Eof),
+            State::Closing { .. }
+            | State::Finishing {
+                ending: Ending::Drain, ..
+            } => self.close(CloseReason::Drained),
+            // The server has nothing more to send; it may well read on until our closing tag, and the acknowledgement.
+            State::Finishing { .. } => {}
+            State::Securing | State::Opening | State::Open(_) => self.close(CloseReason::Eof),
         }
     }
 

@@ -429,10 +429,27 @@ proptest! {
     /// Whatever a server sends and whatever happens to it, no stanza comes out unless its domain was proved, no count goes
     /// beyond the disk, and nothing follows the end.
     #[test]
-    fn no_order_of_events_breaks_the_rules(events in proptest::collection::vec(0usize..28, 0..60)) {
+    fn no_order_of_events_breaks_the_rules(from in 0usize..4, events in proptest::collection::vec(0usize..28, 0..60)) {
         let mut stream = Expect::new(new_receiving());
         let (mut received, mut committed, mut enabled_at) = (0, 0, None);
         let mut proved: Vec<Domain> = Vec::new();
+        // One wrong word ends a stream: begin some of them where the words are other ones.
+        match from {
+            0 => {}
+            1 => {
+                stream.tls(certificate(&["ship.example"])).sends(EXTERNAL_FEATURES);
+            },
+            2 => {
+                stream.ready();
+            },
+            _ => {
+                stream.ready().receives("<enable xmlns='urn:xmpp:sm:3'/>").sends("<enabled xmlns='urn:xmpp:sm:3'/>");
+                enabled_at = Some(0);
+            }
+        }
+        if from >= 2 {
+            proved.push(domain("ship.example"));
+        }
         let mut asked = Vec::new();
         for event in events {
             let input = match event {
@@ -480,6 +497,84 @@ proptest! {
                     Event::Other(receiving::Output::Send(_) | receiving::Output::StartTls) => {}
                 }
             }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    /// Whatever a server answers, no stanza is written before the stream is ready, no count is passed on that goes back or
+    /// beyond what was written, and a question gets one answer, before the end.
+    #[test]
+    fn no_order_of_answers_breaks_the_rules(from in 0usize..4, events in proptest::collection::vec(0usize..26, 0..60), asks: bool) {
+        let header = "<stream:stream xmlns='jabber:server' xmlns:stream='http://etherx.jabber.org/streams' \
+                      xmlns:db='jabber:server:dialback' from='ship.example' to='shore.example' id='s1' version='1.0'>";
+        let stanza = "<message from='b@shore.example' to='a@ship.example'/>";
+        let asks = asks && from < 2;
+        let purpose = match asks {
+            true => Purpose::Verify { request: 1, stream_id: "q".to_owned(), key: "k".to_owned() },
+            false => Purpose::Deliver,
+        };
+        let mut stream = initiating_for(site(), purpose);
+        let (mut ready, mut written, mut confirmed, mut verdicts) = (from >= 2, 0, 0, 0);
+        match from {
+            0 => {}
+            1 => {
+                stream.connected();
+            },
+            2 => {
+                stream.ready();
+            },
+            _ => {
+                stream.managed();
+            },
+        }
+        for event in events {
+            let input = match event {
+                0 | 1 => initiating::Input::Connected,
+                2..=5 => initiating::Input::Bytes(header.into()),
+                6 | 7 => initiating::Input::Bytes(STARTTLS_FEATURES.into()),
+                8 | 9 => initiating::Input::Bytes(EXTERNAL_FEATURES.into()),
+                10 => initiating::Input::Bytes(DIALBACK_FEATURES.into()),
+                11 => initiating::Input::Bytes("<stream:features><sm xmlns='urn:xmpp:sm:3'/></stream:features>".into()),
+                12 | 13 => initiating::Input::Bytes(PROCEED.into()),
+                14 | 15 => initiating::Input::Secured(None),
+                16 => initiating::Input::Bytes(SUCCESS.into()),
+                17 => initiating::Input::Bytes("<enabled xmlns='urn:xmpp:sm:3'/>".into()),
+                18 => initiating::Input::Bytes("<db:result from='ship.example' to='shore.example' type='valid'/>".into()),
+                19 => initiating::Input::Bytes("<db:verify from='ship.example' to='shore.example' id='q' type='valid'/>".into()),
+                20 | 21 => initiating::Input::Write(vec![stanza.into()]),
+                22 => initiating::Input::Bytes(format!("<a xmlns='urn:xmpp:sm:3' h='{written}'/>").into()),
+                23 => initiating::Input::Bytes("<a xmlns='urn:xmpp:sm:3' h='1'/>".into()),
+                24 => initiating::Input::Bytes("</stream:stream>".into()),
+                _ => initiating::Input::Drain,
+            };
+            stream.handle(input);
+            for output in stream.events.drain(..) {
+                match output {
+                    Event::Sent(text) => {
+                        let stanzas = text.matches("<message").count() as u64;
+                        prop_assert!(stanzas == 0 || ready);
+                        written += stanzas;
+                    }
+                    Event::Other(initiating::Output::Ready { .. }) => {
+                        prop_assert!(!ready && !asks);
+                        ready = true;
+                    }
+                    Event::Other(initiating::Output::Confirmed { stanzas }) => {
+                        prop_assert!(confirmed < stanzas && stanzas <= written);
+                        confirmed = stanzas;
+                    }
+                    Event::Other(initiating::Output::Verified { .. }) => verdicts += 1,
+                    Event::Other(initiating::Output::Close(_)) => {
+                        prop_assert_eq!(verdicts, usize::from(asks));
+                        return Ok(());
+                    }
+                    Event::Other(initiating::Output::Send(_) | initiating::Output::StartTls) => {}
+                }
+            }
+            prop_assert_eq!(verdicts, 0);
         }
     }
 }

@@ -151,6 +151,18 @@ fn acknowledges_before_the_end() {
         .sends("</stream:stream>")
         .closes(CloseReason::ClosedByServer);
 
+    // The server closes, and its half of the connection with it.
+    let mut stream = managed();
+    stream.receives(&format!("{M}</stream:stream>"));
+    take_stanzas(&mut stream, 1..=1);
+    stream
+        .handle(receiving::Input::Eof)
+        .is_quiet()
+        .committed(1)
+        .sends(&a(1))
+        .sends("</stream:stream>")
+        .closes(CloseReason::ClosedByServer);
+
     // We close; a request is still open.
     let mut stream = managed();
     stream.receives(&format!("{M}{R}"));
