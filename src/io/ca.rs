@@ -121,8 +121,7 @@ impl Authority {
         let first = chain
             .first()
             .ok_or_else(|| content_error(&certificate_path, "holds no certificate"))?;
-        let issuer =
-            Issuer::from_ca_cert_der(first, key).map_err(|error| content_error(&certificate_path, error))?;
+        let issuer = Issuer::from_ca_cert_der(first, key).map_err(|error| content_error(&certificate_path, error))?;
         Ok(Self { issuer, chain })
     }
 
@@ -168,7 +167,9 @@ fn authority_params(name: &str, domains: &[Domain]) -> Result<CertificateParams,
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     (params.not_before, params.not_after) = validity(AUTHORITY_DAYS);
     if !domains.is_empty() {
-        let permitted = domains.iter().map(|domain| Ok(GeneralSubtree::DnsName(a_label(domain)?)));
+        let permitted = domains
+            .iter()
+            .map(|domain| Ok(GeneralSubtree::DnsName(a_label(domain)?)));
         params.name_constraints = Some(NameConstraints {
             permitted_subtrees: permitted.collect::<Result<_, AuthorityError>>()?,
             // A constraint limits names of its own kind only, so the other kind that servers look at is shut out.
@@ -275,11 +276,23 @@ mod tests {
         let roots = Roots::load(&dir.join("ca.pem")).unwrap();
         let certificate = roots.examine(&issued.chain, UnixTime::now()).unwrap();
         assert!(certificate.trusted);
-        assert_eq!(certificate.dns, ["a.example", "xn--bcher-kva.example", "conference.a.example"]);
-        assert_eq!(certificate.xmpp, ["a.example", "bücher.example", "conference.a.example"]);
-        assert!(!Roots::default().examine(&issued.chain, UnixTime::now()).unwrap().trusted);
+        assert_eq!(
+            certificate.dns,
+            ["a.example", "xn--bcher-kva.example", "conference.a.example"]
+        );
+        assert_eq!(
+            certificate.xmpp,
+            ["a.example", "bücher.example", "conference.a.example"]
+        );
+        assert!(
+            !Roots::default()
+                .examine(&issued.chain, UnixTime::now())
+                .unwrap()
+                .trusted
+        );
 
-        let after = |days: u64| UnixTime::since_unix_epoch(Duration::from_secs(UnixTime::now().as_secs() + days * 86_400));
+        let after =
+            |days: u64| UnixTime::since_unix_epoch(Duration::from_secs(UnixTime::now().as_secs() + days * 86_400));
         assert!(roots.examine(&issued.chain, after(395)).unwrap().trusted);
         assert!(!roots.examine(&issued.chain, after(397)).unwrap().trusted);
         Identity::new(issued).unwrap();

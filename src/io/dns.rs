@@ -327,7 +327,11 @@ mod tests {
     async fn a_fixed_address_is_taken_as_it_is() {
         let resolver = Resolver::default();
         let domain = Domain::new("b.example").unwrap();
-        for (host, address) in [("127.0.0.1", "127.0.0.1:5300"), ("::1", "[::1]:5300"), ("[::1]", "[::1]:5300")] {
+        for (host, address) in [
+            ("127.0.0.1", "127.0.0.1:5300"),
+            ("::1", "[::1]:5300"),
+            ("[::1]", "[::1]:5300"),
+        ] {
             let location = Location::Fixed {
                 host: host.to_owned(),
                 port: 5300,
