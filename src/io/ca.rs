@@ -49,9 +49,6 @@ const RENEW_AFTER: Duration = Duration::from_secs(200 * 24 * 3600);
 /// After a failure; the old certificate is still good for months.
 const RENEW_AGAIN_AFTER: Duration = Duration::from_secs(3600);
 
-/// id-on-xmppAddr (RFC 6120 §13.7.1.4)
-const XMPP_ADDR: [u64; 9] = [1, 3, 6, 1, 5, 5, 7, 8, 5];
-
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AuthorityError {
@@ -181,6 +178,8 @@ fn authority_params(name: &str, domains: &[Domain]) -> Result<CertificateParams,
     Ok(params)
 }
 
+/// Only dNSName stands for the domains, although RFC 6120 §13.7.1.4 has id-on-xmppAddr as well: ejabberd 23.01's stream
+/// process crashes on such a name (p1_xmpp 1.6.1, `xmpp_stream_pkix:get_cert_domains/1`), and all servers read the first.
 fn leaf_params(domains: &[Domain]) -> Result<CertificateParams, AuthorityError> {
     let mut params = CertificateParams::default();
     params.distinguished_name = common_name("narrows");
@@ -195,10 +194,6 @@ fn leaf_params(domains: &[Domain]) -> Result<CertificateParams, AuthorityError> 
                 .try_into()
                 .map_err(|_| AuthorityError::Domain(domain.to_string()))?,
         ));
-    }
-    for domain in domains {
-        let name = SanType::OtherName((XMPP_ADDR.to_vec(), domain.as_str().into()));
-        params.subject_alt_names.push(name);
     }
     Ok(params)
 }
