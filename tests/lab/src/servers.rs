@@ -9,8 +9,8 @@
 //! A server runs as its package's user, in the site's namespace, in a directory of its own.
 
 use std::fs;
-use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -29,6 +29,9 @@ pub const S2S_PORT: u16 = 5269;
 
 /// A loaded two-core machine starts an ejabberd in 10 s.
 const START_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Then the next try, in case the first went to a server that was just ending.
+const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// ejabberd waits for its listeners and tables; more than this is a hang.
 const STOP_PATIENCE: Duration = Duration::from_secs(30);
@@ -276,14 +279,13 @@ impl Server {
         };
         let mut process = Process::start(self.spec.kind.name(), command, &self.output_path())?;
         let what = format!("{} at {} takes connections", self.spec.kind.name(), self.place.domain);
-        let listens = || {
-            let connects = |port| TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).is_ok();
+        let ready = || {
             self.place
                 .namespace
-                .enter(|| connects(C2S_PORT) && connects(S2S_PORT))
-                .unwrap_or(false)
+                .enter(|| answers(&self.place.domain))
+                .is_ok_and(|answer| answer.is_ok())
         };
-        wait_for(&what, START_PATIENCE, listens, || match process.ended()? {
+        wait_for(&what, START_PATIENCE, ready, || match process.ended()? {
             Some(status) => Err(io::Error::other(format!("it ended: {status}"))),
             None => Ok(()),
         })
@@ -402,6 +404,20 @@ impl Server {
             .map(drop)
             .map_err(|error| io::Error::other(format!("{error}\n{}", self.log_tail())))
     }
+}
+
+/// Whether a client's stream is answered and the S2S port is open.
+///
+/// A connection alone says little: ejabberd listens seconds before it accepts.
+fn answers(domain: &str) -> io::Result<()> {
+    let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, C2S_PORT))?;
+    client.set_read_timeout(Some(PROBE_PATIENCE))?;
+    write!(
+        client,
+        "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' version='1.0' to='{domain}'>"
+    )?;
+    client.read_exact(&mut [0])?;
+    TcpStream::connect((Ipv4Addr::LOCALHOST, S2S_PORT)).map(drop)
 }
 
 /// Nodes of different sites may share it: each namespace has its own epmd, and its own cookie.
