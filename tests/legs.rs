@@ -39,6 +39,9 @@ const LOCAL: &str = "b.example";
 const FAR: &str = "a.example";
 const LEGS_PORT: u16 = 5299;
 
+const STARTTLS: &str = "_xmpp-server";
+const DIRECT_TLS: &str = "_xmpps-server";
+
 /// Longer than any server's own limit for setting up a stream (Prosody 90 s), so that its complaint is seen first.
 const PATIENCE: Duration = Duration::from_secs(100);
 
@@ -62,12 +65,13 @@ struct Lab {
 }
 
 impl Lab {
-    fn start(name: &str, kind: Kind, proof: Proof) -> Self {
+    /// `service` is the only one that the server can find us by.
+    fn start(name: &str, kind: Kind, proof: Proof, service: &str) -> Self {
         let guard = Guard::new(name).unwrap();
         let dir = guard.dir().to_owned();
         let mut namespace = Namespace::create(&format!("{}-a", guard.label())).unwrap();
         let records = [
-            Record::srv("_xmpp-server", FAR, "sidecar.example", LEGS_PORT),
+            Record::srv(service, FAR, "sidecar.example", LEGS_PORT),
             Record::srv("_xmpp-server", LOCAL, "server.example", narrows_lab::S2S_PORT),
             Record::a("sidecar.example", Ipv4Addr::LOCALHOST),
             Record::a("server.example", Ipv4Addr::LOCALHOST),
@@ -92,7 +96,7 @@ impl Lab {
             dir: dir.join("server"),
             domain: LOCAL.to_owned(),
             conference: format!("conference.{LOCAL}"),
-            users: vec!["user".to_owned()],
+            users: Vec::new(),
             certificate,
         };
         let server = Server::start(spec, place).unwrap();
@@ -308,21 +312,21 @@ async fn everyday(lab: &Lab, proof: Proof, acks: bool) {
 /// With `s2s_secure_auth = true` it accepts nothing less, so a stream that is up was authenticated so.
 #[test]
 fn prosody_by_certificates() {
-    let lab = Lab::start("leg-pc", Kind::Prosody, Proof::Certificates);
+    let lab = Lab::start("leg-pc", Kind::Prosody, Proof::Certificates, STARTTLS);
     lab.run(async |lab| everyday(lab, Proof::Certificates, true).await);
 }
 
 /// Prosody that does not know our CA, with us in `s2s_insecure_domains`: dialback in both directions.
 #[test]
 fn prosody_by_dialback() {
-    let lab = Lab::start("leg-pd", Kind::Prosody, Proof::Dialback);
+    let lab = Lab::start("leg-pd", Kind::Prosody, Proof::Dialback, STARTTLS);
     lab.run(async |lab| everyday(lab, Proof::Dialback, false).await);
 }
 
 /// Debian's ejabberd with our CA in the trust store.
 #[test]
 fn ejabberd_by_certificates() {
-    let lab = Lab::start("leg-ec", Kind::Ejabberd, Proof::Certificates);
+    let lab = Lab::start("leg-ec", Kind::Ejabberd, Proof::Certificates, STARTTLS);
     lab.run(async |lab| everyday(lab, Proof::Certificates, false).await);
     let log = lab.log();
     assert!(log.contains("Accepted inbound s2s EXTERNAL authentication a.example -> b.example"));
@@ -332,11 +336,21 @@ fn ejabberd_by_certificates() {
 /// Debian's ejabberd as it is shipped, knowing nothing of us.
 #[test]
 fn ejabberd_by_dialback() {
-    let lab = Lab::start("leg-ed", Kind::Ejabberd, Proof::Dialback);
+    let lab = Lab::start("leg-ed", Kind::Ejabberd, Proof::Dialback, STARTTLS);
     lab.run(async |lab| everyday(lab, Proof::Dialback, false).await);
     let log = lab.log();
     assert!(log.contains("Accepted inbound s2s dialback authentication a.example -> b.example"));
     assert!(log.contains("Accepted outbound s2s dialback authentication b.example -> a.example"));
+}
+
+/// Both servers come with direct TLS (XEP-0368) where only that is on offer, and authenticate as with STARTTLS.
+#[test]
+fn prosody_and_ejabberd_with_direct_tls() {
+    let lab = Lab::start("leg-px", Kind::Prosody, Proof::Certificates, DIRECT_TLS);
+    lab.run(async |lab| everyday(lab, Proof::Certificates, true).await);
+    drop(lab);
+    let lab = Lab::start("leg-ex", Kind::Ejabberd, Proof::Dialback, DIRECT_TLS);
+    lab.run(async |lab| everyday(lab, Proof::Dialback, false).await);
 }
 
 /// SRV records lead to host and port, and without them the domain's own address with port 5269.
