@@ -435,6 +435,7 @@ impl InitiatingStream {
     fn on_tls(&mut self, name: &str) -> Result<(), Fault> {
         match (&self.state, name) {
             (State::StartingTls, "proceed") => {
+                self.check_nothing_unread()?;
                 self.outputs.push_back(Output::StartTls);
                 self.state = State::Securing;
             }
@@ -447,6 +448,18 @@ impl InitiatingStream {
         Ok(())
     }
 
+    /// RFC 6120 §5.4.3.3: what comes before a restart must not be taken for the first words after it.
+    fn check_nothing_unread(&mut self) -> Result<(), Fault> {
+        if self.reader.take_unread().trim_ascii().is_empty() {
+            Ok(())
+        } else {
+            Err(Fault::new(
+                "policy-violation",
+                "more was sent before the stream could begin anew",
+            ))
+        }
+    }
+
     // ---- SASL EXTERNAL (RFC 6120 §6, XEP-0178)
 
     fn on_sasl(&mut self, name: &str) -> Result<(), Fault> {
@@ -455,6 +468,7 @@ impl InitiatingStream {
         };
         match name {
             "success" => {
+                self.check_nothing_unread()?;
                 self.authenticated = true;
                 self.open();
             }

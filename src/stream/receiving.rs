@@ -141,7 +141,6 @@ enum State {
     },
     /// Our closing tag is sent, the server's is awaited.
     Closing {
-        open: Open,
         until: Mono,
     },
     Closed,
@@ -462,12 +461,25 @@ impl ReceivingStream {
             });
             return Ok(());
         }
+        self.check_nothing_unread()?;
         self.send_raw("<proceed xmlns='urn:ietf:params:xml:ns:xmpp-tls'/>");
         self.outputs.push_back(Output::StartTls);
         // What was asked in the clear is not answered inside TLS.
         self.verifications.clear();
         self.state = State::Securing;
         Ok(())
+    }
+
+    /// RFC 6120 §5.4.3.3: what comes before a restart must not be taken for the first words after it.
+    fn check_nothing_unread(&mut self) -> Result<(), Fault> {
+        if self.reader.take_unread().trim_ascii().is_empty() {
+            Ok(())
+        } else {
+            Err(Fault::new(
+                "policy-violation",
+                "more was sent before the stream could begin anew",
+            ))
+        }
     }
 
     // ---- Stanzas (RFC 6120 §8.1, §10)
@@ -554,6 +566,7 @@ impl ReceivingStream {
         if !authzid.is_empty() && Domain::new(&authzid).as_ref() != Ok(from) {
             return self.sasl_failed("invalid-authzid", now);
         }
+        self.check_nothing_unread()?;
         let pair = DomainPair {
             local: from.clone(),
             far: open.to.clone(),
@@ -766,8 +779,13 @@ impl ReceivingStream {
     fn on_eof(&mut self) {
         match &self.state {
             State::Closed => {}
-            State::Closing { .. } => self.close(CloseReason::Drained),
-            State::Securing | State::Opening | State::Open(_) | State::Finishing { .. } => self.close(CloseReason::Eof),
+            State::Closing { .. }
+            | State::Finishing {
+                ending: Ending::Drain, ..
+            } => self.close(CloseReason::Drained),
+            // The server has nothing more to send; it may well read on until our closing tag, and the acknowledgement.
+            State::Finishing { .. } => {}
+            State::Securing | State::Opening | State::Open(_) => self.close(CloseReason::Eof),
         }
     }
 
