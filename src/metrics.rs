@@ -251,7 +251,7 @@ reasons! {
 }
 reasons! {
     /// Why a stream with our server ended: `CloseReason::as_label` of `stream`.
-    LegClosed: "closed_by_server", "drained", "eof", "done", "server_error", "our_error", "failed", "timeout", "io", "other",
+    LegClosed: "closed_by_server", "idle", "drained", "eof", "done", "server_error", "our_error", "failed", "timeout", "io", "other",
 }
 words! {
     /// What our server said of a dialback key.

@@ -107,6 +107,12 @@ pub struct Legs {
     /// Default `true`, as both servers have it. `false` is for a server on the same machine that has no TLS.
     pub require_tls: bool,
 
+    /// Whether streams that we open go on only if the server's certificate is good for its domain.
+    ///
+    /// Default `false`: the server is on this machine or this LAN, and often has a certificate of its own making. `true` is for
+    /// a server across a network that others use too.
+    pub verify_server: bool,
+
     /// Whether acknowledgements (XEP-0198) are used with the local server.
     ///
     /// Default `auto`: with a server that speaks it. `off`: never; what is in flight on a stream when a process dies is lost
@@ -401,6 +407,7 @@ impl Default for Legs {
             certificate: None,
             trust: None,
             require_tls: true,
+            verify_server: false,
             management: Management::Auto,
             lanes: 2,
             reconnect_max: Period::from_secs(30),
