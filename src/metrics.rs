@@ -553,8 +553,9 @@ mod tests {
         for series in [
             "narrows_link_up{peer=\"early\"} 0",
             "narrows_link_bytes_total{peer=\"early\",direction=\"sent\",level=\"tcp\"} 0",
-            "narrows_leg_closed_total{leg=\"receiving\",reason=\"other\"} 0",
-            "narrows_refused_total{reason=\"queue_full\"} 0",
+            // Other tests of this process may have counted these already.
+            "narrows_leg_closed_total{leg=\"receiving\",reason=\"other\"} ",
+            "narrows_refused_total{reason=\"queue_full\"} ",
             "narrows_delivery_seconds_count{peer=\"early\"} 0",
             "narrows_build_info{version=\"0.1.0\"} 1",
         ] {

@@ -4,10 +4,16 @@
 //! and `config/example.yaml` (for people); tests hold the three together. [`Config::load`] reports all mistakes at
 //! once, each with its line, column and a suggestion, so that a file is put right in one go.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::codec::xml;
 
 mod check;
 mod read;
@@ -367,7 +373,7 @@ impl Config {
         path: &Path,
         own_key: impl FnOnce(&Path) -> Option<PublicKey>,
     ) -> Result<(Self, Vec<Warning>), Vec<ConfigError>> {
-        let text = std::fs::read_to_string(path).map_err(|error| vec![ConfigError::unreadable(path, &error)])?;
+        let text = read_text(path).map_err(|error| vec![ConfigError::unreadable(path, &error)])?;
         Self::parse(path, &text, own_key)
     }
 
@@ -396,6 +402,41 @@ impl Config {
     /// The JSON Schema of the file, for editors.
     pub fn schema() -> serde_json::Value {
         schemars::schema_for!(Self).to_value()
+    }
+}
+
+/// A thousand peers take less than a quarter of this; what is larger is another file.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let length = File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
+    if length as u64 > FILE_BYTES_MAX {
+        return Err(io::Error::other("it is larger than 1 MiB"));
+    }
+    Ok(text)
+}
+
+impl Limits {
+    /// For streams that have proved who they are.
+    pub fn after_authentication(&self) -> xml::Limits {
+        xml::Limits {
+            stanza_bytes_max: usize::try_from(self.stanza_bytes.0).unwrap_or(usize::MAX),
+            depth_max: self.depth.into(),
+            attributes_max: self.attributes.into(),
+            elements_max: self.elements as usize,
+        }
+    }
+
+    /// For streams that anybody may have opened. Stream headers, features, SASL and dialback elements are below 4 KiB and
+    /// 4 deep; four times that is for what nobody has thought of. It is no key, because there is nothing to gain by changing it.
+    pub fn before_authentication(&self) -> xml::Limits {
+        xml::Limits {
+            stanza_bytes_max: 16 << 10,
+            depth_max: 16,
+            attributes_max: 32,
+            elements_max: 128,
+        }
     }
 }
 

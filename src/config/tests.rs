@@ -279,6 +279,15 @@ fn odd_but_possible_settings_are_warnings() {
     assert!(warnings[1].starts_with("n.yaml:13:20: legs.management: without acknowledgements"));
 }
 
+/// Another file given by mistake, and a device that never ends, are refused.
+#[test]
+fn endless_file_is_refused() {
+    let error = Config::load(Path::new("/dev/zero")).unwrap_err()[0].to_string();
+    assert!(error.contains("larger than 1 MiB"), "{error}");
+    let error = Config::load(Path::new("/")).unwrap_err()[0].to_string();
+    assert!(error.contains("cannot be read"), "{error}");
+}
+
 /// Fails unless `file` holds `wanted`; with `NARROWS_BLESS=1` it writes it instead.
 fn is_current(file: &str, wanted: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(file);
