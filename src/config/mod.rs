@@ -209,20 +209,36 @@ pub struct Link {
 
     /// How long an acknowledgement waits for something to ride on before it is sent alone.
     ///
-    /// Default `200ms`: an acknowledgement alone costs about 75 bytes on the wire, and delays nobody's message.
+    /// Default `5s`: alone it costs some 130 bytes in both directions, as much as a chat line, and nothing waits for it but
+    /// the peer's disk. Many entries are acknowledged sooner.
     #[serde(default = "Link::ack_delay")]
     pub ack_delay: Period,
 
-    /// How often the peer is asked for a sign of life when nothing else crosses, or `off` where every byte is paid for.
+    /// How long nothing may be heard before the peer is asked for a sign of life, or `off` where every byte is paid for. While
+    /// nothing else is said, the time doubles up to `keepalive_max`.
     ///
-    /// Default `30s`: some 5 bytes a second. With `off`, a dead link is noticed when something is to be sent.
+    /// Default `60s`: some 2 bytes a second at most. With `off`, a dead link is noticed when something is to be sent.
     #[serde(default = "Link::keepalive")]
     pub keepalive: PeriodOrOff,
 
-    /// How long the peer may be silent while an answer is due before the connection is given up and dialled anew.
+    /// The longest time between two signs of life.
     ///
-    /// Default `15s`: far more than a geostationary round trip behind a full queue of `batch_bytes`, far less than TCP's
-    /// own minutes. Raise it where a line stalls for longer without being down.
+    /// Default `8m`: NATs and firewalls forget idle connections, and most wait longer than this.
+    #[serde(default = "Link::keepalive_max")]
+    pub keepalive_max: Period,
+
+    /// How long the peer may be silent while an answer is due before another connection is tried beside the present one.
+    /// On a slow path, four round trips if that is longer.
+    ///
+    /// Default `3s`: a link that is back after an outage is used at once, though TCP would wait.
+    #[serde(default = "Link::quiet_after")]
+    pub quiet_after: Period,
+
+    /// How long the peer may be silent while an answer is due before the connection is given up. On a slow path, eight round
+    /// trips if that is longer.
+    ///
+    /// Default `15s`: longer than `quiet_after`, so that a full queue in a modem does not look like an outage, and far less
+    /// than TCP's own minutes. Raise it where a line stalls for longer without being down.
     #[serde(default = "Link::dead_after")]
     pub dead_after: Period,
 
@@ -471,11 +487,19 @@ impl Default for Limits {
 
 impl Link {
     fn ack_delay() -> Period {
-        Period::from_millis(200)
+        Period::from_secs(5)
     }
 
     fn keepalive() -> PeriodOrOff {
-        PeriodOrOff::Every(Period::from_secs(30))
+        PeriodOrOff::Every(Period::from_secs(60))
+    }
+
+    fn keepalive_max() -> Period {
+        Period::from_secs(480)
+    }
+
+    fn quiet_after() -> Period {
+        Period::from_secs(3)
     }
 
     fn dead_after() -> Period {

@@ -213,6 +213,14 @@ fn impossible_combinations_are_refused() {
             "n.yaml:5:17: admin.listen: another listener",
         ),
         (
+            mistake("link:", "link:\n  dead_after: 2s"),
+            "n.yaml:5:1: link.quiet_after: this must be less than `dead_after`, which is 2s",
+        ),
+        (
+            mistake("link:", "link:\n  keepalive: 1h"),
+            "n.yaml:6:14: link.keepalive: this must be at most `keepalive_max`, which is 8m",
+        ),
+        (
             mistake("link:", "link:\n  batch_bytes: 512B"),
             "n.yaml:5:1: link.fragment_bytes: a fragment must fit",
         ),
