@@ -1,0 +1,638 @@
+use proptest::prelude::*;
+
+use super::*;
+use crate::codec::{compress::dictionary_id, entry::Cast, position::Epoch};
+
+fn at(seconds: f64) -> Now {
+    Now {
+        mono: Mono::from_start(Duration::from_secs_f64(seconds)),
+        ..Now::default()
+    }
+}
+
+fn hello(epoch: u64) -> Hello {
+    Hello {
+        version: crate::codec::frame::VERSION,
+        capabilities: 0,
+        epoch: Epoch(epoch),
+        received: Received::default(),
+        first_unacked: Seq(1),
+        last: Seq(0),
+        site: Some("ship".to_owned()),
+        dictionary: dictionary_id(),
+        entry_bytes_max: ENTRY_BYTES_MAX as u64,
+        ack_delay_ms: 5000,
+    }
+}
+
+fn entry(template: &str, recipients: &[&str]) -> Entry {
+    let mut recipients: Vec<Bytes> = recipients
+        .iter()
+        .map(|one| Bytes::from(format!(" to='{one}'")))
+        .collect();
+    recipients.sort();
+    Entry::Cast(Cast {
+        template: Bytes::copy_from_slice(template.as_bytes()),
+        to_at: 8,
+        recipients,
+    })
+}
+
+/// One end with what its relay would keep: the outputs so far, and what it stored.
+struct End {
+    session: LinkSession,
+    outputs: Vec<Output>,
+}
+
+impl End {
+    fn new(hello: Hello) -> Self {
+        Self {
+            session: LinkSession::new(SessionConfig::default(), hello, at(0.0)),
+            outputs: Vec::new(),
+        }
+    }
+
+    fn handle(&mut self, input: Input, now: Now) -> Result<(), LinkError> {
+        self.session.handle(input, now)?;
+        while let Some(output) = self.session.poll_output() {
+            self.outputs.push(output);
+        }
+        Ok(())
+    }
+
+    fn store_all(&mut self, now: Now) {
+        let arrived = self.session.arrived().clone();
+        self.handle(Input::Stored(arrived), now).unwrap();
+    }
+
+    fn received(&self) -> Vec<(Seq, Entry)> {
+        let entries = self.outputs.iter().filter_map(|output| match output {
+            Output::Received { seq, entry, .. } => Some((*seq, Entry::decode(entry).unwrap())),
+            _ => None,
+        });
+        entries.collect()
+    }
+
+    fn last_acked(&self) -> Option<&Received> {
+        self.outputs.iter().rev().find_map(|output| match output {
+            Output::Acked(acked) => Some(acked),
+            _ => None,
+        })
+    }
+}
+
+/// Everything that `from` has to say reaches `to` at once.
+fn pass(from: &mut End, to: &mut End, now: Now) -> Result<usize, LinkError> {
+    let mut bytes = 0;
+    while let Some(batch) = from.session.poll_transmit(now) {
+        bytes += batch.len();
+        to.handle(Input::Bytes(batch), now)?;
+    }
+    Ok(bytes)
+}
+
+/// Two ends that know each other.
+fn open_pair() -> (End, End) {
+    greeted(hello(1), hello(2))
+}
+
+fn greeted(ours: Hello, theirs: Hello) -> (End, End) {
+    let (mut a, mut b) = (End::new(ours), End::new(theirs));
+    pass(&mut a, &mut b, at(0.0)).unwrap();
+    pass(&mut b, &mut a, at(0.0)).unwrap();
+    assert!(a.session.is_open() && b.session.is_open());
+    (a, b)
+}
+
+/// Gives `b` frames as a peer that does not keep the rules might write them.
+fn say(b: &mut End, write: impl FnOnce(&mut FrameWriter)) -> Result<(), LinkError> {
+    let mut writer = FrameWriter::default();
+    write(&mut writer);
+    let mut wire = Vec::new();
+    put_batch(&mut wire, false, &writer.take().text);
+    b.handle(Input::Bytes(wire.into()), at(1.0))
+}
+
+/// An entry crosses, is acknowledged only when it is stored, and only after the delay if nothing else is said.
+#[test]
+fn acknowledges_what_is_stored_after_the_delay() {
+    let (mut a, mut b) = open_pair();
+    let sent = entry("<message/>", &["b1@b.example"]);
+    assert_eq!(a.session.send(Seq(1), &sent, Duration::ZERO), Sent::Whole);
+    pass(&mut a, &mut b, at(1.0)).unwrap();
+    assert_eq!(b.received(), [(Seq(1), sent)]);
+    assert_eq!(b.session.poll_transmit(at(7.0)), None, "not stored yet");
+    b.store_all(at(7.0));
+    assert_eq!(b.session.poll_timeout().map(|deadline| deadline.why), Some("ack"));
+    let bytes = pass(&mut b, &mut a, at(7.0)).unwrap();
+    assert!(bytes <= 8, "{bytes}");
+    assert_eq!(a.last_acked().map(|acked| acked.upto), Some(Seq(1)));
+    assert!(!a.session.has_unacked());
+    assert_eq!(b.session.poll_transmit(at(20.0)), None, "said once");
+}
+
+/// An acknowledgement rides on what is sent anyway.
+#[test]
+fn ack_rides_on_an_entry() {
+    let (mut a, mut b) = open_pair();
+    a.session.send(Seq(1), &Entry::Void, Duration::ZERO);
+    pass(&mut a, &mut b, at(1.0)).unwrap();
+    b.store_all(at(1.0));
+    assert_eq!(b.session.poll_transmit(at(1.0)), None);
+    b.session
+        .send(Seq(1), &entry("<message/>", &["a@a.example"]), Duration::ZERO);
+    pass(&mut b, &mut a, at(1.1)).unwrap();
+    assert_eq!(a.last_acked().map(|acked| acked.upto), Some(Seq(1)));
+    assert_eq!(b.session.stats().acks_sent_alone, 0);
+}
+
+/// A peer that sends much is acknowledged before the delay is over: at the 64th entry, not at the 63rd.
+#[test]
+fn ack_does_not_wait_for_many() {
+    let (mut a, mut b) = open_pair();
+    for seq in 1..=64 {
+        a.session.send(Seq(seq), &Entry::Void, Duration::ZERO);
+        pass(&mut a, &mut b, at(1.0)).unwrap();
+        b.store_all(at(1.0));
+        assert_eq!(b.session.poll_transmit(at(1.0)).is_some(), seq == 64, "{seq}");
+    }
+}
+
+/// Entries wait for the peer's hello: it says where to go on.
+#[test]
+fn entries_follow_the_hello_of_the_peer() {
+    let mut a = End::new(hello(1));
+    assert_eq!(a.session.send(Seq(1), &Entry::Void, Duration::ZERO), Sent::Blocked);
+    assert!(a.session.poll_transmit(at(0.0)).is_some());
+    assert_eq!(a.session.poll_transmit(at(0.0)), None);
+}
+
+/// A peer that comes back is sent what it has not stored, and nothing else.
+#[test]
+fn resume_skips_what_the_peer_has() {
+    let ours = Hello {
+        first_unacked: Seq(3),
+        last: Seq(9),
+        ..hello(1)
+    };
+    let received = Received {
+        epoch: Epoch(1),
+        upto: Seq(5),
+        beyond: vec![Seq(7)],
+    };
+    let (mut a, _) = greeted(
+        ours,
+        Hello {
+            received: received.clone(),
+            ..hello(2)
+        },
+    );
+    assert_eq!(a.last_acked(), Some(&received));
+    let sent = |seq| a.session.send(Seq(seq), &Entry::Void, Duration::ZERO);
+    assert_eq!(
+        [5, 6, 7, 8].map(sent),
+        [Sent::Known, Sent::Whole, Sent::Known, Sent::Whole]
+    );
+}
+
+/// A peer whose store is new starts at what we still have; one that lost a part says how much is missing.
+#[test]
+fn lost_stores_are_noticed() {
+    let theirs = Hello {
+        first_unacked: Seq(21),
+        last: Seq(30),
+        ..hello(2)
+    };
+    let mut ours = hello(1);
+    ours.received = Received {
+        epoch: Epoch(77),
+        upto: Seq(500),
+        beyond: Vec::new(),
+    };
+    let (a, _) = greeted(ours.clone(), theirs.clone());
+    let expected = Received {
+        epoch: Epoch(2),
+        upto: Seq(20),
+        beyond: Vec::new(),
+    };
+    assert!(matches!(&a.outputs[0], Output::PeerHello { received, missing: 0, .. } if *received == expected));
+
+    ours.received = Received {
+        epoch: Epoch(2),
+        upto: Seq(10),
+        beyond: vec![Seq(12)],
+    };
+    let (a, b) = greeted(ours, theirs);
+    assert!(matches!(&a.outputs[0], Output::PeerHello { received, missing: 9, .. } if *received == expected));
+    assert_eq!(b.last_acked(), Some(&expected));
+}
+
+/// Each broken rule ends the session with its own name, the peer is told, and the error stays.
+#[test]
+fn broken_rules_end_the_session() {
+    let refused = |label: &str, write: &dyn Fn(&mut FrameWriter)| {
+        let (_, mut b) = open_pair();
+        let error = say(&mut b, write).unwrap_err();
+        assert_eq!((error.as_label(), error.blame()), (label, Blame::Peer));
+        assert_eq!(b.handle(Input::Timeout, at(1.0)), Err(error));
+        let goodbye = b.session.poll_transmit(at(1.0)).unwrap();
+        assert_eq!(goodbye[..], [4, 7, 2]);
+        assert_eq!(b.session.poll_transmit(at(1.0)), None);
+    };
+    let first = |total| Part::First { total, held_ms: 0 };
+    refused("second_hello", &|w| w.hello(&hello(3)));
+    refused("acked_unsent", &|w| {
+        w.ack(&Ack {
+            upto: Seq(1),
+            ..Ack::default()
+        })
+    });
+    refused("acked_unsent", &|w| {
+        w.ack(&Ack {
+            beyond: vec![Seq(2)],
+            ..Ack::default()
+        })
+    });
+    refused("fragment_out_of_order", &|w| {
+        w.fragment(Seq(1), Part::Next { offset: 1 }, b"x")
+    });
+    refused("fragment_out_of_order", &|w| {
+        w.fragment(Seq(1), first(9), b"abc");
+        w.fragment(Seq(1), Part::Next { offset: 2 }, b"x");
+    });
+    refused("fragment_beyond_total", &|w| {
+        w.fragment(Seq(1), first(4), b"abc");
+        w.fragment(Seq(1), Part::Next { offset: 3 }, b"xy");
+    });
+    refused("too_many_fragmented", &|w| {
+        (1..=FRAGMENTED_MAX as u64 + 1).for_each(|seq| w.fragment(Seq(seq), first(9), b"abc"));
+    });
+    refused("bad_entry", &|w| w.fragment(Seq(1), first(3), b"abc"));
+    refused("too_far_ahead", &|w| {
+        (2..260).for_each(|seq| w.entry(Seq(seq), 0, &Entry::Void))
+    });
+}
+
+/// The largest entry is agreed on in the hellos: at the limit it passes, one byte more is refused by both ends.
+#[test]
+fn entry_limit_is_kept_by_both() {
+    let encoded = Entry::Cast(Cast {
+        template: vec![b'x'; 5000].into(),
+        to_at: 0,
+        recipients: vec!["a".into()],
+    })
+    .encode();
+    for (limit, taken) in [(encoded.len(), 1024), (encoded.len() - 1, 0)] {
+        let theirs = Hello {
+            entry_bytes_max: limit as u64,
+            ..hello(2)
+        };
+        let (mut a, mut b) = greeted(hello(1), theirs);
+        assert_eq!(a.session.send_fragment(Seq(1), &encoded, 0, Duration::ZERO), taken);
+        let first = Part::First {
+            total: limit + 1,
+            held_ms: 0,
+        };
+        let error = say(&mut b, |w| w.fragment(Seq(1), first, b"x")).unwrap_err();
+        assert_eq!(
+            error,
+            LinkError::TooLarge {
+                seq: Seq(1),
+                bytes: limit + 1
+            }
+        );
+    }
+}
+
+/// The first frame must be a hello, and one of our version.
+#[test]
+fn only_a_hello_opens() {
+    let mut b = End::new(hello(2));
+    assert_eq!(say(&mut b, |w| w.ping(1)), Err(LinkError::NotAHello));
+    let mut b = End::new(hello(2));
+    let other = Hello { version: 9, ..hello(1) };
+    assert_eq!(
+        say(&mut b, |w| w.hello(&other)),
+        Err(LinkError::Version { theirs: 9, ours: 1 })
+    );
+    let mut b = End::new(hello(2));
+    let ahead = Received {
+        epoch: Epoch(2),
+        upto: Seq(1),
+        beyond: Vec::new(),
+    };
+    let error = say(&mut b, |w| {
+        w.hello(&Hello {
+            received: ahead,
+            ..hello(1)
+        })
+    })
+    .unwrap_err();
+    assert_eq!(error.blame(), Blame::Local);
+}
+
+/// What comes twice is counted and dropped.
+#[test]
+fn duplicates_are_dropped() {
+    let (_, mut b) = open_pair();
+    say(&mut b, |w| (0..2).for_each(|_| w.entry(Seq(1), 0, &Entry::Void))).unwrap();
+    assert_eq!(b.received().len(), 1);
+    assert_eq!(b.session.stats().duplicates_received, 1);
+}
+
+/// A small entry overtakes a large one, and the gap is acknowledged around.
+#[test]
+fn small_overtakes_large() {
+    let (mut a, mut b) = open_pair();
+    let large = Entry::Cast(Cast {
+        template: vec![b'x'; 3000].into(),
+        to_at: 0,
+        recipients: vec!["a".into()],
+    });
+    let small = entry("<message/>", &["b1@b.example"]);
+    let encoded = large.encode();
+    assert_eq!(a.session.send(Seq(1), &large, Duration::ZERO), Sent::NeedsFragments);
+    let mut offset = a.session.send_fragment(Seq(1), &encoded, 0, Duration::from_secs(3));
+    a.session.send(Seq(2), &small, Duration::ZERO);
+    pass(&mut a, &mut b, at(1.0)).unwrap();
+    b.store_all(at(1.0));
+    pass(&mut b, &mut a, at(9.0)).unwrap();
+    assert_eq!(a.last_acked().unwrap().beyond, [Seq(2)]);
+    while offset < encoded.len() {
+        offset += a.session.send_fragment(Seq(1), &encoded, offset, Duration::ZERO);
+    }
+    pass(&mut a, &mut b, at(9.0)).unwrap();
+    assert_eq!(b.received(), [(Seq(2), small), (Seq(1), large)]);
+    assert!(matches!(b.outputs.last(), Some(Output::Received { held_ms: 3000, .. })));
+}
+
+/// A message to a hundred occupants costs what one to a single occupant costs.
+#[test]
+fn one_copy_whatever_the_number() {
+    let cost = |count: usize| {
+        let (mut a, mut b) = open_pair();
+        let names: Vec<String> = (0..count).map(|n| format!("user{n:03}@b.example/phone")).collect();
+        let names: Vec<&str> = names.iter().map(String::as_str).collect();
+        let mut bytes = 0;
+        for seq in 1..=20 {
+            let body = format!("<message type='groupchat'><body>line {seq}</body></message>");
+            a.session.send(Seq(seq), &entry(&body, &names), Duration::ZERO);
+            bytes = pass(&mut a, &mut b, at(1.0)).unwrap();
+        }
+        bytes
+    };
+    assert!(cost(100).abs_diff(cost(1)) <= 1, "{} {}", cost(1), cost(100));
+}
+
+/// Silence is noticed when something is owed: first doubt, then death; one byte in between ends the doubt.
+#[test]
+fn silence_is_noticed_in_two_steps() {
+    let (mut a, mut b) = open_pair();
+    a.session.send(Seq(1), &Entry::Void, Duration::ZERO);
+    a.session.poll_transmit(at(1.0)).unwrap();
+    assert_eq!(
+        a.session.poll_timeout(),
+        Some(Deadline {
+            at: at(9.0).mono,
+            why: "peer quiet"
+        })
+    );
+    a.handle(Input::Timeout, at(8.9)).unwrap();
+    assert!(!a.outputs.contains(&Output::Quiet));
+    a.handle(Input::Timeout, at(9.0)).unwrap();
+    assert_eq!(a.outputs.last(), Some(&Output::Quiet));
+    assert!(a.session.poll_transmit(at(9.0)).is_some(), "a ping");
+    a.handle(Input::Progress, at(15.0)).unwrap();
+    assert_eq!(a.outputs.last(), Some(&Output::Alive));
+    a.handle(Input::Timeout, at(34.9)).unwrap();
+    assert_eq!(
+        a.handle(Input::Timeout, at(35.0)),
+        Err(LinkError::PeerSilent { for_ms: 20_000 })
+    );
+    // The other end was owed nothing, and waits in peace.
+    b.handle(Input::Timeout, at(59.0)).unwrap();
+    assert_eq!(b.session.poll_transmit(at(59.0)), None);
+}
+
+/// An idle link is asked ever more seldom whether it is there; only one of the two asks.
+#[test]
+fn keepalive_slows_down() {
+    let (mut a, mut b) = open_pair();
+    let (mut pings, mut bytes) = (0, 0);
+    for second in 1..3600 {
+        let now = at(f64::from(second));
+        for end in [&mut a, &mut b] {
+            if end
+                .session
+                .poll_timeout()
+                .is_some_and(|deadline| deadline.at <= now.mono)
+            {
+                end.handle(Input::Timeout, now).unwrap();
+            }
+        }
+        bytes += pass(&mut a, &mut b, now).unwrap() + pass(&mut b, &mut a, now).unwrap();
+        bytes += pass(&mut a, &mut b, now).unwrap();
+        pings = a.session.stats().pings_sent + b.session.stats().pings_sent;
+    }
+    assert!((5..=12).contains(&pings) && bytes < 100, "{pings} pings, {bytes} bytes");
+}
+
+/// The round trip is told from the time that the acknowledgement waited.
+#[test]
+fn round_trip_is_measured_without_the_delay() {
+    let (mut a, mut b) = open_pair();
+    a.session.send(Seq(1), &Entry::Void, Duration::ZERO);
+    let batch = a.session.poll_transmit(at(0.0)).unwrap();
+    b.handle(Input::Bytes(batch), at(0.3)).unwrap();
+    b.store_all(at(0.3));
+    let ack = b.session.poll_transmit(at(5.3)).unwrap();
+    a.handle(Input::Bytes(ack), at(5.6)).unwrap();
+    let rtt = a.session.stats().rtt.unwrap();
+    assert!(
+        rtt.abs_diff(Duration::from_millis(600)) < Duration::from_millis(2),
+        "{rtt:?}"
+    );
+}
+
+/// A goodbye is said once, takes the acknowledgement along, and nothing follows it.
+#[test]
+fn goodbye_is_the_last_word() {
+    let (mut a, mut b) = open_pair();
+    b.session.send(Seq(1), &Entry::Void, Duration::ZERO);
+    pass(&mut b, &mut a, at(1.0)).unwrap();
+    a.store_all(at(1.0));
+    a.session.goodbye(Reason::Shutdown);
+    assert_eq!(a.session.send(Seq(1), &Entry::Void, Duration::ZERO), Sent::Blocked);
+    pass(&mut a, &mut b, at(1.0)).unwrap();
+    assert_eq!(b.last_acked().unwrap().upto, Seq(1));
+    assert_eq!(b.outputs.last(), Some(&Output::Goodbye(Reason::Shutdown)));
+    assert_eq!(a.session.poll_transmit(at(99.0)), None);
+}
+
+/// What unfolds into much is opened only as it is taken.
+#[test]
+fn output_is_bounded_while_it_is_not_taken() {
+    let (mut a, mut b) = open_pair();
+    let names: Vec<String> = (0..2000).map(|n| format!("user{n}@b.example")).collect();
+    let many = entry("<message/>", &names.iter().map(String::as_str).collect::<Vec<_>>());
+    for seq in 1..=200 {
+        a.session.send(Seq(seq), &many, Duration::ZERO);
+        while let Some(batch) = a.session.poll_transmit(at(1.0)) {
+            b.session.handle(Input::Bytes(batch), at(1.0)).unwrap();
+        }
+    }
+    assert!(b.session.output_bytes < 2 * OUTPUT_BYTES_MAX);
+    b.handle(Input::Progress, at(1.0)).unwrap();
+    assert_eq!(b.received().len(), 200);
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Whole,
+    BeginLarge(usize),
+    Continue(prop::sample::Index),
+    Transmit,
+    Deliver(usize),
+    Store,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let step = prop_oneof![
+        3 => Just(Step::Whole),
+        1 => (1usize..9000).prop_map(Step::BeginLarge),
+        3 => any::<prop::sample::Index>().prop_map(Step::Continue),
+        2 => Just(Step::Transmit),
+        4 => (1usize..3000).prop_map(Step::Deliver),
+        1 => Just(Step::Store),
+    ];
+    proptest::collection::vec(step, 1..120)
+}
+
+/// One direction at work: what was said, what is on the way, what is cut in pieces.
+#[derive(Default)]
+struct Traffic {
+    next: u64,
+    complete: Vec<(Seq, Entry)>,
+    large: Vec<(Seq, Entry, Bytes, usize)>,
+    wire: Vec<u8>,
+}
+
+impl Traffic {
+    fn step(&mut self, step: &Step, from: &mut End, to: &mut End) {
+        match step {
+            Step::Whole => {
+                let number = self.next + 1;
+                let names: Vec<String> = (0..number % 5 + 1).map(|n| format!("user{n}@b.example")).collect();
+                let names: Vec<&str> = names.iter().map(String::as_str).collect();
+                let entry = entry(&format!("<message><body>{number}</body></message>"), &names);
+                match from.session.send(Seq(number), &entry, Duration::ZERO) {
+                    Sent::Whole => {
+                        self.next = number;
+                        self.complete.push((Seq(number), entry));
+                    }
+                    Sent::Blocked | Sent::BatchFull => {}
+                    other => panic!("{other:?}"),
+                }
+            }
+            Step::BeginLarge(size) => {
+                self.next += 1;
+                let recipients = vec![Bytes::from_static(b" to='b@b.example'")];
+                let entry = Entry::Cast(Cast {
+                    template: vec![b'x'; *size].into(),
+                    to_at: 0,
+                    recipients,
+                });
+                let encoded = entry.encode();
+                self.large.push((Seq(self.next), entry, encoded, 0));
+            }
+            Step::Continue(which) if !self.large.is_empty() => {
+                self.continue_large(which.index(self.large.len()), from);
+            }
+            Step::Continue(_) => {}
+            Step::Transmit => self
+                .wire
+                .extend(from.session.poll_transmit(at(1.0)).unwrap_or_default()),
+            Step::Deliver(bytes) => {
+                let chunk: Vec<u8> = self.wire.drain(..self.wire.len().min(*bytes)).collect();
+                to.handle(Input::Bytes(chunk.into()), at(1.0)).unwrap();
+            }
+            Step::Store => to.store_all(at(1.0)),
+        }
+    }
+
+    fn continue_large(&mut self, which: usize, from: &mut End) {
+        let (seq, _, encoded, offset) = &mut self.large[which];
+        *offset += from.session.send_fragment(*seq, encoded, *offset, Duration::ZERO);
+        if *offset == encoded.len() {
+            let (seq, entry, ..) = self.large.remove(which);
+            self.complete.push((seq, entry));
+        }
+    }
+
+    fn finish(&mut self, from: &mut End, to: &mut End) {
+        while !self.large.is_empty() {
+            // Only so many may be under way at once: those that are not blocked get on.
+            for which in (0..self.large.len()).rev() {
+                self.continue_large(which, from);
+            }
+            self.step(&Step::Transmit, from, to);
+        }
+        self.step(&Step::Transmit, from, to);
+        self.step(&Step::Deliver(usize::MAX), from, to);
+        self.step(&Step::Store, from, to);
+    }
+}
+
+proptest! {
+    /// However entries and fragments mix and whatever the chunks: each entry arrives once, whole, and in the order in which it was complete.
+    #[test]
+    fn every_entry_arrives_once(steps in proptest::collection::vec((any::<bool>(), steps()), 1..4)) {
+        let (mut a, mut b) = open_pair();
+        let (mut there, mut back) = (Traffic::default(), Traffic::default());
+        for (forward, steps) in &steps {
+            for step in steps {
+                if *forward { there.step(step, &mut a, &mut b) } else { back.step(step, &mut b, &mut a) }
+            }
+        }
+        there.finish(&mut a, &mut b);
+        back.finish(&mut b, &mut a);
+        prop_assert_eq!(b.received(), there.complete);
+        prop_assert_eq!(a.received(), back.complete);
+        // The acknowledgements cross too, and then nothing is left to say.
+        for now in [at(10.0), at(11.0)] {
+            pass(&mut a, &mut b, now).unwrap();
+            pass(&mut b, &mut a, now).unwrap();
+        }
+        prop_assert!(!a.session.has_unacked() && !b.session.has_unacked());
+    }
+
+    /// Bytes that were changed on the way, or were never a session's, end in an error or in nothing: no panic, no flood.
+    #[test]
+    fn damage_is_survived(
+        steps in steps(),
+        damage in proptest::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        noise in proptest::collection::vec(any::<u8>(), 0..50),
+    ) {
+        let (mut a, mut b) = open_pair();
+        let mut there = Traffic::default();
+        for step in steps.iter().filter(|step| !matches!(step, Step::Deliver(_) | Step::Store)) {
+            there.step(step, &mut a, &mut b);
+        }
+        there.wire.extend(a.session.poll_transmit(at(1.0)).unwrap_or_default());
+        there.wire.extend(noise);
+        if !there.wire.is_empty() {
+            for (index, byte) in damage {
+                let index = index.index(there.wire.len());
+                there.wire[index] = byte;
+            }
+        }
+        let mut result = Ok(());
+        for chunk in there.wire.chunks(700) {
+            result = b.handle(Input::Bytes(Bytes::copy_from_slice(chunk)), at(1.0));
+        }
+        prop_assert!(b.outputs.len() <= there.wire.len() * 200 + 10);
+        if let Err(error) = result {
+            prop_assert!(!error.as_label().is_empty());
+        }
+    }
+}
