@@ -139,18 +139,14 @@ impl Sidecar {
             finish(command)
         };
         let public_key = narrows(&["keygen"], &post.dir.join("key"))?.trim().to_owned();
-        let sidecar = Self {
+        narrows(&["ca", "init"], &post.dir.join("ca"))?;
+        Ok(Self {
             binary: spec.binary.clone(),
             environment: spec.environment.clone(),
             public_key,
             process: Mutex::new(None),
             post,
-        };
-        let ca = sidecar.post.dir.join("ca");
-        let mut command = sidecar.post.namespace.command(&spec.binary)?;
-        command.args(["ca", "init"]).arg(&ca);
-        finish(command)?;
-        Ok(sidecar)
+        })
     }
 
     /// Writes the configuration, now that the peer's key is known.
