@@ -312,7 +312,7 @@ fn domains(here: usize) -> Vec<String> {
 }
 
 /// What the name server of a site knows.
-pub fn records(layout: &Layout, here: usize) -> Vec<Record> {
+fn records(layout: &Layout, here: usize) -> Vec<Record> {
     let mut records = Vec::new();
     for domain in domains(here) {
         records.push(Record::a(domain, Ipv4Addr::LOCALHOST));

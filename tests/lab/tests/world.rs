@@ -3,12 +3,14 @@
 //! Each test needs root and the packages of `tests/setup`, and fails without them.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use narrows_lab::{Capture, Ejabberd, Layout, Limits, Profile, Prosody, Trust, Vouched, Way, World};
+use base64::Engine as _;
+use narrows_lab::net::wait_for;
+use narrows_lab::{Capture, Ejabberd, Layout, Limits, Profile, Prosody, SidecarSpec, Site, Trust, Vouched, Way, World};
 
 /// Bounds a read that would otherwise wait for ever when a test fails.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -137,25 +139,52 @@ fn a_killed_maker_leaves_nothing() {
     maker.kill().expect("the maker is killed");
     maker.wait().expect("the maker is gone");
     let gone = || !Path::new(&dir).exists() && !Path::new("/run/netns").join(&namespace).exists();
-    narrows_lab::net::wait_for("the guard cleans up", PATIENCE, gone, || Ok(())).expect("nothing is left");
+    wait_for("the guard cleans up", PATIENCE, gone, || Ok(())).expect("nothing is left");
     assert_eq!(inside(), "");
 }
 
-/// A site's name server gives the near sidecar for the far domains, and nothing for any other name.
+/// In a sidecar layout each server finds the far domains at the sidecar beside it, and sidecars are started,
+/// ended and asked like the real one.
+///
+/// A stand-in counts the connections that come when a user writes to the far site.
 #[test]
 fn a_sidecar_layout_leads_to_the_sidecar() {
-    let records = narrows_lab::world::records(
-        &Layout::Sidecar(narrows_lab::SidecarSpec::new("narrows").direct_tls()),
-        1,
-    );
-    let text = format!("{records:?}");
-    for name in ["_xmpp-server._tcp.a.example", "_xmpps-server._tcp.conference.a.example"] {
-        assert!(
-            text.contains(&format!("name: {name:?}, target: \"narrows.b.example\", port: 15269")),
-            "{text}"
-        );
+    let stand_in = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/stand-in");
+    let world = World::builder("side")
+        .site_a(Prosody::stock())
+        .site_b(Ejabberd::stock())
+        .users_a(["alice"])
+        .users_b(["bob"])
+        .layout(Layout::Sidecar(SidecarSpec::new(stand_in).yaml("legs", "lanes: 1")))
+        .start()
+        .expect("the world starts");
+    for (site, user, far) in [
+        (&world.a, "alice", "b.example"),
+        (&world.b, "bob", "conference.a.example"),
+    ] {
+        let legs = || site.sidecar().metrics().expect("it has metrics").sum("legs_total", &[]);
+        assert_eq!(legs(), 0.0);
+        let mut stream = log_in(site, user, narrows_lab::PASSWORD).expect("the password is right");
+        write!(
+            stream,
+            "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' version='1.0' to='{}'>\
+             <iq type='set' id='b'><bind xmlns='urn:ietf:params:xml:ns:xmpp-bind'/></iq>\
+             <message to='someone@{far}'><body>over there?</body></message>",
+            site.domain()
+        )
+        .expect("the server reads");
+        wait_for("a leg", PATIENCE, || legs() > 0.0, || Ok(())).expect("the server finds the sidecar");
+        let config = std::fs::read_to_string(site.sidecar().config_path()).expect("there is a configuration");
+        assert!(config.contains("\n  lanes: 1\n"), "{config}");
     }
-    assert!(!text.contains("10.91"), "nothing leads across the link: {text}");
+    assert_eq!(world.link.stats().sent_packets(), 0, "nothing leads across the link");
+
+    let first = world.a.sidecar().pid();
+    world.a.sidecar().kill9().expect("it is killed");
+    world.a.sidecar().start_again().expect("it starts again");
+    assert_ne!(world.a.sidecar().pid(), first);
+    let status = world.a.sidecar().term().expect("it ends in time").expect("it ran");
+    assert!(status.success());
 }
 
 /// A stopped server comes back with its accounts, and so does a killed one.
@@ -194,8 +223,12 @@ fn servers_come_back() {
     }
 }
 
-fn logs_in(site: &narrows_lab::Site, user: &str, password: &str) -> bool {
-    use base64::Engine;
+fn logs_in(site: &Site, user: &str, password: &str) -> bool {
+    log_in(site, user, password).is_some()
+}
+
+/// A client's stream after SASL PLAIN (RFC 6120 §6), if the password is right.
+fn log_in(site: &Site, user: &str, password: &str) -> Option<TcpStream> {
     let mut stream = site
         .connect_tcp(narrows_lab::C2S_PORT)
         .expect("the client port accepts");
@@ -215,5 +248,5 @@ fn logs_in(site: &narrows_lab::Site, user: &str, password: &str) -> bool {
             end => panic!("no answer to the login ({end:?}): {seen}"),
         }
     }
-    seen.contains("<success")
+    seen.contains("<success").then_some(stream)
 }
