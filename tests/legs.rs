@@ -402,7 +402,7 @@ fn openssl_honours_the_authority_and_its_constraints() {
     let authority = Authority::create(dir.path(), "narrows test", &[domain(FAR), domain("bücher.example")]).unwrap();
     let verify = |names: &[&str]| {
         let names: Vec<_> = names.iter().map(|name| domain(name)).collect();
-        let issued = authority.issue(&names).unwrap();
+        let issued = authority.mint(&names).unwrap();
         let leaf = dir.path().join("leaf.der");
         fs::write(&leaf, &issued.chain[0]).unwrap();
         openssl_verify(&dir.path().join("ca.pem"), &leaf, names[0].as_str())

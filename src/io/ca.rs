@@ -22,11 +22,11 @@ use rcgen::{
     GeneralSubtree, IsCa, Issuer, KeyPair, KeyUsagePurpose, NameConstraints, PKCS_ECDSA_P256_SHA256, SanType,
 };
 use time::OffsetDateTime;
-use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime, pem::PemObject};
 
 use super::{
     dns,
-    tls::{ChainAndKey, Identity},
+    tls::{ChainAndKey, Identity, Roots},
 };
 use crate::stanza::Domain;
 
@@ -60,6 +60,10 @@ pub enum AuthorityError {
     Content { path: PathBuf, error: String },
     #[error("{0:?} cannot stand in a certificate")]
     Domain(String),
+    #[error(
+        "the authority cannot vouch for all far domains: it was made for others, or its time is over; make a new one (`narrows ca init`)"
+    )]
+    NotVouched,
     #[error("the certificate cannot be made: {0}")]
     Make(#[from] rcgen::Error),
 }
@@ -123,7 +127,21 @@ impl Authority {
     }
 
     /// One certificate for all `domains`, for both roles, and its key. Neither touches the disk.
+    ///
+    /// An error if this authority is past its time or constrained to other domains: a server would refuse the certificate.
     pub fn issue(&self, domains: &[Domain]) -> Result<ChainAndKey, AuthorityError> {
+        let issued = self.mint(domains)?;
+        let root = self.chain.last().cloned();
+        let vouched = Roots::new(root.into_iter().collect()).examine(&issued.chain, UnixTime::now());
+        if !vouched.is_some_and(|certificate| certificate.trusted) {
+            return Err(AuthorityError::NotVouched);
+        }
+        Ok(issued)
+    }
+
+    /// As [`issue`](Self::issue), without asking whether anybody will believe it.
+    #[doc(hidden)]
+    pub fn mint(&self, domains: &[Domain]) -> Result<ChainAndKey, AuthorityError> {
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
         let certificate = leaf_params(domains)?.signed_by(&key, &self.issuer)?;
         let mut chain = vec![certificate.der().clone()];
@@ -245,10 +263,7 @@ fn content_error(path: &Path, error: impl ToString) -> AuthorityError {
 mod tests {
     use std::os::unix::fs::PermissionsExt;
 
-    use tokio_rustls::rustls::pki_types::UnixTime;
-
     use super::*;
-    use crate::io::tls::Roots;
 
     fn domains(names: &[&str]) -> Vec<Domain> {
         names.iter().map(|name| Domain::new(name).unwrap()).collect()
@@ -301,7 +316,10 @@ mod tests {
         let authority = Authority::create(dir.path(), "test", &far).unwrap();
         let roots = Roots::load(&dir.path().join("ca.pem")).unwrap();
         let trusted = |names: &[&str]| {
-            let issued = authority.issue(&domains(names)).unwrap();
+            let names = domains(names);
+            let issued = authority.mint(&names).unwrap();
+            let vouched = authority.issue(&names).is_ok();
+            assert_eq!(vouched, roots.examine(&issued.chain, UnixTime::now()).unwrap().trusted);
             roots.examine(&issued.chain, UnixTime::now()).unwrap().trusted
         };
         assert!(trusted(&["a.example"]));
