@@ -3,6 +3,7 @@
 use std::{
     fs,
     net::TcpListener,
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Output},
 };
@@ -122,4 +123,33 @@ fn demo_says_where_it_is() {
     let output = Command::new(alone).arg("demo").output().unwrap();
     assert_eq!(code(&output), 1);
     assert!(stderr(&output).contains("tests/demo"));
+}
+
+/// An authority is made once, its key is the owner's only, and its certificate is printed as it is.
+#[test]
+fn authority_is_made_once() {
+    let directory = tempfile::tempdir().unwrap();
+    let ca = directory.path().join("ca");
+    let made = narrows(&["ca", "init", text(&ca), "--config", text(&example())]);
+    assert_eq!(code(&made), 0, "{}", stderr(&made));
+    assert!(
+        stdout(&made).contains("for a.example, conference.a.example only"),
+        "{}",
+        stdout(&made)
+    );
+    assert_eq!(
+        fs::metadata(ca.join("ca.key")).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+
+    let shown = narrows(&["ca", "show", text(&ca)]);
+    assert_eq!(
+        (code(&shown), stdout(&shown)),
+        (0, fs::read_to_string(ca.join("ca.pem")).unwrap())
+    );
+
+    let again = narrows(&["ca", "init", text(&ca)]);
+    assert_eq!(code(&again), 1);
+    assert!(stderr(&again).contains("exists already"), "{}", stderr(&again));
+    assert_eq!(code(&narrows(&["ca", "show", text(directory.path())])), 1);
 }

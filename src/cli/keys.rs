@@ -1,13 +1,21 @@
 //! `keygen`, `pubkey` and `ca`: what they print.
 
-use std::path::Path;
+use std::{fs, io, path::Path, path::PathBuf};
 
-use crate::config::{Config, PublicKey};
+use crate::{
+    config::{Config, PublicKey},
+    io::ca::{Authority, AuthorityError},
+    stanza::Domain,
+};
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
     #[error("this part is being built")]
     Unbuilt,
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error("{path}: {error}")]
+    File { path: PathBuf, error: io::Error },
 }
 
 pub(super) fn generate(_file: &Path) -> Result<String, Failure> {
@@ -24,10 +32,42 @@ pub(super) fn own_key(_file: &Path) -> Option<PublicKey> {
     None
 }
 
-pub(super) fn ca_init(_directory: &Path, _config: Option<&Config>) -> Result<String, Failure> {
-    Err(Failure::Unbuilt)
+/// With a configuration, the authority can vouch for its far domains only.
+pub(super) fn ca_init(directory: &Path, config: Option<&Config>) -> Result<String, Failure> {
+    let far: Vec<Domain> = config
+        .into_iter()
+        .flat_map(|config| &config.peers)
+        .flat_map(|peer| &peer.domains)
+        .map(|domain| domain.0.clone())
+        .collect();
+    let name = match config {
+        Some(config) => format!("narrows {}", config.site),
+        None => "narrows".to_owned(),
+    };
+    Authority::create(directory, &name, &far)?;
+    let certificate = certificate_path(directory);
+    let certificate = certificate.display();
+    let limits = if far.is_empty() {
+        "It can vouch for any domain: keep the directory from other eyes, or make it anew with --config.".to_owned()
+    } else {
+        let far: Vec<&str> = far.iter().map(Domain::as_str).collect();
+        format!("It can vouch for {} only.", far.join(", "))
+    };
+    Ok(format!(
+        "The authority is in {}. {limits}\n\
+         A server that checks certificates has to trust it, and reads this at its start. On Debian:\n  \
+         cp {certificate} /usr/local/share/ca-certificates/narrows.crt && update-ca-certificates\n",
+        directory.display()
+    ))
 }
 
-pub(super) fn ca_show(_directory: &Path) -> Result<String, Failure> {
-    Err(Failure::Unbuilt)
+/// The certificate as it is, to be piped to where it is wanted; read as an authority first, so that damage is noticed.
+pub(super) fn ca_show(directory: &Path) -> Result<String, Failure> {
+    Authority::load(directory)?;
+    let path = certificate_path(directory);
+    fs::read_to_string(&path).map_err(|error| Failure::File { path, error })
+}
+
+fn certificate_path(directory: &Path) -> PathBuf {
+    directory.join("ca.pem")
 }

@@ -220,7 +220,7 @@ fn link(config: &Config, report: &mut Report) {
             ),
         );
     }
-    for (key, period) in [("dead_after", link.dead_after), ("reconnect_max", link.reconnect_max)] {
+    for (key, period) in [("quiet_after", link.quiet_after), ("reconnect_max", link.reconnect_max)] {
         if period.0.is_zero() {
             report.error(at!["link", key], vec![], "this must be more than nothing");
         }
@@ -232,15 +232,27 @@ fn link(config: &Config, report: &mut Report) {
             "this must be more than nothing, or `off`",
         );
     }
-    if link.ack_delay >= link.dead_after {
+    if link.quiet_after >= link.dead_after {
         report.error(
-            at!["link", "ack_delay"],
+            at!["link", "quiet_after"],
             vec![at!["link", "dead_after"]],
-            format!(
-                "the peer would be held to be dead before it has acknowledged anything: `dead_after` is {}",
-                link.dead_after
-            ),
+            format!("this must be less than `dead_after`, which is {}", link.dead_after),
         );
+    }
+    if link
+        .keepalive
+        .period()
+        .is_some_and(|period| period > link.keepalive_max.0)
+    {
+        report.error(
+            at!["link", "keepalive"],
+            vec![at!["link", "keepalive_max"]],
+            format!("this must be at most `keepalive_max`, which is {}", link.keepalive_max),
+        );
+    }
+    // A peer waits this long for what it is owed; the disk on its side fills meanwhile.
+    if link.ack_delay.0 > std::time::Duration::from_secs(60) {
+        report.error(at!["link", "ack_delay"], vec![], "60s is the most");
     }
 }
 

@@ -4,10 +4,16 @@
 //! and `config/example.yaml` (for people); tests hold the three together. [`Config::load`] reports all mistakes at
 //! once, each with its line, column and a suggestion, so that a file is put right in one go.
 
-use std::path::{Path, PathBuf};
+use std::{
+    fs::File,
+    io::{self, Read as _},
+    path::{Path, PathBuf},
+};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::codec::xml;
 
 mod check;
 mod read;
@@ -107,6 +113,12 @@ pub struct Legs {
     /// Default `true`, as both servers have it. `false` is for a server on the same machine that has no TLS.
     pub require_tls: bool,
 
+    /// Whether streams that we open go on only if the server's certificate is good for its domain.
+    ///
+    /// Default `false`: the server is on this machine or this LAN, and often has a certificate of its own making. `true` is for
+    /// a server across a network that others use too.
+    pub verify_server: bool,
+
     /// Whether acknowledgements (XEP-0198) are used with the local server.
     ///
     /// Default `auto`: with a server that speaks it. `off`: never; what is in flight on a stream when a process dies is lost
@@ -197,20 +209,36 @@ pub struct Link {
 
     /// How long an acknowledgement waits for something to ride on before it is sent alone.
     ///
-    /// Default `200ms`: an acknowledgement alone costs about 75 bytes on the wire, and delays nobody's message.
+    /// Default `5s`: alone it costs some 130 bytes in both directions, as much as a chat line, and nothing waits for it but
+    /// the peer's disk. Many entries are acknowledged sooner.
     #[serde(default = "Link::ack_delay")]
     pub ack_delay: Period,
 
-    /// How often the peer is asked for a sign of life when nothing else crosses, or `off` where every byte is paid for.
+    /// How long nothing may be heard before the peer is asked for a sign of life, or `off` where every byte is paid for. While
+    /// nothing else is said, the time doubles up to `keepalive_max`.
     ///
-    /// Default `30s`: some 5 bytes a second. With `off`, a dead link is noticed when something is to be sent.
+    /// Default `60s`: some 2 bytes a second at most. With `off`, a dead link is noticed when something is to be sent.
     #[serde(default = "Link::keepalive")]
     pub keepalive: PeriodOrOff,
 
-    /// How long the peer may be silent while an answer is due before the connection is given up and dialled anew.
+    /// The longest time between two signs of life.
     ///
-    /// Default `15s`: far more than a geostationary round trip behind a full queue of `batch_bytes`, far less than TCP's
-    /// own minutes. Raise it where a line stalls for longer without being down.
+    /// Default `8m`: NATs and firewalls forget idle connections, and most wait longer than this.
+    #[serde(default = "Link::keepalive_max")]
+    pub keepalive_max: Period,
+
+    /// How long the peer may be silent while an answer is due before another connection is tried beside the present one.
+    /// On a slow path, four round trips if that is longer.
+    ///
+    /// Default `3s`: a link that is back after an outage is used at once, though TCP would wait.
+    #[serde(default = "Link::quiet_after")]
+    pub quiet_after: Period,
+
+    /// How long the peer may be silent while an answer is due before the connection is given up. On a slow path, eight round
+    /// trips if that is longer.
+    ///
+    /// Default `15s`: longer than `quiet_after`, so that a full queue in a modem does not look like an outage, and far less
+    /// than TCP's own minutes. Raise it where a line stalls for longer without being down.
     #[serde(default = "Link::dead_after")]
     pub dead_after: Period,
 
@@ -361,7 +389,7 @@ impl Config {
         path: &Path,
         own_key: impl FnOnce(&Path) -> Option<PublicKey>,
     ) -> Result<(Self, Vec<Warning>), Vec<ConfigError>> {
-        let text = std::fs::read_to_string(path).map_err(|error| vec![ConfigError::unreadable(path, &error)])?;
+        let text = read_text(path).map_err(|error| vec![ConfigError::unreadable(path, &error)])?;
         Self::parse(path, &text, own_key)
     }
 
@@ -393,6 +421,41 @@ impl Config {
     }
 }
 
+/// A thousand peers take less than a quarter of this; what is larger is another file.
+const FILE_BYTES_MAX: u64 = 1 << 20;
+
+fn read_text(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    let length = File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
+    if length as u64 > FILE_BYTES_MAX {
+        return Err(io::Error::other("it is larger than 1 MiB"));
+    }
+    Ok(text)
+}
+
+impl Limits {
+    /// For streams that have proved who they are.
+    pub fn after_authentication(&self) -> xml::Limits {
+        xml::Limits {
+            stanza_bytes_max: usize::try_from(self.stanza_bytes.0).unwrap_or(usize::MAX),
+            depth_max: self.depth.into(),
+            attributes_max: self.attributes.into(),
+            elements_max: self.elements as usize,
+        }
+    }
+
+    /// For streams that anybody may have opened. Stream headers, features, SASL and dialback elements are below 4 KiB and
+    /// 4 deep; four times that is for what nobody has thought of. It is no key, because there is nothing to gain by changing it.
+    pub fn before_authentication(&self) -> xml::Limits {
+        xml::Limits {
+            stanza_bytes_max: 16 << 10,
+            depth_max: 16,
+            attributes_max: 32,
+            elements_max: 128,
+        }
+    }
+}
+
 impl Default for Legs {
     fn default() -> Self {
         Self {
@@ -401,6 +464,7 @@ impl Default for Legs {
             certificate: None,
             trust: None,
             require_tls: true,
+            verify_server: false,
             management: Management::Auto,
             lanes: 2,
             reconnect_max: Period::from_secs(30),
@@ -423,11 +487,19 @@ impl Default for Limits {
 
 impl Link {
     fn ack_delay() -> Period {
-        Period::from_millis(200)
+        Period::from_secs(5)
     }
 
     fn keepalive() -> PeriodOrOff {
-        PeriodOrOff::Every(Period::from_secs(30))
+        PeriodOrOff::Every(Period::from_secs(60))
+    }
+
+    fn keepalive_max() -> Period {
+        Period::from_secs(480)
+    }
+
+    fn quiet_after() -> Period {
+        Period::from_secs(3)
     }
 
     fn dead_after() -> Period {

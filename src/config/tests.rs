@@ -213,6 +213,14 @@ fn impossible_combinations_are_refused() {
             "n.yaml:5:17: admin.listen: another listener",
         ),
         (
+            mistake("link:", "link:\n  dead_after: 2s"),
+            "n.yaml:5:1: link.quiet_after: this must be less than `dead_after`, which is 2s",
+        ),
+        (
+            mistake("link:", "link:\n  keepalive: 1h"),
+            "n.yaml:6:14: link.keepalive: this must be at most `keepalive_max`, which is 8m",
+        ),
+        (
             mistake("link:", "link:\n  batch_bytes: 512B"),
             "n.yaml:5:1: link.fragment_bytes: a fragment must fit",
         ),
@@ -277,6 +285,15 @@ fn odd_but_possible_settings_are_warnings() {
     assert_eq!(warnings.len(), 2, "{warnings:#?}");
     assert!(warnings[0].starts_with("n.yaml:12:17: admin.listen: metrics and status are open"));
     assert!(warnings[1].starts_with("n.yaml:13:20: legs.management: without acknowledgements"));
+}
+
+/// Another file given by mistake, and a device that never ends, are refused.
+#[test]
+fn endless_file_is_refused() {
+    let error = Config::load(Path::new("/dev/zero")).unwrap_err()[0].to_string();
+    assert!(error.contains("larger than 1 MiB"), "{error}");
+    let error = Config::load(Path::new("/")).unwrap_err()[0].to_string();
+    assert!(error.contains("cannot be read"), "{error}");
 }
 
 /// Fails unless `file` holds `wanted`; with `NARROWS_BLESS=1` it writes it instead.

@@ -196,11 +196,12 @@ impl Wire {
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>, read: bool) -> Poll<io::Result<WireEvent>> {
-        if read && self.read_first {
-            if let Poll::Ready(event) = self.poll_read(cx) {
-                self.read_first = false;
-                return Poll::Ready(event);
-            }
+        if read
+            && self.read_first
+            && let Poll::Ready(event) = self.poll_read(cx)
+        {
+            self.read_first = false;
+            return Poll::Ready(event);
         }
         if self.poll_written(cx) {
             self.read_first = true;
