@@ -259,10 +259,12 @@ impl InitiatingStream {
     }
 
     fn on_connected(&mut self) {
-        match self.state {
-            State::Connecting if self.direct_tls => self.state = State::Securing,
-            State::Connecting => self.open(),
-            _ => {}
+        if let State::Connecting = self.state {
+            if self.direct_tls {
+                self.state = State::Securing;
+            } else {
+                self.open();
+            }
         }
     }
 
@@ -285,11 +287,11 @@ impl InitiatingStream {
     }
 
     fn on_bytes(&mut self, bytes: &[u8], now: Now) {
-        match self.state {
-            State::Closed => return,
+        match self.state.stage() {
+            Stage::Over => return,
             // RFC 6120 §5.4.3.3: what comes in the clear after <proceed/> must not pass for the first words inside TLS.
-            State::Connecting | State::Securing => return self.fail("bytes before the TLS handshake"),
-            _ => {}
+            Stage::NoStream => return self.fail("bytes before the TLS handshake"),
+            Stage::Stream | Stage::Closing => {}
         }
         self.reader.push(bytes);
         loop {
@@ -435,6 +437,7 @@ impl InitiatingStream {
     fn on_tls(&mut self, name: &str) -> Result<(), Fault> {
         match (&self.state, name) {
             (State::StartingTls, "proceed") => {
+                self.check_nothing_unread()?;
                 self.outputs.push_back(Output::StartTls);
                 self.state = State::Securing;
             }
@@ -447,6 +450,18 @@ impl InitiatingStream {
         Ok(())
     }
 
+    /// RFC 6120 §5.4.3.3: what comes before a restart must not be taken for the first words after it.
+    fn check_nothing_unread(&mut self) -> Result<(), Fault> {
+        if self.reader.take_unread().trim_ascii().is_empty() {
+            Ok(())
+        } else {
+            Err(Fault::new(
+                "policy-violation",
+                "more was sent before the stream could begin anew",
+            ))
+        }
+    }
+
     // ---- SASL EXTERNAL (RFC 6120 §6, XEP-0178)
 
     fn on_sasl(&mut self, name: &str) -> Result<(), Fault> {
@@ -455,6 +470,7 @@ impl InitiatingStream {
         };
         match name {
             "success" => {
+                self.check_nothing_unread()?;
                 self.authenticated = true;
                 self.open();
             }
@@ -683,21 +699,21 @@ impl InitiatingStream {
     }
 
     fn on_closed_by_server(&mut self) {
-        match &self.state {
-            State::Closing { .. } => self.close(CloseReason::Drained),
-            State::Closed => {}
-            _ => {
+        match self.state.stage() {
+            Stage::Closing => self.close(CloseReason::Drained),
+            Stage::Stream => {
                 self.send_raw(wire::CLOSE);
                 self.close(CloseReason::ClosedByServer);
             }
+            Stage::NoStream | Stage::Over => {}
         }
     }
 
     fn on_eof(&mut self) {
-        match &self.state {
-            State::Closing { .. } => self.close(CloseReason::Drained),
-            State::Closed => {}
-            _ => self.close(CloseReason::Eof),
+        match self.state.stage() {
+            Stage::Closing => self.close(CloseReason::Drained),
+            Stage::NoStream | Stage::Stream => self.close(CloseReason::Eof),
+            Stage::Over => {}
         }
     }
 
@@ -705,26 +721,25 @@ impl InitiatingStream {
         let Some(deadline) = self.poll_timeout().filter(|deadline| deadline.at <= now.mono) else {
             return;
         };
-        match &self.state {
-            State::Connecting | State::Securing | State::Closing { .. } | State::Closed => {}
+        if let Stage::Stream = self.state.stage() {
             // Before the server's header there is only our own; that is enough to close (RFC 6120 §4.4).
-            _ => self.send_raw(wire::CLOSE),
+            self.send_raw(wire::CLOSE);
         }
         self.close(CloseReason::Timeout(deadline.why));
     }
 
     fn fault(&mut self, fault: Fault) {
-        match &self.state {
-            State::Closed => {}
-            // Nothing may be written: there is no stream, or our closing tag is out.
-            State::Connecting | State::Securing | State::Closing { .. } => self.fail(fault.why),
-            _ => {
+        match self.state.stage() {
+            Stage::Stream => {
                 self.send(wire::stream_error(fault.condition, &fault.why, fault.particular));
                 self.close(CloseReason::OurError {
                     condition: fault.condition,
                     why: fault.why,
                 });
             }
+            // Nothing may be written.
+            Stage::NoStream | Stage::Closing => self.fail(fault.why),
+            Stage::Over => {}
         }
     }
 
@@ -749,6 +764,35 @@ impl InitiatingStream {
     fn send_raw(&mut self, markup: &'static str) {
         self.send(Bytes::from_static(markup.as_bytes()));
     }
+}
+
+impl State {
+    fn stage(&self) -> Stage {
+        match self {
+            Self::Connecting | Self::Securing => Stage::NoStream,
+            Self::Opening
+            | Self::Features { .. }
+            | Self::StartingTls
+            | Self::Authenticating { .. }
+            | Self::Dialback
+            | Self::Enabling
+            | Self::Verifying
+            | Self::Ready { .. } => Stage::Stream,
+            Self::Closing { .. } => Stage::Closing,
+            Self::Closed => Stage::Over,
+        }
+    }
+}
+
+/// What may be written.
+enum Stage {
+    /// Nothing yet.
+    NoStream,
+    /// Anything, as our header is out.
+    Stream,
+    /// Nothing more, as our closing tag is out; what comes is still read.
+    Closing,
+    Over,
 }
 
 fn offers_external(features: &Node) -> bool {

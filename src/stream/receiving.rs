@@ -141,7 +141,6 @@ enum State {
     },
     /// Our closing tag is sent, the server's is awaited.
     Closing {
-        open: Open,
         until: Mono,
     },
     Closed,
@@ -218,7 +217,7 @@ impl ReceivingStream {
             Input::Secured(certificate) => self.on_secured(certificate),
             Input::Verdict { request, verdict } => self.on_verdict(request, verdict, now),
             Input::Committed { upto } => self.on_committed(upto, now),
-            Input::Eof => self.on_eof(),
+            Input::Eof => self.on_eof(now),
             Input::Drain => self.on_drain(now),
             Input::Timeout => self.on_timeout(now),
         }
@@ -462,12 +461,25 @@ impl ReceivingStream {
             });
             return Ok(());
         }
+        self.check_nothing_unread()?;
         self.send_raw("<proceed xmlns='urn:ietf:params:xml:ns:xmpp-tls'/>");
         self.outputs.push_back(Output::StartTls);
         // What was asked in the clear is not answered inside TLS.
         self.verifications.clear();
         self.state = State::Securing;
         Ok(())
+    }
+
+    /// RFC 6120 §5.4.3.3: what comes before a restart must not be taken for the first words after it.
+    fn check_nothing_unread(&mut self) -> Result<(), Fault> {
+        if self.reader.take_unread().trim_ascii().is_empty() {
+            Ok(())
+        } else {
+            Err(Fault::new(
+                "policy-violation",
+                "more was sent before the stream could begin anew",
+            ))
+        }
     }
 
     // ---- Stanzas (RFC 6120 §8.1, §10)
@@ -554,6 +566,7 @@ impl ReceivingStream {
         if !authzid.is_empty() && Domain::new(&authzid).as_ref() != Ok(from) {
             return self.sasl_failed("invalid-authzid", now);
         }
+        self.check_nothing_unread()?;
         let pair = DomainPair {
             local: from.clone(),
             far: open.to.clone(),
@@ -763,11 +776,19 @@ impl ReceivingStream {
         }
     }
 
-    fn on_eof(&mut self) {
+    fn on_eof(&mut self, now: Now) {
         match &self.state {
             State::Closed => {}
             State::Closing { .. } => self.close(CloseReason::Drained),
-            State::Securing | State::Opening | State::Open(_) | State::Finishing { .. } => self.close(CloseReason::Eof),
+            State::Finishing { ending, .. } => {
+                let drained = matches!(ending, Ending::Drain);
+                // The server may still read what is known by now, but is not waited for.
+                self.finished(now);
+                if drained {
+                    self.close(CloseReason::Drained);
+                }
+            }
+            State::Securing | State::Opening | State::Open(_) => self.close(CloseReason::Eof),
         }
     }
 

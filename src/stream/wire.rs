@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use super::CloseReason;
 use crate::{
     codec::xml::{Element, Node},
-    stanza::{Domain, ns},
+    stanza::{Domain, escape_attribute, escape_text, ns},
 };
 
 /// XML being written: attribute values and text are escaped, everything else is ours.
@@ -33,7 +33,7 @@ impl Markup {
         self.0.push(' ');
         self.0.push_str(name);
         self.0.push_str("='");
-        self.text(value);
+        self.0.push_str(&escape_attribute(value));
         self.0.push('\'');
     }
 
@@ -59,20 +59,7 @@ impl Markup {
     }
 
     pub fn text(&mut self, text: &str) {
-        for char in text.chars() {
-            match char {
-                '&' => self.0.push_str("&amp;"),
-                '<' => self.0.push_str("&lt;"),
-                '>' => self.0.push_str("&gt;"),
-                '\'' => self.0.push_str("&apos;"),
-                '"' => self.0.push_str("&quot;"),
-                // Else a parser would make spaces of them in an attribute.
-                '\t' => self.0.push_str("&#x9;"),
-                '\n' => self.0.push_str("&#xA;"),
-                '\r' => self.0.push_str("&#xD;"),
-                _ => self.0.push(char),
-            }
-        }
+        self.0.push_str(&escape_text(text));
     }
 }
 
@@ -220,7 +207,14 @@ mod tests {
         markup.open("x");
         markup.attribute("id", "a'b\"<&>\n\t\r");
         markup.close_empty();
-        assert_eq!(markup.0, "<x id='a&apos;b&quot;&lt;&amp;&gt;&#xA;&#x9;&#xD;'/>");
+        assert_eq!(markup.0, "<x id='a&apos;b&quot;&lt;&amp;&gt;&#10;&#9;&#13;'/>");
+    }
+
+    /// What a server says about an error is shown, but cannot forge or flood a log.
+    #[test]
+    fn shown_text_is_short_and_plain() {
+        assert_eq!(shown("Idle\nconnection\u{1b}[0m"), "Idle connection [0m");
+        assert_eq!(shown(&"ö".repeat(10_000)).chars().count(), SHOWN_CHARS_MAX);
     }
 
     /// No two streams of a connection share an id, nor two connections with other seeds.
