@@ -49,9 +49,6 @@ const RENEW_AFTER: Duration = Duration::from_secs(200 * 24 * 3600);
 /// After a failure; the old certificate is still good for months.
 const RENEW_AGAIN_AFTER: Duration = Duration::from_secs(3600);
 
-/// id-on-xmppAddr (RFC 6120 §13.7.1.4)
-const XMPP_ADDR: [u64; 9] = [1, 3, 6, 1, 5, 5, 7, 8, 5];
-
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AuthorityError {
@@ -121,8 +118,7 @@ impl Authority {
         let first = chain
             .first()
             .ok_or_else(|| content_error(&certificate_path, "holds no certificate"))?;
-        let issuer =
-            Issuer::from_ca_cert_der(first, key).map_err(|error| content_error(&certificate_path, error))?;
+        let issuer = Issuer::from_ca_cert_der(first, key).map_err(|error| content_error(&certificate_path, error))?;
         Ok(Self { issuer, chain })
     }
 
@@ -168,7 +164,9 @@ fn authority_params(name: &str, domains: &[Domain]) -> Result<CertificateParams,
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
     (params.not_before, params.not_after) = validity(AUTHORITY_DAYS);
     if !domains.is_empty() {
-        let permitted = domains.iter().map(|domain| Ok(GeneralSubtree::DnsName(a_label(domain)?)));
+        let permitted = domains
+            .iter()
+            .map(|domain| Ok(GeneralSubtree::DnsName(a_label(domain)?)));
         params.name_constraints = Some(NameConstraints {
             permitted_subtrees: permitted.collect::<Result<_, AuthorityError>>()?,
             // A constraint limits names of its own kind only, so the other kind that servers look at is shut out.
@@ -180,6 +178,8 @@ fn authority_params(name: &str, domains: &[Domain]) -> Result<CertificateParams,
     Ok(params)
 }
 
+/// Only dNSName stands for the domains, although RFC 6120 §13.7.1.4 has id-on-xmppAddr as well: ejabberd 23.01's stream
+/// process crashes on such a name (p1_xmpp 1.6.1, `xmpp_stream_pkix:get_cert_domains/1`), and all servers read the first.
 fn leaf_params(domains: &[Domain]) -> Result<CertificateParams, AuthorityError> {
     let mut params = CertificateParams::default();
     params.distinguished_name = common_name("narrows");
@@ -194,10 +194,6 @@ fn leaf_params(domains: &[Domain]) -> Result<CertificateParams, AuthorityError> 
                 .try_into()
                 .map_err(|_| AuthorityError::Domain(domain.to_string()))?,
         ));
-    }
-    for domain in domains {
-        let name = SanType::OtherName((XMPP_ADDR.to_vec(), domain.as_str().into()));
-        params.subject_alt_names.push(name);
     }
     Ok(params)
 }
@@ -275,11 +271,23 @@ mod tests {
         let roots = Roots::load(&dir.join("ca.pem")).unwrap();
         let certificate = roots.examine(&issued.chain, UnixTime::now()).unwrap();
         assert!(certificate.trusted);
-        assert_eq!(certificate.dns, ["a.example", "xn--bcher-kva.example", "conference.a.example"]);
-        assert_eq!(certificate.xmpp, ["a.example", "bücher.example", "conference.a.example"]);
-        assert!(!Roots::default().examine(&issued.chain, UnixTime::now()).unwrap().trusted);
+        assert_eq!(
+            certificate.dns,
+            ["a.example", "xn--bcher-kva.example", "conference.a.example"]
+        );
+        assert_eq!(
+            certificate.xmpp,
+            ["a.example", "bücher.example", "conference.a.example"]
+        );
+        assert!(
+            !Roots::default()
+                .examine(&issued.chain, UnixTime::now())
+                .unwrap()
+                .trusted
+        );
 
-        let after = |days: u64| UnixTime::since_unix_epoch(Duration::from_secs(UnixTime::now().as_secs() + days * 86_400));
+        let after =
+            |days: u64| UnixTime::since_unix_epoch(Duration::from_secs(UnixTime::now().as_secs() + days * 86_400));
         assert!(roots.examine(&issued.chain, after(395)).unwrap().trusted);
         assert!(!roots.examine(&issued.chain, after(397)).unwrap().trusted);
         Identity::new(issued).unwrap();

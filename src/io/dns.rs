@@ -138,7 +138,14 @@ impl Resolver {
         let mut targets = Vec::new();
         let mut failure = None;
         for service in services {
-            match self.addresses(&service.host).await {
+            // A name that an administrator wrote may be a short one; one that DNS gave never is.
+            let name = match location {
+                Location::Fixed { .. } => {
+                    Name::from_utf8(&service.host).map_err(|_| DnsError::Name(service.host.clone()))?
+                }
+                Location::LookUp => absolute(&service.host)?,
+            };
+            match self.addresses(&service.host, name).await {
                 Ok(addresses) => targets.extend(addresses.into_iter().map(|address| Target {
                     address: SocketAddr::new(address, service.port),
                     direct_tls: service.direct_tls,
@@ -220,7 +227,7 @@ impl Resolver {
         Ok(Some(offered.collect()))
     }
 
-    async fn addresses(&self, host: &str) -> Result<Vec<IpAddr>, DnsError> {
+    async fn addresses(&self, host: &str, name: Name) -> Result<Vec<IpAddr>, DnsError> {
         if let Ok(address) = host.trim_matches(['[', ']']).parse() {
             return Ok(vec![address]);
         }
@@ -228,7 +235,7 @@ impl Resolver {
             name: host.to_owned(),
             error: error.to_string(),
         };
-        let answer = self.resolver()?.lookup_ip(absolute(host)?).await.map_err(no_address)?;
+        let answer = self.resolver()?.lookup_ip(name).await.map_err(no_address)?;
         Ok(answer.iter().take(ADDRESSES_MAX).collect())
     }
 
@@ -327,7 +334,11 @@ mod tests {
     async fn a_fixed_address_is_taken_as_it_is() {
         let resolver = Resolver::default();
         let domain = Domain::new("b.example").unwrap();
-        for (host, address) in [("127.0.0.1", "127.0.0.1:5300"), ("::1", "[::1]:5300"), ("[::1]", "[::1]:5300")] {
+        for (host, address) in [
+            ("127.0.0.1", "127.0.0.1:5300"),
+            ("::1", "[::1]:5300"),
+            ("[::1]", "[::1]:5300"),
+        ] {
             let location = Location::Fixed {
                 host: host.to_owned(),
                 port: 5300,
@@ -339,6 +350,21 @@ mod tests {
             };
             assert_eq!(targets, [expected]);
         }
+    }
+
+    /// `localhost` is in the hosts file of every machine, and the usual thing to write.
+    #[tokio::test]
+    async fn localhost_is_found() {
+        let location = Location::Fixed {
+            host: "localhost".to_owned(),
+            port: 5300,
+        };
+        let domain = Domain::new("b.example").unwrap();
+        let targets = Resolver::default().targets(&domain, &location, |_| 0).await.unwrap();
+        assert!(
+            targets.iter().any(|target| target.address.ip().is_loopback()),
+            "{targets:?}"
+        );
     }
 
     /// DNS and certificates see an internationalised domain in its ASCII form.

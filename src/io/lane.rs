@@ -134,10 +134,12 @@ pub struct LaneHandle {
 impl LaneHandle {
     /// Hands stanzas over, or gives them back if the lane has enough for now (or is gone, as its `Down` says).
     pub fn try_write(&self, stanzas: Vec<Bytes>) -> Result<(), Vec<Bytes>> {
-        self.tx.try_send(LaneCommand::Write { stanzas }).map_err(|error| match error.into_inner() {
-            LaneCommand::Write { stanzas } => stanzas,
-            LaneCommand::Drain => Vec::new(),
-        })
+        self.tx
+            .try_send(LaneCommand::Write { stanzas })
+            .map_err(|error| match error.into_inner() {
+                LaneCommand::Write { stanzas } => stanzas,
+                LaneCommand::Drain => Vec::new(),
+            })
     }
 
     /// Closes gracefully: what was handed over is written first.

@@ -425,7 +425,8 @@ impl<'a> Leg<'a> {
             self.owners.push(owner.clone());
         }
         let leg = self.id;
-        self.waiting.push_back((owner.clone(), LegEvent::Stanza { leg, n, pair, stanza }));
+        self.waiting
+            .push_back((owner.clone(), LegEvent::Stanza { leg, n, pair, stanza }));
         Ok(())
     }
 

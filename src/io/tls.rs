@@ -192,7 +192,11 @@ impl Roots {
     pub fn new(certificates: Vec<CertificateDer<'static>>) -> Self {
         let anchors = certificates
             .iter()
-            .filter_map(|certificate| anchor_from_trusted_cert(certificate).ok().map(|anchor| anchor.to_owned()))
+            .filter_map(|certificate| {
+                anchor_from_trusted_cert(certificate)
+                    .ok()
+                    .map(|anchor| anchor.to_owned())
+            })
             .collect();
         Self {
             anchors,
@@ -215,18 +219,20 @@ impl Roots {
             return false;
         };
         // Servers use one certificate in both roles, and public CAs issue them for servers only.
-        [KeyUsage::server_auth(), KeyUsage::client_auth()].into_iter().any(|usage| {
-            own.verify_for_usage(
-                webpki::ALL_VERIFICATION_ALGS,
-                &self.anchors,
-                intermediates,
-                now,
-                usage,
-                None,
-                None,
-            )
-            .is_ok()
-        })
+        [KeyUsage::server_auth(), KeyUsage::client_auth()]
+            .into_iter()
+            .any(|usage| {
+                own.verify_for_usage(
+                    webpki::ALL_VERIFICATION_ALGS,
+                    &self.anchors,
+                    intermediates,
+                    now,
+                    usage,
+                    None,
+                    None,
+                )
+                .is_ok()
+            })
     }
 
     fn is_listed(&self, own: &CertificateDer<'_>, parsed: &X509Certificate<'_>, now: UnixTime) -> bool {
@@ -271,7 +277,11 @@ impl Acceptor {
     ) -> Result<(TlsStream<TcpStream>, Option<Certificate>), TlsError> {
         let config = if direct_tls { &self.direct } else { &self.starttls };
         let handshake = TlsAcceptor::from(Arc::clone(config)).accept(tcp);
-        let tls = TlsStream::Server(timeout(HANDSHAKE_MAX, handshake).await.map_err(|_| TlsError::Timeout)??);
+        let tls = TlsStream::Server(
+            timeout(HANDSHAKE_MAX, handshake)
+                .await
+                .map_err(|_| TlsError::Timeout)??,
+        );
         let certificate = peer_certificate(&tls, &self.roots);
         Ok((tls, certificate))
     }
@@ -320,7 +330,11 @@ impl Connector {
             None => ServerName::from(tcp.peer_addr().map_or(IpAddr::from([127, 0, 0, 1]), |peer| peer.ip())),
         };
         let handshake = TlsConnector::from(Arc::clone(config)).connect(name, tcp);
-        let tls = TlsStream::Client(timeout(HANDSHAKE_MAX, handshake).await.map_err(|_| TlsError::Timeout)??);
+        let tls = TlsStream::Client(
+            timeout(HANDSHAKE_MAX, handshake)
+                .await
+                .map_err(|_| TlsError::Timeout)??,
+        );
         let certificate = peer_certificate(&tls, &self.roots);
         let proven = match self.trust {
             ServerTrust::Any => true,
@@ -528,7 +542,13 @@ mod tests {
     async fn shake_hands(roots_known: bool, trust: ServerTrust, direct_tls: bool) -> Handshakes {
         let (near, near_root) = identity("near.example");
         let (far, far_root) = identity("far.example");
-        let known = |roots| Arc::new(if roots_known { Roots::new(roots) } else { Roots::default() });
+        let known = |roots| {
+            Arc::new(if roots_known {
+                Roots::new(roots)
+            } else {
+                Roots::default()
+            })
+        };
         let acceptor = Acceptor::new(far, known(near_root)).unwrap();
         let connector = Connector::new(near, known(far_root), trust).unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -576,9 +596,8 @@ mod tests {
     #[test]
     fn a_listed_certificate_is_its_own_root() {
         let mut params = rcgen::CertificateParams::new(["b.example".to_owned()]).unwrap();
-        let other_name = |kind: u64, value: &str| {
-            rcgen::SanType::OtherName((vec![1, 3, 6, 1, 5, 5, 7, 8, kind], value.into()))
-        };
+        let other_name =
+            |kind: u64, value: &str| rcgen::SanType::OtherName((vec![1, 3, 6, 1, 5, 5, 7, 8, kind], value.into()));
         params.subject_alt_names.extend([
             other_name(5, "b.example"),
             other_name(7, "_xmpp-server.b.example"),

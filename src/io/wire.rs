@@ -385,7 +385,10 @@ mod tests {
         let (mut wire, mut far) = pair().await;
         far.write_all(b"later").await.unwrap();
         assert!(timeout(Duration::from_millis(50), wire.next(false)).await.is_err());
-        assert_eq!(wire.next(true).await.unwrap(), WireEvent::Bytes(Bytes::from_static(b"later")));
+        assert_eq!(
+            wire.next(true).await.unwrap(),
+            WireEvent::Bytes(Bytes::from_static(b"later"))
+        );
         drop(far);
         assert_eq!(wire.next(true).await.unwrap(), WireEvent::Eof);
     }

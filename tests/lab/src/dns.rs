@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::path::Path;
 use std::time::Duration;
 
-use crate::net::{Namespace, Process, tail, wait_for, write_file};
+use crate::net::{Namespace, Process, failure, tail, wait_for, write_file};
 
 /// One thing that the name server knows.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -92,11 +92,11 @@ impl Dns {
         };
         wait_for("dnsmasq answers", Duration::from_secs(10), answers, || {
             match process.ended()? {
-                Some(status) => Err(io::Error::other(format!("dnsmasq ended: {status}"))),
+                Some(status) => Err(failure(io::ErrorKind::Other, format!("dnsmasq ended: {status}"))),
                 None => Ok(()),
             }
         })
-        .map_err(|error| io::Error::new(error.kind(), format!("{error}\n{}", tail(&log, 20))))?;
+        .map_err(|error| failure(error.kind(), format!("{error}\n{}", tail(&log, 20))))?;
         Ok(Self { process })
     }
 

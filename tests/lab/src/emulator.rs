@@ -80,8 +80,8 @@ impl Profile {
     pub fn sat9600() -> Self {
         Self::both(Way {
             rate_bps: Some(9_600),
-            // About 13 s at this rate: the deep buffers that such modems have.
-            buffer_bytes: Some(16_000),
+            // About 14 s at this rate: the deep buffers that such modems have.
+            buffer_bytes: Some(16_384),
             delay: Duration::from_millis(300),
             ..Way::default()
         })
@@ -92,7 +92,7 @@ impl Profile {
         Self::both(Way {
             rate_bps: Some(128_000),
             // 4 s at this rate.
-            buffer_bytes: Some(64_000),
+            buffer_bytes: Some(65_536),
             delay: Duration::from_millis(300),
             ..Way::default()
         })
@@ -284,6 +284,7 @@ impl Wire {
         self.up = false;
         self.sending_until = None;
         self.waiting_bytes = 0;
+        self.last_arrival = now;
         for packet in self
             .waiting
             .drain(..)
@@ -734,6 +735,14 @@ mod tests {
         let arrivals = drain(&mut wire);
         assert_eq!(arrivals.len(), 1);
         assert_eq!(arrivals[0].0, 6300 * MS);
+
+        // What was lost does not hold up what comes after, though it would have arrived later.
+        wire.offer(vec![0; 12], 7000 * MS);
+        wire.down(7100 * MS);
+        wire.set(Way::default(), 7100 * MS);
+        wire.up();
+        wire.offer(vec![0; 12], 7110 * MS);
+        assert_eq!(drain(&mut wire)[0].0, 7110 * MS);
     }
 
     /// A changed rate holds from the next packet on.

@@ -5,6 +5,7 @@
 //! deletes them with the world's directory. Only processes inside the world's own namespaces are ended.
 
 use std::ffi::{CString, OsStr};
+use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -27,6 +28,27 @@ const DEVICE: &str = "link0";
 /// `TUNSETIFF`: `_IOW('T', 202, int)`, the same on all Linux architectures that Debian has.
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 
+/// An error whose text keeps its lines when a test's `expect` prints it: they may be a server's log.
+pub fn failure(kind: io::ErrorKind, text: String) -> io::Error {
+    io::Error::new(kind, Told(text))
+}
+
+struct Told(String);
+
+impl fmt::Display for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Told {}
+
 /// Runs a command to its end; its output is the error's text when it fails.
 pub fn run<I, S>(program: &str, args: I) -> io::Result<String>
 where
@@ -42,7 +64,7 @@ where
 pub fn finish(mut command: Command) -> io::Result<String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.stdin(Stdio::null()).output().map_err(|error| {
-        io::Error::new(
+        failure(
             error.kind(),
             format!("cannot run {program}: {error} (is it installed? see tests/setup)"),
         )
@@ -53,11 +75,10 @@ pub fn finish(mut command: Command) -> io::Result<String> {
     }
     let complaint = String::from_utf8_lossy(&output.stderr).into_owned();
     let args: Vec<_> = command.get_args().map(OsStr::to_string_lossy).collect();
-    Err(io::Error::other(format!(
-        "{program} {}: {}\n{text}{complaint}",
-        args.join(" "),
-        output.status
-    )))
+    Err(failure(
+        io::ErrorKind::Other,
+        format!("{program} {}: {}\n{text}{complaint}", args.join(" "), output.status),
+    ))
 }
 
 /// An error unless we are root, saying what root is for.
@@ -85,15 +106,16 @@ impl Account {
     /// Looks a user up by name.
     pub fn named(name: &str) -> io::Result<Self> {
         let entry = run("getent", ["passwd", name]).map_err(|_| {
-            io::Error::other(format!(
-                "there is no user {name} here: is its package installed? see tests/setup"
-            ))
+            failure(
+                io::ErrorKind::Other,
+                format!("there is no user {name} here: is its package installed? see tests/setup"),
+            )
         })?;
         let mut fields = entry.trim().split(':').skip(2);
         let mut number = || fields.next().and_then(|field| field.parse().ok());
         match (number(), number()) {
             (Some(uid), Some(gid)) => Ok(Self { uid, gid }),
-            _ => Err(io::Error::other(format!("odd passwd entry of {name}"))),
+            _ => Err(failure(io::ErrorKind::Other, format!("odd passwd entry of {name}"))),
         }
     }
 
@@ -266,7 +288,7 @@ fn open_tun() -> io::Result<File> {
         .custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC)
         .open(node)
         .map_err(|error| {
-            io::Error::new(
+            failure(
                 error.kind(),
                 format!("cannot open /dev/net/tun: {error} (is the tun module loaded?)"),
             )
@@ -295,7 +317,7 @@ impl Process {
         let log = OpenOptions::new().create(true).append(true).open(output)?;
         let child = command.stdout(log.try_clone()?).stderr(log).spawn().map_err(|error| {
             let program = command.get_program().to_string_lossy();
-            io::Error::new(
+            failure(
                 error.kind(),
                 format!("cannot start {program}: {error} (is it installed? see tests/setup)"),
             )
@@ -347,10 +369,10 @@ impl Process {
             std::thread::sleep(Duration::from_millis(10));
         }
         self.kill9()?;
-        Err(io::Error::other(format!(
-            "{} did not end within {patience:?} of SIGTERM",
-            self.name
-        )))
+        Err(failure(
+            io::ErrorKind::Other,
+            format!("{} did not end within {patience:?} of SIGTERM", self.name),
+        ))
     }
 }
 
@@ -372,7 +394,7 @@ pub fn wait_for(
     while !holds() {
         while_waiting()?;
         if Instant::now() > deadline {
-            return Err(io::Error::new(
+            return Err(failure(
                 io::ErrorKind::TimedOut,
                 format!("{what}: not within {patience:?}"),
             ));
@@ -427,9 +449,10 @@ impl Guard {
         let label = format!("{PREFIX}{}-{name}", std::process::id());
         let dir = base_dir().join(&label);
         if Path::new(NETNS_DIR).join(format!("{label}-a")).exists() {
-            return Err(io::Error::other(format!(
-                "this process already has a world named {name}"
-            )));
+            return Err(failure(
+                io::ErrorKind::Other,
+                format!("this process already has a world named {name}"),
+            ));
         }
         fs::create_dir_all(&dir)?;
         // The servers' own users must get in.

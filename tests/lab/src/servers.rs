@@ -9,14 +9,14 @@
 //! A server runs as its package's user, in the site's namespace, in a directory of its own.
 
 use std::fs;
-use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::net::{Account, Namespace, Process, finish, run, tail, wait_for, write_file};
+use crate::net::{Account, Namespace, Process, failure, finish, run, tail, wait_for, write_file};
 
 /// The password of every test account.
 pub const PASSWORD: &str = "secret";
@@ -29,6 +29,9 @@ pub const S2S_PORT: u16 = 5269;
 
 /// A loaded two-core machine starts an ejabberd in 10 s.
 const START_PATIENCE: Duration = Duration::from_secs(60);
+
+/// Then the next try, in case the first went to a server that was just ending.
+const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// ejabberd waits for its listeners and tables; more than this is a hang.
 const STOP_PATIENCE: Duration = Duration::from_secs(30);
@@ -264,11 +267,10 @@ impl Server {
     pub fn start_again(&self) -> io::Result<()> {
         let mut slot = self.process();
         if slot.is_some() {
-            return Err(io::Error::other(format!(
-                "{} at {} runs already",
-                self.spec.kind.name(),
-                self.place.domain
-            )));
+            return Err(failure(
+                io::ErrorKind::Other,
+                format!("{} at {} runs already", self.spec.kind.name(), self.place.domain),
+            ));
         }
         let command = match self.spec.kind {
             Kind::Prosody => self.prosody_command()?,
@@ -276,18 +278,17 @@ impl Server {
         };
         let mut process = Process::start(self.spec.kind.name(), command, &self.output_path())?;
         let what = format!("{} at {} takes connections", self.spec.kind.name(), self.place.domain);
-        let listens = || {
-            let connects = |port| TcpStream::connect(SocketAddr::from((Ipv4Addr::LOCALHOST, port))).is_ok();
+        let ready = || {
             self.place
                 .namespace
-                .enter(|| connects(C2S_PORT) && connects(S2S_PORT))
-                .unwrap_or(false)
+                .enter(|| answers(&self.place.domain))
+                .is_ok_and(|answer| answer.is_ok())
         };
-        wait_for(&what, START_PATIENCE, listens, || match process.ended()? {
-            Some(status) => Err(io::Error::other(format!("it ended: {status}"))),
+        wait_for(&what, START_PATIENCE, ready, || match process.ended()? {
+            Some(status) => Err(failure(io::ErrorKind::Other, format!("it ended: {status}"))),
             None => Ok(()),
         })
-        .map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}\n{}", self.log_tail())))?;
+        .map_err(|error| failure(error.kind(), format!("{what}: {error}\n{}", self.log_tail())))?;
         *slot = Some(process);
         Ok(())
     }
@@ -298,7 +299,7 @@ impl Server {
             Some(mut process) => process
                 .term(STOP_PATIENCE)
                 .map(drop)
-                .map_err(|error| io::Error::new(error.kind(), format!("{error}\n{}", self.log_tail()))),
+                .map_err(|error| failure(error.kind(), format!("{error}\n{}", self.log_tail()))),
             None => Ok(()),
         }
     }
@@ -400,8 +401,22 @@ impl Server {
         command.args(["-sname", "lab@localhost", "-hidden", "-noinput", "-eval", &script]);
         finish(command)
             .map(drop)
-            .map_err(|error| io::Error::other(format!("{error}\n{}", self.log_tail())))
+            .map_err(|error| failure(io::ErrorKind::Other, format!("{error}\n{}", self.log_tail())))
     }
+}
+
+/// Whether a client's stream is answered and the S2S port is open.
+///
+/// A connection alone says little: ejabberd listens seconds before it accepts.
+fn answers(domain: &str) -> io::Result<()> {
+    let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, C2S_PORT))?;
+    client.set_read_timeout(Some(PROBE_PATIENCE))?;
+    write!(
+        client,
+        "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' version='1.0' to='{domain}'>"
+    )?;
+    client.read_exact(&mut [0])?;
+    TcpStream::connect((Ipv4Addr::LOCALHOST, S2S_PORT)).map(drop)
 }
 
 /// Nodes of different sites may share it: each namespace has its own epmd, and its own cookie.
@@ -418,7 +433,7 @@ fn copy_trust_store(to: &Path, authorities: &[PathBuf]) -> io::Result<()> {
     let mut all = fs::read_to_string(&bundle)?;
     for (number, authority) in authorities.iter().enumerate() {
         let pem = fs::read_to_string(authority)
-            .map_err(|error| io::Error::new(error.kind(), format!("CA {}: {error}", authority.display())))?;
+            .map_err(|error| failure(error.kind(), format!("CA {}: {error}", authority.display())))?;
         let name = format!("lab-{number}.pem");
         write_file(&to.join(&name), &pem, 0o644)?;
         let path = to.join(&name);
@@ -453,10 +468,10 @@ impl Edit {
                 self.text = self.text.replacen(from, to, 1);
                 Ok(())
             }
-            n => Err(io::Error::other(format!(
-                "{}: {from:?} is there {n} times, expected once",
-                self.file
-            ))),
+            n => Err(failure(
+                io::ErrorKind::Other,
+                format!("{}: {from:?} is there {n} times, expected once", self.file),
+            )),
         }
     }
 }
@@ -466,7 +481,7 @@ const PROSODY_CONFIG: &str = "/etc/prosody/prosody.cfg.lua";
 /// The configuration that the prosody package ships, also if somebody has edited it on this machine.
 fn prosody_shipped() -> io::Result<String> {
     let text = fs::read_to_string(PROSODY_CONFIG).map_err(|error| {
-        io::Error::new(
+        failure(
             error.kind(),
             format!("{PROSODY_CONFIG}: {error} (is prosody installed? see tests/setup)"),
         )
@@ -481,9 +496,10 @@ fn prosody_shipped() -> io::Result<String> {
     let script = "set -e; d=$(mktemp -d); trap 'rm -rf \"$d\"' EXIT; cd \"$d\"; \
                   apt-get download -q prosody >&2; dpkg-deb --fsys-tarfile prosody_*.deb | tar -xO ./etc/prosody/prosody.cfg.lua";
     run("sh", ["-c", script]).map_err(|error| {
-        io::Error::other(format!(
-            "{PROSODY_CONFIG} was edited, and the package's own cannot be had: {error}"
-        ))
+        failure(
+            io::ErrorKind::Other,
+            format!("{PROSODY_CONFIG} was edited, and the package's own cannot be had: {error}"),
+        )
     })
 }
 
@@ -594,7 +610,7 @@ pub fn ejabberd_config(spec: &ServerSpec, place: &Place) -> io::Result<String> {
     let mut edit = Edit {
         file: EJABBERD_CONFIG,
         text: fs::read_to_string(EJABBERD_CONFIG).map_err(|error| {
-            io::Error::new(
+            failure(
                 error.kind(),
                 format!("{EJABBERD_CONFIG}: {error} (is ejabberd installed? see tests/setup)"),
             )

@@ -9,7 +9,7 @@ use std::process::ExitStatus;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::net::{Namespace, Process, finish, tail, wait_for, write_file};
+use crate::net::{Namespace, Process, failure, finish, tail, wait_for, write_file};
 use crate::servers::S2S_PORT;
 
 /// Where the sidecar stands in for the far domains, on the site's loopback.
@@ -139,18 +139,14 @@ impl Sidecar {
             finish(command)
         };
         let public_key = narrows(&["keygen"], &post.dir.join("key"))?.trim().to_owned();
-        let sidecar = Self {
+        narrows(&["ca", "init"], &post.dir.join("ca"))?;
+        Ok(Self {
             binary: spec.binary.clone(),
             environment: spec.environment.clone(),
             public_key,
             process: Mutex::new(None),
             post,
-        };
-        let ca = sidecar.post.dir.join("ca");
-        let mut command = sidecar.post.namespace.command(&spec.binary)?;
-        command.args(["ca", "init"]).arg(&ca);
-        finish(command)?;
-        Ok(sidecar)
+        })
     }
 
     /// Writes the configuration, now that the peer's key is known.
@@ -162,10 +158,10 @@ impl Sidecar {
     pub fn launch(&self) -> io::Result<()> {
         let mut slot = self.process();
         if slot.is_some() {
-            return Err(io::Error::other(format!(
-                "the sidecar at {} runs already",
-                self.post.site
-            )));
+            return Err(failure(
+                io::ErrorKind::Other,
+                format!("the sidecar at {} runs already", self.post.site),
+            ));
         }
         let mut command = self.post.namespace.command(&self.binary)?;
         command.args(["run", "--config"]).arg(self.config_path());
@@ -181,13 +177,13 @@ impl Sidecar {
         let ready = || self.http("/readyz").is_ok_and(|(status, _)| status == 200);
         let runs = || match self.process().as_mut() {
             Some(process) => match process.ended()? {
-                Some(status) => Err(io::Error::other(format!("it ended: {status}"))),
+                Some(status) => Err(failure(io::ErrorKind::Other, format!("it ended: {status}"))),
                 None => Ok(()),
             },
             None => Err(io::Error::other("it was not started")),
         };
         wait_for(&what, START_PATIENCE, ready, runs)
-            .map_err(|error| io::Error::new(error.kind(), format!("{what}: {error}\n{}", self.log_tail())))
+            .map_err(|error| failure(error.kind(), format!("{what}: {error}\n{}", self.log_tail())))
     }
 
     /// Starts a sidecar that was stopped or killed, with the data it had, and waits until it is ready.
@@ -213,10 +209,10 @@ impl Sidecar {
     pub fn signal(&self, signal: i32) -> io::Result<()> {
         match self.process().as_mut() {
             Some(process) => process.signal(signal),
-            None => Err(io::Error::other(format!(
-                "the sidecar at {} does not run",
-                self.post.site
-            ))),
+            None => Err(failure(
+                io::ErrorKind::Other,
+                format!("the sidecar at {} does not run", self.post.site),
+            )),
         }
     }
 
@@ -265,7 +261,7 @@ impl Sidecar {
     pub fn metrics(&self) -> io::Result<Metrics> {
         match self.http("/metrics")? {
             (200, text) => Ok(Metrics::parse(&text)),
-            (status, text) => Err(io::Error::other(format!("/metrics: {status} {text}"))),
+            (status, text) => Err(failure(io::ErrorKind::Other, format!("/metrics: {status} {text}"))),
         }
     }
 
@@ -340,7 +336,7 @@ fn http_get(port: u16, path: &str) -> io::Result<(u16, String)> {
     write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    let odd = || io::Error::other(format!("odd answer to GET {path}: {answer:?}"));
+    let odd = || failure(io::ErrorKind::Other, format!("odd answer to GET {path}: {answer:?}"));
     let (head, body) = answer.split_once("\r\n\r\n").ok_or_else(odd)?;
     let status = head
         .split(' ')

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use narrows_lab::{Ejabberd, Layout, PASSWORD, Profile, Prosody, ServerSpec, Site, World};
+use narrows_lab::{Ejabberd, Layout, PASSWORD, Profile, Prosody, Site, Trust, Vouched, World, WorldBuilder};
 
 /// Four servers starting at once would time out on two cores.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -83,12 +83,10 @@ fn message(to: &str, text: &str) -> String {
 }
 
 /// A message crosses in each direction, and all of it is seen on the link.
-fn messages_cross(name: &str, a: ServerSpec, b: ServerSpec) {
+fn messages_cross(builder: WorldBuilder) {
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    let world = World::builder(name)
+    let world = builder
         .link(Profile::lan())
-        .site_a(a)
-        .site_b(b)
         .users_a(["alice"])
         .users_b(["bob", "b.ob-2"])
         .layout(Layout::Direct)
@@ -117,23 +115,54 @@ fn messages_cross(name: &str, a: ServerSpec, b: ServerSpec) {
 /// Rooms' site on Prosody, far site on ejabberd: the main combination.
 #[test]
 fn prosody_and_ejabberd() {
-    messages_cross("pe", Prosody::stock(), Ejabberd::stock());
+    messages_cross(World::builder("pe").site_a(Prosody::stock()).site_b(Ejabberd::stock()));
 }
 
 /// Rooms' site on ejabberd, far site on Prosody.
 #[test]
 fn ejabberd_and_prosody() {
-    messages_cross("ep", Ejabberd::stock(), Prosody::stock());
+    messages_cross(World::builder("ep").site_a(Ejabberd::stock()).site_b(Prosody::stock()));
 }
 
 /// Two Prosodys beside each other do not share data or ports.
 #[test]
 fn prosody_and_prosody() {
-    messages_cross("pp", Prosody::stock(), Prosody::stock());
+    messages_cross(World::builder("pp").site_a(Prosody::stock()).site_b(Prosody::stock()));
 }
 
 /// Two ejabberds beside each other do not share node names, cookies or epmd.
 #[test]
 fn ejabberd_and_ejabberd() {
-    messages_cross("ee", Ejabberd::stock(), Ejabberd::stock());
+    messages_cross(World::builder("ee").site_a(Ejabberd::stock()).site_b(Ejabberd::stock()));
+}
+
+/// Without any CA the servers agree by dialback (XEP-0220), where Prosody is told that it may.
+#[test]
+fn dialback_without_a_ca() {
+    let lenient = Prosody::stock().insecure_domains(["b.example", "conference.b.example"]);
+    messages_cross(
+        World::builder("db")
+            .site_a(lenient)
+            .site_b(Ejabberd::stock())
+            .certificates(Vouched::ByNobody)
+            .trust(Trust::AsShipped),
+    );
+}
+
+/// Prosody as shipped refuses a server that nobody vouches for: `s2s_secure_auth` is in force here.
+#[test]
+fn shipped_prosody_refuses_a_self_signed_server() {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let world = World::builder("sec")
+        .site_a(Prosody::stock())
+        .site_b(Prosody::stock())
+        .users_a(["alice"])
+        .certificates(Vouched::ByNobody)
+        .trust(Trust::AsShipped)
+        .start()
+        .expect("the world starts");
+    let mut alice = RawClient::login(&world.a, "alice");
+    alice.send(&message("bob@b.example/r", "refused"));
+    alice.wait_for("type='error'");
+    alice.wait_for("</message>");
 }
