@@ -1,1 +1,4 @@
 //! Two sites on one machine.
+
+pub mod client;
+pub mod transcript;
