@@ -481,6 +481,11 @@ impl Client {
         self.shared.received().stanzas.clone()
     }
 
+    /// As [`Self::transcript`], without the first ones.
+    pub fn transcript_from(&self, first: usize) -> Vec<Stanza> {
+        self.shared.received().stanzas.get(first..).unwrap_or_default().to_vec()
+    }
+
     /// How many stanzas came.
     pub fn received(&self) -> usize {
         self.shared.received().stanzas.len()

@@ -20,7 +20,7 @@ use self::xml::Element;
 use crate::client::shorten;
 
 /// More differences than these help nobody to find the first cause.
-const SHOWN_MAX: usize = 40;
+const SHOWN_MAX: usize = 20;
 
 /// What the clients of one run received.
 #[derive(Clone, Debug, Default)]
