@@ -8,7 +8,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::client::{Client, Failure, Outcome, Stanza};
-use crate::scenario::{Site, Stage, crowd_user};
+use crate::scenario::{Side, Stage, crowd_user};
 
 /// How a numbered message begins; the sender and the number follow.
 const MARK: &str = "load";
@@ -24,7 +24,7 @@ pub struct Crowd {
 
 impl Crowd {
     /// Signs in the first `count` crowd users of a site and lets them all join, without history.
-    pub fn join(stage: &(dyn Stage + Sync), site: Site, room: &str, count: usize) -> Outcome<Self> {
+    pub fn join(stage: &(dyn Stage + Sync), site: Side, room: &str, count: usize) -> Outcome<Self> {
         let numbers: Vec<usize> = (1..=count).collect();
         let mut members = Vec::new();
         for few in numbers.chunks(SIGN_INS_MAX) {

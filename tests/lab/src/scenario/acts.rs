@@ -5,10 +5,11 @@
 //! did not. What Prosody and ejabberd do differently is written where it shows.
 
 use crate::client::{Answers, CAPS, DISCO_INFO, DISCO_ITEMS, Failure, MUC_ADMIN, MUC_OWNER, MUC_USER, Outcome, Stanza};
+use crate::servers::Kind;
 use crate::transcript::Recording;
 use crate::transcript::xml::{CLIENT, Element, escaped};
 
-use super::{Kind, Play, Stage};
+use super::{Play, Stage};
 
 /// One thing that users do.
 #[derive(Clone, Copy, Debug)]

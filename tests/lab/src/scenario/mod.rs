@@ -11,21 +11,25 @@
 
 pub mod acts;
 pub mod recording;
+mod stage;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::client::{Answers, Client, Failure, Outcome, Stanza};
+use crate::servers::Kind;
 use crate::transcript::{Heard, Recording};
 
-/// Both ends of the link.
+pub use self::stage::WorldStage;
+
+/// One of the two sites.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub enum Site {
+pub enum Side {
     A,
     B,
 }
 
-impl Site {
+impl Side {
     pub fn other(self) -> Self {
         match self {
             Self::A => Self::B,
@@ -34,19 +38,10 @@ impl Site {
     }
 }
 
-/// Which server a site runs, where the two do something differently.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
-pub enum Kind {
-    Prosody,
-    Ejabberd,
-}
-
 /// Users of the site that hosts the room.
 pub const NEAR_USERS: [&str; 2] = ["alice", "adam"];
 /// Users of the other site.
 pub const FAR_USERS: [&str; 5] = ["b1", "b2", "b3", "b4", "b5"];
-/// Every account's password.
-pub const PASSWORD: &str = "password";
 
 /// The `number`th user (from 1) of a crowd ([`crate::load`]).
 pub fn crowd_user(number: usize) -> String {
@@ -62,20 +57,20 @@ pub fn accounts(crowd: usize) -> Vec<String> {
 /// Two sites with their servers running.
 pub trait Stage {
     /// The domain of the site's users.
-    fn domain(&self, site: Site) -> String;
+    fn domain(&self, site: Side) -> String;
 
     /// The domain of the site's room service.
-    fn rooms(&self, site: Site) -> String;
+    fn rooms(&self, site: Side) -> String;
 
     /// Which server runs there.
-    fn kind(&self, site: Site) -> Kind;
+    fn kind(&self, site: Side) -> Kind;
 
     /// Signs a user in at the site's own server.
-    fn connect(&self, site: Site, user: &str, resource: &str) -> Outcome<Client>;
+    fn connect(&self, site: Side, user: &str, resource: &str) -> Outcome<Client>;
 
     /// The site whose server hosts the rooms of the scenario.
-    fn host(&self) -> Site {
-        Site::A
+    fn host(&self) -> Side {
+        Side::A
     }
 
     /// Whether that server archives its rooms (XEP-0313); stock Debian does not.

@@ -1,0 +1,498 @@
+//! Two sites and the link between them, made from a few words and gone when dropped.
+//!
+//! ```no_run
+//! use narrows_lab::{Ejabberd, Layout, Profile, Prosody, World};
+//!
+//! let world = World::builder("join")
+//!     .link(Profile::vsat128k())
+//!     .site_a(Prosody::stock())
+//!     .site_b(Ejabberd::stock())
+//!     .users_a(["alice"])
+//!     .users_b(["bob"])
+//!     .layout(Layout::Direct)
+//!     .start()?;
+//! let client = world.a.connect_tcp(narrows_lab::C2S_PORT)?;
+//! world.link.down();
+//! # Ok::<(), std::io::Error>(())
+//! ```
+
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, Mutex};
+
+use crate::dns::{Dns, Record};
+use crate::emulator::{Link, Profile};
+use crate::net::{Guard, Namespace};
+use crate::servers::{self, Authority, C2S_PORT, Certificate, Place, S2S_PORT, Server, ServerSpec};
+use crate::sidecar::{Dial, LEGS_PORT, LINK_PORT, Post, Sidecar, SidecarSpec};
+
+/// The link's addresses. Worlds do not see each other, so all have the same ones.
+const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 91, 0, 1), Ipv4Addr::new(10, 91, 0, 2)];
+
+/// Not `.test`: libunbound, and so Prosody, never asks a name server for it (RFC 6761).
+const DOMAINS: [&str; 2] = ["a.example", "b.example"];
+
+/// What the sidecars call themselves.
+const SITES: [&str; 2] = ["shore", "ship"];
+
+/// How a server finds the far domains.
+#[derive(Clone, Debug)]
+pub enum Layout {
+    /// At the far server: plain S2S across the link.
+    Direct,
+    /// At the near sidecar.
+    Sidecar(SidecarSpec),
+}
+
+/// Which CA the servers find in their trust store besides the system's.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Trust {
+    /// The one they need: the lab's own in [`Layout::Direct`], their sidecar's in [`Layout::Sidecar`].
+    #[default]
+    Installed,
+    /// None: Prosody as shipped then needs [`ServerSpec::insecure_domains`].
+    AsShipped,
+}
+
+/// Who vouches for the servers' own certificates.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Vouched {
+    /// The lab's CA.
+    ByLab,
+    /// Nobody, as for the certificates that Debian's packages make.
+    ByNobody,
+}
+
+/// A world to be made.
+#[derive(Debug)]
+pub struct WorldBuilder {
+    name: String,
+    profile: Profile,
+    seed: u64,
+    layout: Layout,
+    trust: Trust,
+    vouched: Option<Vouched>,
+    servers: [Option<ServerSpec>; 2],
+    users: [Vec<String>; 2],
+}
+
+impl WorldBuilder {
+    /// How the link behaves at first.
+    pub fn link(mut self, profile: Profile) -> Self {
+        self.profile = profile;
+        self
+    }
+
+    /// What the link loses and delays at random is decided by this.
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// The server at site A.
+    pub fn site_a(mut self, server: ServerSpec) -> Self {
+        self.servers[0] = Some(server);
+        self
+    }
+
+    /// The server at site B.
+    pub fn site_b(mut self, server: ServerSpec) -> Self {
+        self.servers[1] = Some(server);
+        self
+    }
+
+    /// Accounts at site A.
+    pub fn users_a<S: Into<String>>(mut self, users: impl IntoIterator<Item = S>) -> Self {
+        self.users[0].extend(users.into_iter().map(Into::into));
+        self
+    }
+
+    /// Accounts at site B.
+    pub fn users_b<S: Into<String>>(mut self, users: impl IntoIterator<Item = S>) -> Self {
+        self.users[1].extend(users.into_iter().map(Into::into));
+        self
+    }
+
+    /// How the servers find the far domains.
+    pub fn layout(mut self, layout: Layout) -> Self {
+        self.layout = layout;
+        self
+    }
+
+    /// Which CA is added to the servers' trust stores.
+    pub fn trust(mut self, trust: Trust) -> Self {
+        self.trust = trust;
+        self
+    }
+
+    /// Who vouches for the servers' certificates: by default the lab in a direct layout, nobody behind sidecars.
+    pub fn certificates(mut self, vouched: Vouched) -> Self {
+        self.vouched = Some(vouched);
+        self
+    }
+
+    /// Makes the world. Everything runs and is ready afterwards.
+    pub fn start(self) -> io::Result<World> {
+        let guard = Guard::new(&self.name)?;
+        let label = guard.label();
+        let mut namespaces = [
+            Namespace::create(&format!("{label}-a"))?,
+            Namespace::create(&format!("{label}-b"))?,
+        ];
+        let [a, b] = ADDRESSES.map(|address| address.to_string());
+        let link = Link::start(
+            namespaces[0].tun(&a, &b)?,
+            namespaces[1].tun(&b, &a)?,
+            self.profile,
+            self.seed,
+        )?;
+
+        let mut dns = Vec::new();
+        for (here, namespace) in namespaces.iter_mut().enumerate() {
+            let dir = guard.dir().join(side(here));
+            fs::create_dir_all(&dir)?;
+            if self.servers.iter().any(Option::is_some) {
+                dns.push(Some(Dns::start(
+                    namespace,
+                    &dir.join("dns"),
+                    &records(&self.layout, here),
+                )?));
+            } else {
+                dns.push(None);
+            }
+        }
+
+        let [a, b] = namespaces.map(Arc::new);
+        let namespaces = [a, b];
+        let sidecars = self.start_sidecars(guard.dir(), &namespaces)?;
+        let servers = self.start_servers(guard.dir(), &namespaces, &sidecars)?;
+
+        let mut parts = sidecars.into_iter().zip(servers).zip(dns).enumerate();
+        let mut site = || {
+            let (here, ((sidecar, server), dns)) = parts.next()?;
+            Some(Site {
+                server,
+                sidecar,
+                dns: Mutex::new(dns),
+                namespace: Arc::clone(&namespaces[here]),
+                dir: guard.dir().join(side(here)),
+                domain: DOMAINS[here].to_owned(),
+                address: ADDRESSES[here],
+                users: self.users[here].clone(),
+            })
+        };
+        match (site(), site()) {
+            (Some(a), Some(b)) => Ok(World { a, b, link, guard }),
+            _ => unreachable!("there are two of each part"),
+        }
+    }
+
+    /// Both keys are made before either configuration is written: each holds the other's public key.
+    fn start_sidecars(&self, dir: &Path, namespaces: &[Arc<Namespace>; 2]) -> io::Result<Vec<Option<Sidecar>>> {
+        let Layout::Sidecar(spec) = &self.layout else {
+            return Ok(vec![None, None]);
+        };
+        let trust = self.lab_authority(dir)?.map(|authority| authority.certificate());
+        let mut sidecars = Vec::new();
+        for (here, namespace) in namespaces.iter().enumerate() {
+            let there = 1 - here;
+            let calls = match spec.dial {
+                Dial::AToB => here == 0,
+                Dial::BToA => here == 1,
+                Dial::Both => true,
+            };
+            let called = spec.dial == Dial::Both || !calls;
+            let post = Post {
+                namespace: Arc::clone(namespace),
+                dir: dir.join(side(here)).join("sidecar"),
+                site: SITES[here].to_owned(),
+                local_domains: domains(here),
+                trust: trust.clone(),
+                peer: SITES[there].to_owned(),
+                peer_domains: domains(there),
+                connect: calls.then(|| SocketAddr::from((ADDRESSES[there], LINK_PORT))),
+                listen: called,
+            };
+            sidecars.push(Sidecar::prepare(spec, post)?);
+        }
+        sidecars[0].configure(spec, sidecars[1].public_key())?;
+        sidecars[1].configure(spec, sidecars[0].public_key())?;
+        // They must listen before a server speaks: ejabberd backs off up to 300 s from a refused connection.
+        for sidecar in &sidecars {
+            sidecar.launch()?;
+        }
+        for sidecar in &sidecars {
+            sidecar.wait_ready()?;
+        }
+        Ok(sidecars.into_iter().map(Some).collect())
+    }
+
+    fn start_servers(
+        &self,
+        dir: &Path,
+        namespaces: &[Arc<Namespace>; 2],
+        sidecars: &[Option<Sidecar>],
+    ) -> io::Result<Vec<Option<Server>>> {
+        let authority = self.lab_authority(dir)?;
+        let mut starts = Vec::new();
+        for (here, namespace) in namespaces.iter().enumerate() {
+            let Some(spec) = self.servers[here].clone() else {
+                starts.push(None);
+                continue;
+            };
+            let certificate = self.certificate(&dir.join(side(here)).join("certificate"), here, authority.as_ref())?;
+            let place = Place {
+                namespace: Arc::clone(namespace),
+                dir: dir.join(side(here)).join(spec.kind().name()),
+                domain: DOMAINS[here].to_owned(),
+                conference: conference(here),
+                users: self.users[here].clone(),
+                certificate,
+            };
+            let needed = match (self.trust, &sidecars[here], &authority) {
+                (Trust::AsShipped, _, _) => None,
+                (Trust::Installed, Some(sidecar), _) => Some(sidecar.ca_certificate()),
+                (Trust::Installed, None, authority) => authority.as_ref().map(Authority::certificate),
+            };
+            let spec = match needed {
+                Some(ca) => spec.trust_ca(ca),
+                None => spec,
+            };
+            starts.push(Some((spec, place)));
+        }
+        // Both at once: an ejabberd takes seconds, and there are two cores.
+        std::thread::scope(|scope| {
+            let start = |(spec, place)| scope.spawn(|| Server::start(spec, place));
+            let threads: Vec<_> = starts.into_iter().map(|each| each.map(start)).collect();
+            let finish = |thread: Option<std::thread::ScopedJoinHandle<'_, io::Result<Server>>>| {
+                thread
+                    .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+                    .transpose()
+            };
+            threads.into_iter().map(finish).collect()
+        })
+    }
+
+    fn vouched(&self) -> Vouched {
+        self.vouched.unwrap_or(match self.layout {
+            Layout::Direct => Vouched::ByLab,
+            Layout::Sidecar(_) => Vouched::ByNobody,
+        })
+    }
+
+    /// The lab's CA, made at the first call.
+    fn lab_authority(&self, dir: &Path) -> io::Result<Option<Authority>> {
+        match self.vouched() {
+            Vouched::ByNobody => Ok(None),
+            Vouched::ByLab => Authority::in_dir(&dir.join("lab-ca")).map(Some),
+        }
+    }
+
+    fn certificate(&self, dir: &Path, here: usize, authority: Option<&Authority>) -> io::Result<Certificate> {
+        match authority {
+            Some(authority) => authority.issue(dir, &domains(here)),
+            None => servers::self_signed(dir, &domains(here)),
+        }
+    }
+}
+
+fn side(here: usize) -> &'static str {
+    ["a", "b"][here]
+}
+
+fn conference(here: usize) -> String {
+    format!("conference.{}", DOMAINS[here])
+}
+
+fn domains(here: usize) -> Vec<String> {
+    vec![DOMAINS[here].to_owned(), conference(here)]
+}
+
+/// What the name server of a site knows.
+fn records(layout: &Layout, here: usize) -> Vec<Record> {
+    let mut records = Vec::new();
+    for domain in domains(here) {
+        records.push(Record::a(domain, Ipv4Addr::LOCALHOST));
+    }
+    for domain in domains(1 - here) {
+        match layout {
+            Layout::Direct => {
+                records.push(Record::srv("_xmpp-server", &domain, &domain, S2S_PORT));
+                records.push(Record::a(&domain, ADDRESSES[1 - here]));
+            }
+            Layout::Sidecar(spec) => {
+                let target = format!("narrows.{}", DOMAINS[here]);
+                if spec.direct_tls {
+                    records.push(Record::srv("_xmpps-server", &domain, &target, LEGS_PORT));
+                }
+                records.push(Record::srv("_xmpp-server", &domain, &target, LEGS_PORT));
+            }
+        }
+    }
+    if let Layout::Sidecar(_) = layout {
+        records.push(Record::a(format!("narrows.{}", DOMAINS[here]), Ipv4Addr::LOCALHOST));
+    }
+    records
+}
+
+/// One site: a namespace, and what runs in it.
+#[derive(Debug)]
+pub struct Site {
+    // Dropped in this order: the server goes first, so that it does not complain about the others.
+    server: Option<Server>,
+    sidecar: Option<Sidecar>,
+    dns: Mutex<Option<Dns>>,
+    namespace: Arc<Namespace>,
+    dir: PathBuf,
+    domain: String,
+    address: Ipv4Addr,
+    users: Vec<String>,
+}
+
+impl Site {
+    /// Its server.
+    ///
+    /// # Panics
+    /// If the world was made without one.
+    pub fn server(&self) -> &Server {
+        self.server.as_ref().expect("this world was made without a server here")
+    }
+
+    /// Its sidecar.
+    ///
+    /// # Panics
+    /// If the world was made without one.
+    pub fn sidecar(&self) -> &Sidecar {
+        self.sidecar.as_ref().expect("this world was made without sidecars")
+    }
+
+    /// Its domain, e.g. `a.example`.
+    pub fn domain(&self) -> &str {
+        &self.domain
+    }
+
+    /// Its MUC service, e.g. `conference.a.example`.
+    pub fn conference(&self) -> String {
+        format!("conference.{}", self.domain)
+    }
+
+    /// Its accounts; the password of each is [`crate::PASSWORD`].
+    pub fn users(&self) -> &[String] {
+        &self.users
+    }
+
+    /// Its address on the link.
+    pub fn address(&self) -> Ipv4Addr {
+        self.address
+    }
+
+    /// Its directory, where all logs are.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its namespace.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Where clients inside connect.
+    pub fn c2s_addr(&self) -> SocketAddr {
+        SocketAddr::from((Ipv4Addr::LOCALHOST, C2S_PORT))
+    }
+
+    /// Runs a closure on a thread inside the site. Sockets made there stay there.
+    pub fn enter<T: Send>(&self, inside: impl FnOnce() -> T + Send) -> io::Result<T> {
+        self.namespace.enter(inside)
+    }
+
+    /// Connects to a port on the site's loopback.
+    pub fn connect_tcp(&self, port: u16) -> io::Result<TcpStream> {
+        self.enter(|| TcpStream::connect((Ipv4Addr::LOCALHOST, port)))?
+    }
+
+    /// Connects from inside the site to anywhere, e.g. across the link.
+    pub fn connect(&self, address: SocketAddr) -> io::Result<TcpStream> {
+        self.enter(|| TcpStream::connect(address))?
+    }
+
+    /// Listens inside the site, on all its addresses.
+    pub fn listen(&self, port: u16) -> io::Result<TcpListener> {
+        self.enter(|| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)))?
+    }
+
+    /// A command that will run inside the site.
+    pub fn command(&self, program: &str) -> io::Result<Command> {
+        self.namespace.command(program)
+    }
+
+    /// Takes the site's name server away.
+    pub fn stop_dns(&self) -> io::Result<()> {
+        match self
+            .dns
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .as_mut()
+        {
+            Some(dns) => dns.stop(),
+            None => Ok(()),
+        }
+    }
+
+    /// The last lines of everything that logs here.
+    pub fn log_tails(&self) -> String {
+        let server = self.server.as_ref().map(Server::log_tail).unwrap_or_default();
+        server + &self.sidecar.as_ref().map(Sidecar::log_tail).unwrap_or_default()
+    }
+}
+
+/// Two sites and their link. Everything is torn down when it is dropped.
+#[derive(Debug)]
+pub struct World {
+    // Dropped in this order: what runs, the link under it, and the namespaces and files last.
+    /// Where rooms live in most tests: the shore.
+    pub a: Site,
+    /// Behind the bad link: the ship.
+    pub b: Site,
+    /// What joins them.
+    pub link: Link,
+    guard: Guard,
+}
+
+impl World {
+    /// Begins to describe a world; its name tells it from others of this process.
+    pub fn builder(name: &str) -> WorldBuilder {
+        WorldBuilder {
+            name: name.to_owned(),
+            profile: Profile::lan(),
+            seed: 0,
+            layout: Layout::Direct,
+            trust: Trust::default(),
+            vouched: None,
+            servers: [None, None],
+            users: [Vec::new(), Vec::new()],
+        }
+    }
+
+    /// Two bare sites and a link: no servers, no name servers.
+    pub fn new(name: &str, profile: Profile) -> io::Result<Self> {
+        Self::builder(name).link(profile).start()
+    }
+
+    /// The world's directory, gone when the world is (unless `NARROWS_LAB_KEEP` is set).
+    pub fn dir(&self) -> &Path {
+        self.guard.dir()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // A test that fails shows what the servers had to say.
+        if std::thread::panicking() {
+            eprintln!("{}{}", self.a.log_tails(), self.b.log_tails());
+        }
+    }
+}
