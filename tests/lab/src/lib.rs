@@ -8,11 +8,15 @@
 #![warn(missing_debug_implementations)]
 
 pub mod capture;
+pub mod client;
 pub mod dns;
 pub mod emulator;
+pub mod load;
 pub mod net;
+pub mod scenario;
 pub mod servers;
 pub mod sidecar;
+pub mod transcript;
 pub mod world;
 
 pub use capture::Capture;

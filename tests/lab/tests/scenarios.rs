@@ -1,0 +1,119 @@
+//! The test of the tests: plain S2S between real servers passes every act, and two runs of it compare equal.
+//!
+//! If this fails, a pair of sidecars cannot be blamed for failing the same. Needs root and the packages of `tests/setup`.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use narrows_lab::load::{Crowd, speak, tally_all};
+use narrows_lab::scenario::{Side, Stage, WorldStage, accounts, acts, recording};
+use narrows_lab::transcript::compare;
+use narrows_lab::{Ejabberd, Layout, Limits, Profile, Prosody, ServerSpec, World};
+
+/// Four servers starting at once would time out on two cores.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+fn on_world(name: &str, a: ServerSpec, b: ServerSpec, scene: impl FnOnce(&World)) {
+    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let world = World::builder(name)
+        .link(Profile::lan())
+        .site_a(a.limits(Limits::ServersOnly))
+        .site_b(b.limits(Limits::ServersOnly))
+        .users_a(accounts(10))
+        .users_b(accounts(10))
+        .layout(Layout::Direct)
+        .start()
+        .expect("the world starts");
+    scene(&world);
+}
+
+fn play_acts(name: &str, a: ServerSpec, b: ServerSpec) {
+    on_world(name, a.mam(), b, |world| {
+        let played = acts::play_all(&WorldStage::new(world).archived());
+        let recording = played.unwrap_or_else(|failure| panic!("{name}: {failure}"));
+        assert!(
+            recording.stanzas() > 500,
+            "{name}: only {} stanzas",
+            recording.stanzas()
+        );
+    });
+}
+
+fn record_twice(name: &str, a: ServerSpec, b: ServerSpec) {
+    on_world(name, a, b, |world| {
+        let stage = WorldStage::new(world);
+        for seed in [1, 2] {
+            let record =
+                || recording::recording(&stage, seed, 60).unwrap_or_else(|failure| panic!("{name}: {failure}"));
+            let (first, second) = (record(), record());
+            assert!(first.stanzas() > 300, "{name}: only {} stanzas", first.stanzas());
+            compare(&first, &second).unwrap_or_else(|differences| panic!("{name}, seed {seed}: {differences}"));
+        }
+    });
+}
+
+/// Every act on the main combination: rooms on Prosody, far users on ejabberd.
+#[test]
+fn acts_prosody_and_ejabberd() {
+    play_acts("ape", Prosody::stock(), Ejabberd::stock());
+}
+
+/// Every act the other way round.
+#[test]
+fn acts_ejabberd_and_prosody() {
+    play_acts("aep", Ejabberd::stock(), Prosody::stock());
+}
+
+/// Every act between servers of one kind.
+#[test]
+fn acts_prosody_and_prosody() {
+    play_acts("app", Prosody::stock(), Prosody::stock());
+}
+
+/// Every act between servers of the other kind.
+#[test]
+fn acts_ejabberd_and_ejabberd() {
+    play_acts("aee", Ejabberd::stock(), Ejabberd::stock());
+}
+
+/// The same seed twice on the same servers is the same for every client.
+#[test]
+fn recordings_prosody_and_ejabberd() {
+    record_twice("rpe", Prosody::stock(), Ejabberd::stock());
+}
+
+/// The same the other way round.
+#[test]
+fn recordings_ejabberd_and_prosody() {
+    record_twice("rep", Ejabberd::stock(), Prosody::stock());
+}
+
+/// A crowd joins and hears numbered messages from both sites, none lost, doubled or late.
+#[test]
+fn a_crowd_hears_everything() {
+    on_world("crowd", Prosody::stock(), Ejabberd::stock(), |world| {
+        let stage = WorldStage::new(world);
+        let scene = || -> narrows_lab::client::Outcome {
+            let alice = stage.connect(Side::A, "alice", "pc")?;
+            let room = format!("crowd@{}", stage.rooms(Side::A));
+            alice.join(&room, "alice", None, None)?;
+            let form =
+                "<query xmlns='http://jabber.org/protocol/muc#owner'><x xmlns='jabber:x:data' type='submit'/></query>";
+            alice.expect("to be in", stage.patience(), |stanza| stanza.has_status("110"))?;
+            alice.ask("set", &room, form, stage.patience())?;
+            let crowd = Crowd::join(&stage, Side::B, &room, 10)?;
+            for number in 1..=20 {
+                speak(&alice, &room, number, "from the shore")?;
+                speak(&crowd.members[0], &room, number, "from the ship")?;
+            }
+            for sender in ["alice", "u1"] {
+                crowd.wait_for(sender, 20, stage.patience())?;
+            }
+            let sent = BTreeMap::from([("alice".to_owned(), 20), ("u1".to_owned(), 20)]);
+            let tally = tally_all(&crowd.members, &sent);
+            assert!(tally.is_clean() && tally.received == 400, "{tally}");
+            Ok(())
+        };
+        scene().unwrap_or_else(|failure| panic!("{failure}"));
+    });
+}
