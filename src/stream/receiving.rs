@@ -843,7 +843,7 @@ impl ReceivingStream {
     /// Carries the ending out, if there is one.
     fn finished(&mut self, now: Now) {
         let state = mem::replace(&mut self.state, State::Closed);
-        let State::Finishing { ending, open, .. } = state else {
+        let State::Finishing { ending, .. } = state else {
             self.state = state;
             return;
         };
@@ -854,7 +854,6 @@ impl ReceivingStream {
             Ending::Drain => {
                 self.send_raw(wire::CLOSE);
                 self.state = State::Closing {
-                    open,
                     until: now.mono + CLOSE_MAX,
                 };
             }
