@@ -9,6 +9,7 @@ pub mod keys;
 pub mod lane;
 pub mod legs;
 pub mod link;
+pub mod peer;
 pub mod store;
 pub mod tls;
 pub mod wire;

@@ -1,0 +1,635 @@
+//! The owner of one peer: a task around its [`Relay`].
+//!
+//! Everything that concerns a peer happens in this one task, so nothing in it is locked: stanzas from legs, answers of the
+//! disk, events of lanes, bytes of the link and the passing of time come in, and the relay says what to do.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use tokio::{
+    sync::{mpsc, watch},
+    time::timeout,
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    clock::Clock,
+    lane::{self, DownReason, LaneEvent, LaneHandle, LegContext},
+    legs::{LegEvent, LegHandle},
+    link::{LinkConnection, LinkEvent, LinkReader, LinkTimes, LinkWriter, PeerLink, Survivor, survivor},
+    store::{Answer, Request, Store, StoreError},
+};
+use crate::{
+    link::session::SessionStats,
+    metrics::{self as m, Direction, Layer, Leg, StanzaKind},
+    queue::journal::Levels,
+    relay::{Drop as Dropped, Input, LaneFault, LaneKey, LinkClose, Output, Relay, RelayStats},
+    stanza::Kind,
+    stream::CloseReason,
+    time::{Deadline, Mono},
+};
+
+/// Stanzas that are taken in before time and sockets are looked at again, so that a flood does not starve the others.
+const BURST_MAX: usize = 256;
+
+/// Events of lanes that wait for the owner. A lane confirms batches, not stanzas, so this is plenty.
+const LANE_EVENTS_MAX: usize = 1024;
+
+/// How often figures that are read rather than counted go to the metrics. Prometheus rarely asks more often.
+const REPORT_EVERY: Duration = Duration::from_secs(1);
+
+/// After a SIGTERM: for what is accepted to be on disk and what is with a lane to be confirmed.
+const DRAIN_MAX: Duration = Duration::from_secs(10);
+
+/// For the last word on the link, and for the server to close its side of a lane.
+const GOODBYE_MAX: Duration = Duration::from_secs(2);
+
+/// A connection on which the peer never said a word is no reason to dial at once again: it refuses our key, or cannot start.
+const REFUSED_WAIT: Duration = Duration::from_secs(10);
+
+/// What an owner is made of.
+#[derive(Debug)]
+pub struct Peer {
+    pub name: String,
+    pub relay: Relay,
+    pub clock: Clock,
+    pub store: Store,
+    pub answers: mpsc::UnboundedReceiver<Answer>,
+    pub legs: mpsc::Receiver<LegEvent>,
+    pub leg_handle: LegHandle,
+    pub leg_context: Arc<LegContext>,
+    pub link: PeerLink,
+    pub link_times: LinkTimes,
+    pub report: watch::Sender<Report>,
+    pub draining: watch::Receiver<bool>,
+}
+
+/// How a peer stands, for `/status`.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    pub link_up: bool,
+    pub link_since: Duration,
+    /// Why the link is down, or was last.
+    pub last_error: Option<String>,
+    pub rtt: Option<Duration>,
+    pub levels: Levels,
+    pub spool_oldest: Duration,
+    pub relay: RelayStats,
+    pub link_bytes_sent: u64,
+    pub link_bytes_received: u64,
+    pub lanes_up: usize,
+    pub unconfirmed: usize,
+}
+
+#[derive(Debug)]
+struct Lane {
+    life: u64,
+    handle: LaneHandle,
+    /// Written by the relay, not yet taken by the lane's task. The relay bounds what is unconfirmed.
+    waiting: VecDeque<Vec<Bytes>>,
+}
+
+#[derive(Debug)]
+struct Owner {
+    name: String,
+    relay: Relay,
+    clock: Clock,
+    store: Store,
+    leg_handle: LegHandle,
+    leg_context: Arc<LegContext>,
+    lanes: BTreeMap<LaneKey, Lane>,
+    lane_events: mpsc::Sender<LaneEvent>,
+    link: PeerLink,
+    connection: Option<Box<LinkConnection>>,
+    link_times: LinkTimes,
+    /// The session doubts its path.
+    in_doubt: bool,
+    /// Whether the peer has said anything on this connection.
+    heard: bool,
+    redial_at: Option<Mono>,
+    counted: Counted,
+    report: watch::Sender<Report>,
+    up: bool,
+    since: Mono,
+    last_error: Option<String>,
+}
+
+/// What has been counted by sessions and connections that are gone.
+#[derive(Debug, Default)]
+struct Counted {
+    session: SessionStats,
+    tcp_sent: u64,
+    tcp_received: u64,
+}
+
+/// Runs until it is drained, or until the store fails: then nothing may be accepted any more.
+pub async fn run(peer: Peer) -> Result<(), StoreError> {
+    let (lane_events, mut lane_inbox) = mpsc::channel(LANE_EVENTS_MAX);
+    let Peer {
+        name,
+        relay,
+        clock,
+        store,
+        mut answers,
+        mut legs,
+        leg_handle,
+        leg_context,
+        link,
+        link_times,
+        report,
+        mut draining,
+    } = peer;
+    let mut owner = Owner {
+        name,
+        relay,
+        clock,
+        store,
+        leg_handle,
+        leg_context,
+        lanes: BTreeMap::new(),
+        lane_events,
+        link,
+        connection: None,
+        link_times,
+        in_doubt: false,
+        heard: false,
+        redial_at: None,
+        counted: Counted::default(),
+        report,
+        up: false,
+        since: clock.now().mono,
+        last_error: None,
+    };
+    let mut report_tick = tokio::time::interval(REPORT_EVERY);
+    let mut drain_until = None;
+    owner.link.dial();
+    owner.carry_out();
+    loop {
+        let deadline = Deadline::earlier(owner.relay.poll_timeout(), owner.redial());
+        let transmit = owner.relay.wants_transmit();
+        let (reader, writer) = match owner.connection.as_deref_mut() {
+            Some(connection) => (Some(&mut connection.reader), Some(&mut connection.writer)),
+            None => (None, None),
+        };
+        tokio::select! {
+            biased;
+            Some(answer) = answers.recv() => owner.handle_answer(answer)?,
+            Some(event) = lane_inbox.recv() => owner.handle_lane(event),
+            event = owner.link.next_event() => owner.handle_link(event),
+            read = read_link(reader) => owner.handle_read(read),
+            ready = writable(writer, transmit) => owner.handle_writable(ready),
+            Some(event) = legs.recv() => {
+                owner.handle_leg(event);
+                for _ in 1..BURST_MAX {
+                    let Ok(event) = legs.try_recv() else { break };
+                    owner.handle_leg(event);
+                }
+            }
+            () = clock.sleep_until(deadline) => owner.handle_timeout(),
+            _ = report_tick.tick() => owner.tell(),
+            _ = draining.wait_for(|draining| *draining), if drain_until.is_none() => {
+                drain_until = Some(clock.now().mono + DRAIN_MAX);
+                owner.handle(Input::Drain);
+            }
+        }
+        owner.carry_out();
+        if let Some(until) = drain_until
+            && (owner.is_drained() || clock.now().mono >= until)
+        {
+            break;
+        }
+    }
+    owner.leave(&mut lane_inbox).await;
+    owner.tell();
+    owner.store.close();
+    Ok(())
+}
+
+/// What comes on the link; never, if there is none.
+async fn read_link(reader: Option<&mut LinkReader>) -> io::Result<Option<Bytes>> {
+    match reader {
+        Some(reader) => reader.read().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// When the link can take a batch, if there may be one; meanwhile what was started goes out.
+async fn writable(writer: Option<&mut LinkWriter>, transmit: bool) -> io::Result<()> {
+    match writer {
+        Some(writer) if transmit || writer.is_busy() => writer.ready().await,
+        Some(_) | None => std::future::pending().await,
+    }
+}
+
+impl Owner {
+    fn handle(&mut self, input: Input) {
+        self.relay.handle(input, self.clock.now());
+    }
+
+    fn handle_answer(&mut self, answer: Answer) -> Result<(), StoreError> {
+        match answer {
+            Answer::Committed { batch, levels } => self.handle(Input::Committed { batch, levels }),
+            Answer::Spool { slots, end } => self.handle(Input::SpoolRead { slots, end }),
+            Answer::Inbox { slots, end } => self.handle(Input::InboxRead { slots, end }),
+            Answer::Failed(failure) => {
+                m::STORE_ERRORS.increment(&self.name);
+                return Err(failure);
+            }
+        }
+        Ok(())
+    }
+
+    fn handle_leg(&mut self, event: LegEvent) {
+        match event {
+            LegEvent::Stanza { leg, n, pair, stanza } => {
+                m::STANZAS.increment((&self.name, Leg::Receiving, kind_label(stanza.kind())));
+                self.handle(Input::Stanza { leg, n, pair, stanza });
+            }
+            // What it brought is accepted or will be; nobody waits for it any more.
+            LegEvent::Gone { leg } => debug!(peer = %self.name, leg = leg.0, "A stream of the server is gone."),
+        }
+    }
+
+    fn handle_lane(&mut self, event: LaneEvent) {
+        match event {
+            LaneEvent::Up {
+                lane,
+                life,
+                acks,
+                stanza_bytes_max,
+            } => {
+                info!(peer = %self.name, pair = %lane.pair, lane = lane.lane, acks, "Stream to the server is up.");
+                self.handle(Input::LaneUp {
+                    lane,
+                    life,
+                    acks,
+                    stanza_bytes_max,
+                });
+            }
+            LaneEvent::Confirmed { lane, life, stanzas } => {
+                self.handle(Input::LaneConfirmed {
+                    lane: lane.clone(),
+                    life,
+                    stanzas,
+                });
+                self.write_waiting(&lane);
+            }
+            LaneEvent::Down { lane, life, reason } => {
+                if self.lanes.get(&lane).is_some_and(|known| known.life == life) {
+                    self.lanes.remove(&lane);
+                }
+                let fault = fault_of(&reason);
+                if fault == LaneFault::Refused {
+                    warn!(peer = %self.name, pair = %lane.pair, %reason, "The server refused what it was sent.");
+                }
+                self.handle(Input::LaneDown { lane, life, fault });
+            }
+        }
+    }
+
+    fn handle_link(&mut self, event: LinkEvent) {
+        match event {
+            LinkEvent::Up(new) => {
+                if let Some(old) = &self.connection {
+                    match survivor(&old.info, self.in_doubt, &new.info, &self.link_times) {
+                        Survivor::Old => return,
+                        Survivor::New => self.lose_link("replaced", "a newer connection took over"),
+                    }
+                }
+                info!(peer = %self.name, address = %new.info.address, dialled = new.info.dialled, "Connected to the peer.");
+                self.link.rest();
+                self.redial_at = None;
+                self.in_doubt = false;
+                self.heard = false;
+                self.connection = Some(new);
+                m::LINK_CONNECTS.increment(&self.name);
+                self.handle(Input::LinkUp);
+            }
+            LinkEvent::DialFailed(error) => {
+                // An outage of hours is one line in the log, not thousands.
+                if self.last_error.as_deref() != Some(&error.to_string()) {
+                    info!(peer = %self.name, %error, "The peer cannot be reached.");
+                }
+                self.last_error = Some(error.to_string());
+                m::LINK_CLOSED.increment((&self.name, "dial"));
+            }
+        }
+    }
+
+    fn handle_read(&mut self, read: io::Result<Option<Bytes>>) {
+        match read {
+            Ok(Some(bytes)) => {
+                self.heard = true;
+                self.counted.tcp_received += bytes.len() as u64;
+                self.handle(Input::LinkBytes(bytes));
+            }
+            Ok(None) => self.lose_link("io", "the peer closed the connection"),
+            Err(error) => self.lose_link("io", &error.to_string()),
+        }
+    }
+
+    fn handle_writable(&mut self, ready: io::Result<()>) {
+        if let Err(error) = ready {
+            return self.lose_link("io", &error.to_string());
+        }
+        if let Some(bytes) = self.relay.poll_transmit(self.clock.now())
+            && let Some(connection) = self.connection.as_deref_mut()
+        {
+            self.counted.tcp_sent += bytes.len() as u64;
+            connection.writer.start(bytes);
+        }
+    }
+
+    fn handle_timeout(&mut self) {
+        if self.redial_at.is_some_and(|at| at <= self.clock.now().mono) {
+            self.redial_at = None;
+            self.link.dial();
+        }
+        self.handle(Input::Timeout);
+    }
+
+    fn redial(&self) -> Option<Deadline> {
+        self.redial_at.map(|at| Deadline { at, why: "redial" })
+    }
+
+    /// Does what the relay asks for, until it asks for nothing more.
+    fn carry_out(&mut self) {
+        while let Some(output) = self.relay.poll_output() {
+            match output {
+                Output::Commit(batch) => self.store.submit(Request::Commit(batch)),
+                Output::ReadSpool {
+                    from,
+                    entries_max,
+                    bytes_max,
+                } => self.store.submit(Request::ReadSpool {
+                    from,
+                    entries_max,
+                    bytes_max,
+                }),
+                Output::ReadInbox {
+                    from,
+                    entries_max,
+                    bytes_max,
+                } => self.store.submit(Request::ReadInbox {
+                    from,
+                    entries_max,
+                    bytes_max,
+                }),
+                Output::Accepted { leg, n } => self.leg_handle.committed(leg, n),
+                Output::OpenLane { lane, life } => self.open_lane(lane, life),
+                Output::WriteLane { lane, life, stanzas } => {
+                    if let Some(known) = self.lanes.get_mut(&lane)
+                        && known.life == life
+                    {
+                        known.waiting.push_back(stanzas);
+                        self.write_waiting(&lane);
+                    }
+                }
+                Output::LinkQuiet(true) => {
+                    self.in_doubt = true;
+                    self.link.dial();
+                }
+                Output::LinkQuiet(false) => {
+                    self.in_doubt = false;
+                    self.link.rest();
+                }
+                Output::CloseLink(why) => self.close_link(&why),
+            }
+        }
+        let up = self.relay.is_linked();
+        if up != self.up {
+            self.up = up;
+            self.since = self.clock.now().mono;
+            let levels = self.relay.levels();
+            if up {
+                self.last_error = None;
+                info!(peer = %self.name, spool = levels.spool_entries, inbox = levels.inbox_entries, "Link is up.");
+            } else {
+                info!(peer = %self.name, spool = levels.spool_entries, inbox = levels.inbox_entries, "Link is down.");
+            }
+            self.tell();
+        }
+    }
+
+    fn open_lane(&mut self, lane: LaneKey, life: u64) {
+        let handle = lane::spawn(
+            Arc::clone(&self.leg_context),
+            lane.clone(),
+            life,
+            self.lane_events.clone(),
+        );
+        let waiting = VecDeque::new();
+        self.lanes.insert(lane, Lane { life, handle, waiting });
+    }
+
+    fn write_waiting(&mut self, lane: &LaneKey) {
+        let Some(lane) = self.lanes.get_mut(lane) else { return };
+        while let Some(stanzas) = lane.waiting.pop_front() {
+            if let Err(stanzas) = lane.handle.try_write(stanzas) {
+                lane.waiting.push_front(stanzas);
+                return;
+            }
+        }
+    }
+
+    fn close_link(&mut self, why: &LinkClose) {
+        let (label, text, wait) = match why {
+            LinkClose::Error(error) => (error.as_label(), error.to_string(), None),
+            LinkClose::Goodbye(reason) => ("peer", format!("the peer says goodbye: {}", reason.as_label()), None),
+            LinkClose::InboxFull => (
+                "inbox_full",
+                "the local server takes nothing and the inbox is full".to_owned(),
+                Some(REFUSED_WAIT),
+            ),
+        };
+        if self.connection.is_some() {
+            warn!(peer = %self.name, reason = label, "The connection to the peer is given up: {text}.");
+            self.lose_link(label, &text);
+            if let Some(wait) = wait {
+                self.link.rest();
+                self.redial_at = Some(self.clock.now().mono + wait);
+            }
+        }
+    }
+
+    fn lose_link(&mut self, label: &'static str, why: &str) {
+        if self.connection.take().is_none() {
+            return;
+        }
+        debug!(peer = %self.name, reason = label, why, "The connection to the peer is gone.");
+        self.last_error = Some(why.to_owned());
+        m::LINK_CLOSED.increment((&self.name, label));
+        self.keep_session_stats();
+        if self.heard {
+            self.link.dial();
+        } else {
+            self.redial_at = Some(self.clock.now().mono + REFUSED_WAIT);
+        }
+        self.handle(Input::LinkDown);
+    }
+
+    fn keep_session_stats(&mut self) {
+        if let Some(session) = self.relay.session() {
+            let (sum, stats) = (&mut self.counted.session, session.stats());
+            sum.batches_sent += stats.batches_sent;
+            sum.batches_received += stats.batches_received;
+            sum.bytes_sent += stats.bytes_sent;
+            sum.bytes_received += stats.bytes_received;
+            sum.frame_bytes_sent += stats.frame_bytes_sent;
+            sum.frame_bytes_received += stats.frame_bytes_received;
+        }
+    }
+
+    /// Nothing is on its way to the disk or to the server.
+    fn is_drained(&self) -> bool {
+        let (_, unconfirmed) = self.relay.lanes_up();
+        self.relay.is_settled() && unconfirmed == 0
+    }
+
+    /// Says goodbye to the peer and to the server.
+    async fn leave(&mut self, lane_inbox: &mut mpsc::Receiver<LaneEvent>) {
+        self.relay.say_goodbye();
+        if let Some(mut connection) = self.connection.take() {
+            let now = self.clock.now();
+            let last_word = async {
+                connection.writer.ready().await?;
+                while let Some(bytes) = self.relay.poll_transmit(now) {
+                    connection.writer.start(bytes);
+                    connection.writer.ready().await?;
+                }
+                connection.writer.shutdown().await
+            };
+            if !matches!(timeout(GOODBYE_MAX, last_word).await, Ok(Ok(()))) {
+                debug!(peer = %self.name, "The peer could not be told goodbye.");
+            }
+        }
+        let mut open = self.lanes.len();
+        // Dropping a handle drains its lane.
+        self.lanes.clear();
+        let all_down = async {
+            while open > 0 {
+                match lane_inbox.recv().await {
+                    Some(LaneEvent::Down { .. }) => open -= 1,
+                    Some(LaneEvent::Up { .. } | LaneEvent::Confirmed { .. }) => {}
+                    None => break,
+                }
+            }
+        };
+        if timeout(GOODBYE_MAX, all_down).await.is_err() {
+            debug!(peer = %self.name, "The server did not close its streams in time.");
+        }
+    }
+
+    /// Tells metrics and `/status` how things stand.
+    fn tell(&self) {
+        let now = self.clock.now();
+        let (lanes_up, unconfirmed) = self.relay.lanes_up();
+        let (levels, stats) = (self.relay.levels(), self.relay.stats());
+        let session = self.relay.session().map(|session| session.stats());
+        let rtt = session.and_then(|session| session.rtt);
+        let oldest = self.relay.oldest(now);
+        let sums = Sums::new(&self.counted, session.unwrap_or_default());
+        let peer = self.name.as_str();
+
+        m::LINK_UP.set(peer, f64::from(u8::from(self.up)));
+        m::LINK_RTT.set(peer, rtt.unwrap_or_default().as_secs_f64());
+        for (direction, frames, wire, batches) in [
+            (Direction::Sent, sums.frames_sent, sums.sent, sums.batches_sent),
+            (
+                Direction::Received,
+                sums.frames_received,
+                sums.received,
+                sums.batches_received,
+            ),
+        ] {
+            m::LINK_BYTES.follow((peer, direction, Layer::Frame), frames);
+            m::LINK_BYTES.follow((peer, direction, Layer::Tls), wire);
+            m::LINK_BATCHES.follow((peer, direction), batches);
+        }
+        m::ENTRIES.follow((peer, Direction::Sent), stats.entries_sent);
+        m::ENTRIES.follow((peer, Direction::Received), stats.entries_received);
+        m::CASTS.follow((peer, Direction::Sent), stats.casts);
+        m::COPIES.follow((peer, Direction::Sent), stats.copies_accepted);
+        m::COPIES.follow((peer, Direction::Received), stats.copies_delivered);
+        m::STANZA_BYTES.follow((peer, Direction::Sent), stats.copy_bytes_accepted);
+        m::STANZA_BYTES.follow((peer, Direction::Received), stats.copy_bytes_delivered);
+        m::DUPLICATES_DROPPED.follow(peer, stats.duplicates);
+        m::IN_DOUBT.follow(peer, stats.in_doubt);
+        for dropped in Dropped::ALL {
+            m::DROPPED.follow((peer, dropped.as_label()), stats.dropped_total(dropped));
+        }
+        m::REFUSED.follow((peer, "queue_full"), stats.refused);
+        m::SPOOL_ENTRIES.set(peer, levels.spool_entries as f64);
+        m::SPOOL_BYTES.set(peer, levels.spool_bytes as f64);
+        m::SPOOL_OLDEST.set(peer, oldest.as_secs_f64());
+        m::INBOX_ENTRIES.set(peer, levels.inbox_entries as f64);
+        m::INBOX_BYTES.set(peer, levels.inbox_bytes as f64);
+        m::LANE_UNCONFIRMED.set(peer, unconfirmed as f64);
+        let store = self.store.stats();
+        m::STORE_COMMITS.follow(peer, store.commits());
+        m::STORE_BYTES.set(peer, store.bytes_on_disk() as f64);
+
+        self.report.send_replace(Report {
+            link_up: self.up,
+            link_since: now.mono.since(self.since),
+            last_error: self.last_error.clone(),
+            rtt,
+            levels,
+            spool_oldest: oldest,
+            relay: stats.clone(),
+            link_bytes_sent: sums.sent,
+            link_bytes_received: sums.received,
+            lanes_up,
+            unconfirmed,
+        });
+    }
+}
+
+/// All sessions together.
+struct Sums {
+    frames_sent: u64,
+    frames_received: u64,
+    sent: u64,
+    received: u64,
+    batches_sent: u64,
+    batches_received: u64,
+}
+
+impl Sums {
+    fn new(counted: &Counted, now: SessionStats) -> Self {
+        let before = counted.session;
+        Self {
+            frames_sent: before.frame_bytes_sent + now.frame_bytes_sent,
+            frames_received: before.frame_bytes_received + now.frame_bytes_received,
+            sent: before.bytes_sent + now.bytes_sent,
+            received: before.bytes_received + now.bytes_received,
+            batches_sent: before.batches_sent + now.batches_sent,
+            batches_received: before.batches_received + now.batches_received,
+        }
+    }
+}
+
+fn kind_label(kind: Kind) -> StanzaKind {
+    match kind {
+        Kind::Message => StanzaKind::Message,
+        Kind::Presence => StanzaKind::Presence,
+        Kind::Iq => StanzaKind::Iq,
+    }
+}
+
+/// Whether the server refused what we sent, or the stream merely ended.
+fn fault_of(reason: &DownReason) -> LaneFault {
+    match reason {
+        DownReason::Closed(CloseReason::ServerError { condition, .. })
+            if !matches!(condition.as_str(), "system-shutdown" | "connection-timeout" | "reset") =>
+        {
+            LaneFault::Refused
+        }
+        _ => LaneFault::Gone,
+    }
+}
