@@ -480,6 +480,9 @@ impl Buffer {
             self.clear_to = self.clear_to.saturating_sub(self.start);
             self.start = 0;
         }
+        if self.bytes.is_empty() && self.bytes.capacity() > BUFFER_BYTES_KEPT {
+            self.bytes = Vec::new();
+        }
         self.bytes.extend_from_slice(bytes);
     }
 
@@ -887,6 +890,9 @@ fn is_white_space(byte: u8) -> bool {
 
 /// rxml looks through all it is given for each text event, so long texts must come in pieces.
 const CHUNK_BYTES_MAX: usize = 16 * 1024;
+
+/// What a stream's buffer may keep when it is empty, so that one large element does not cost memory for good.
+const BUFFER_BYTES_KEPT: usize = 4 * CHUNK_BYTES_MAX;
 
 /// rxml's limit for one name or attribute value, which it keeps in memory: no less than an element's, because the
 /// servers let long ones through (a thumbnail in a `data:` address), and one refusal closes the stream for everybody.
