@@ -812,7 +812,7 @@ fn unexpected() -> Fault {
     Fault::new("unsupported-stanza-type", "an element that is not expected now")
 }
 
-/// XEP-0198 §5: an `h` that is too high "MUST" end the stream, and there is a condition for it. One that goes back
+/// XEP-0198 §6: an `h` that is too high ends the stream, and there is a condition for it. One that goes back
 /// takes back what we have let go of.
 fn impossible_ack(error: AckError) -> Fault {
     let particular = match error {
