@@ -282,7 +282,7 @@ fn we_have_handled_nothing() {
     initiating(site()).managed().receives(R).sends(&a(0)).is_quiet();
 }
 
-/// §5: a count beyond what was sent, or below what was acknowledged, ends the stream; nothing of it is passed on.
+/// §6: a count beyond what was sent, or below what was acknowledged, ends the stream; nothing of it is passed on.
 #[test]
 fn we_refuse_impossible_counts() {
     let mut stream = initiating(site());
