@@ -378,7 +378,9 @@ impl Database {
                 Ok(())
             })
             .map_err(|error| self.failed(error))?;
-        if self.free_pages()? <= FREE_PAGES_KEPT {
+        if self.free_pages()? > FREE_PAGES_KEPT {
+            self.checkpoint_if_due()?;
+        } else {
             // The file is cut only now.
             self.wal("PRAGMA wal_checkpoint(TRUNCATE)")?;
         }

@@ -265,12 +265,12 @@ impl<F: Fn(Answer)> Writer<F> {
 
     /// Until nobody can submit any more.
     fn serve(&mut self, incoming: &mpsc::Receiver<Request>) -> Result<(), StoreError> {
-        let mut shrinking = true;
+        // How long to wait for a request before the file is made smaller; `None` when there is nothing to give back.
+        let mut patience = Some(IDLE_AFTER);
         loop {
             let wait = match &self.group {
                 Group::Trims { since, .. } => Some(TRIM_DELAY.saturating_sub(since.elapsed())),
-                Group::Empty if shrinking => Some(IDLE_AFTER),
-                Group::Empty | Group::Due { .. } => None,
+                Group::Empty | Group::Due { .. } => patience,
             };
             let request = match wait {
                 None => incoming.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
@@ -279,12 +279,12 @@ impl<F: Fn(Answer)> Writer<F> {
             match request {
                 Ok(request) => {
                     self.gather(request, incoming)?;
-                    shrinking = true;
+                    patience = Some(IDLE_AFTER);
                 }
                 Err(mpsc::RecvTimeoutError::Timeout) => match self.group {
                     Group::Trims { .. } => self.commit()?,
                     Group::Empty | Group::Due { .. } => {
-                        shrinking = self.database.shrink_a_little()?;
+                        patience = self.database.shrink_a_little()?.then_some(Duration::ZERO);
                         self.measure();
                     }
                 },
