@@ -15,6 +15,8 @@
 //!
 //! A stream that restarts (after STARTTLS or SASL) needs a new reader.
 
+mod names;
+
 use std::{borrow::Cow, mem};
 
 use bytes::Bytes;
@@ -26,6 +28,7 @@ use quick_xml::{
 use rxml::{NcName, Parse, RawEvent, RawParser, WithOptions, XMLNS_XMLNS, error::EndOrError};
 
 use crate::stanza::ns;
+use names::is_name_everywhere;
 
 pub use crate::stanza::{escape_attribute, escape_text};
 
@@ -136,8 +139,10 @@ pub struct StreamReader {
 /// Where in the stream the next byte is.
 #[derive(Clone, Debug)]
 enum Place {
-    /// Nothing but white space has come.
-    Start,
+    /// Nothing has come but perhaps white space.
+    Start {
+        blank: bool,
+    },
     /// In the XML declaration or the root's start tag.
     Header,
     /// Between top-level elements.
@@ -156,7 +161,7 @@ impl StreamReader {
                 ..rxml::Options::default()
             }),
             buffer: Buffer::default(),
-            place: Place::Start,
+            place: Place::Start { blank: false },
             scope: Scope::default(),
             tag: OpenTag::default(),
             limits,
@@ -179,7 +184,7 @@ impl StreamReader {
         match self.place {
             // Nothing more will be read, so nothing more is kept.
             Place::Closed | Place::Failed(_) => {}
-            Place::Start | Place::Header | Place::Between | Place::Inside => self.buffer.push(bytes),
+            Place::Start { .. } | Place::Header | Place::Between | Place::Inside => self.buffer.push(bytes),
         }
     }
 
@@ -188,7 +193,7 @@ impl StreamReader {
         match &self.place {
             Place::Closed => return Ok(None),
             Place::Failed(error) => return Err(error.clone()),
-            Place::Start | Place::Header | Place::Between | Place::Inside => {}
+            Place::Start { .. } | Place::Header | Place::Between | Place::Inside => {}
         }
         let result = self.read_item();
         match &result {
@@ -214,7 +219,7 @@ impl StreamReader {
     fn read_item(&mut self) -> Result<Option<StreamItem>, XmlError> {
         loop {
             let begun = match self.place {
-                Place::Start => self.begin_header()?,
+                Place::Start { blank } => self.begin_header(blank)?,
                 Place::Between => self.begin_element()?,
                 Place::Header | Place::Inside | Place::Closed | Place::Failed(_) => true,
             };
@@ -232,8 +237,9 @@ impl StreamReader {
     }
 
     /// An XML declaration stands at the very start or nowhere (XML 1.0 §2.8); white space alone may precede the root.
-    fn begin_header(&mut self) -> Result<bool, XmlError> {
-        let blank = self.buffer.skip_white_space();
+    fn begin_header(&mut self, blank: bool) -> Result<bool, XmlError> {
+        let blank = self.buffer.skip_white_space() || blank;
+        self.place = Place::Start { blank };
         match self.buffer.unread() {
             [] => return Ok(false),
             [b'<', b'?', ..] if blank => return Err(XmlError::NotWellFormed),
@@ -327,6 +333,7 @@ impl StreamReader {
                 return Err(XmlError::OverLimit("number of elements"));
             }
         }
+        check_names(prefix.as_ref(), &name)?;
         self.tag.begin(prefix, name);
         Ok(None)
     }
@@ -340,6 +347,7 @@ impl StreamReader {
         if self.tag.count > self.limits.attributes_max {
             return Err(XmlError::OverLimit("number of attributes"));
         }
+        check_names(prefix.as_ref(), &name)?;
         let depth = self.depth;
         match prefix {
             None if name == "xmlns" => self.scope.bind_default(value, depth)?,
@@ -365,7 +373,8 @@ impl StreamReader {
         if self.tag.prefix.is_none() {
             return Err(XmlError::BadNamespacePrefix);
         }
-        if self.tag.name() != "stream" {
+        // An empty root element has ended before it could carry anything.
+        if self.tag.name() != "stream" || self.buffer.item().ends_with(b"/>") {
             return Err(XmlError::BadHeader);
         }
         if self.scope.default_namespace() != ns::SERVER {
@@ -427,6 +436,11 @@ impl StreamReader {
         let (before, after) = item.split_at(1 + self.top_name_len);
         Ok([before, declarations.as_bytes(), after].concat().into())
     }
+}
+
+fn check_names(prefix: Option<&NcName>, name: &NcName) -> Result<(), XmlError> {
+    let fits = prefix.is_none_or(|prefix| is_name_everywhere(prefix)) && is_name_everywhere(name);
+    if fits { Ok(()) } else { Err(XmlError::NotWellFormed) }
 }
 
 /// Whether the last thing read is `<!` and something that begins neither a comment nor a CDATA section.
@@ -594,7 +608,7 @@ struct Binding {
 impl Scope {
     fn bind_default(&mut self, namespace: String, depth: usize) -> Result<(), XmlError> {
         let repeated = self.defaults.last().is_some_and(|(declared, _)| *declared == depth);
-        if repeated || namespace == XMLNS_XMLNS {
+        if repeated || !is_bindable(&namespace) {
             return Err(XmlError::NotWellFormed);
         }
         self.defaults.push((depth, namespace));
@@ -603,7 +617,7 @@ impl Scope {
 
     fn bind(&mut self, prefix: NcName, namespace: String, depth: usize) -> Result<(), XmlError> {
         let here = self.bindings.iter().rev().take_while(|binding| binding.depth == depth);
-        if here.into_iter().any(|binding| binding.prefix == prefix) || namespace == XMLNS_XMLNS {
+        if here.into_iter().any(|binding| binding.prefix == prefix) || !is_bindable(&namespace) {
             return Err(XmlError::NotWellFormed);
         }
         if self.bindings.len() >= PREFIXES_MAX {
@@ -704,6 +718,12 @@ impl Scope {
     }
 }
 
+/// Namespaces in XML 1.0 §3 reserves one name, and rxml does not know it. A line feed, written as a reference, is
+/// well-formed, but ejabberd parts namespace and name by one in what expat tells it, and expat refuses what would break that.
+fn is_bindable(namespace: &str) -> bool {
+    namespace != XMLNS_XMLNS && !namespace.contains('\n')
+}
+
 /// What a prefix stands for.
 #[derive(Clone, Copy, Debug)]
 enum Found {
@@ -724,11 +744,8 @@ impl Element {
             .expect("the default namespace may always be bound");
         let mut open: Vec<Node> = Vec::new();
         let mut done = Node::default();
-        loop {
-            let (namespace, event) = match reader.read_resolved_event() {
-                Ok((namespace, event)) => (resolved(&namespace), event),
-                Err(_) => break,
-            };
+        while let Ok((namespace, event)) = reader.read_resolved_event() {
+            let namespace = resolved(&namespace);
             let (node, ends) = match event {
                 Event::Start(tag) => (Node::from_tag(namespace, &tag), false),
                 Event::Empty(tag) => (Node::from_tag(namespace, &tag), true),
@@ -863,8 +880,9 @@ fn is_white_space(byte: u8) -> bool {
 /// rxml looks through all it is given for each text event, so long texts must come in pieces.
 const CHUNK_BYTES_MAX: usize = 16 * 1024;
 
-/// rxml's limit for one name or attribute value, which it keeps in memory. Texts come in pieces of this size at most.
-const TOKEN_BYTES_MAX: usize = 64 * 1024;
+/// rxml's limit for one name or attribute value, which it keeps in memory: no less than an element's, because the
+/// servers let long ones through (a thumbnail in a `data:` address), and one refusal closes the stream for everybody.
+const TOKEN_BYTES_MAX: usize = Limits::AFTER_AUTHENTICATION.stanza_bytes_max;
 
 /// Prefixes in scope at once, those of the stream header included. Each use of a prefix looks through them;
 /// 128 is also where quick-xml stops by default.

@@ -7,6 +7,10 @@ mod address;
 mod error;
 mod escape;
 pub mod ns;
+#[expect(
+    clippy::module_inception,
+    reason = "`Stanza` is the word that the floor is named after"
+)]
 mod stanza;
 
 pub use address::{AddressError, Domain, DomainPair, bare, domain_of, resource_of};

@@ -259,10 +259,12 @@ impl InitiatingStream {
     }
 
     fn on_connected(&mut self) {
-        match self.state {
-            State::Connecting if self.direct_tls => self.state = State::Securing,
-            State::Connecting => self.open(),
-            _ => {}
+        if let State::Connecting = self.state {
+            if self.direct_tls {
+                self.state = State::Securing;
+            } else {
+                self.open();
+            }
         }
     }
 
@@ -285,11 +287,11 @@ impl InitiatingStream {
     }
 
     fn on_bytes(&mut self, bytes: &[u8], now: Now) {
-        match self.state {
-            State::Closed => return,
+        match self.state.stage() {
+            Stage::Over => return,
             // RFC 6120 §5.4.3.3: what comes in the clear after <proceed/> must not pass for the first words inside TLS.
-            State::Connecting | State::Securing => return self.fail("bytes before the TLS handshake"),
-            _ => {}
+            Stage::NoStream => return self.fail("bytes before the TLS handshake"),
+            Stage::Stream | Stage::Closing => {}
         }
         self.reader.push(bytes);
         loop {
@@ -697,21 +699,21 @@ impl InitiatingStream {
     }
 
     fn on_closed_by_server(&mut self) {
-        match &self.state {
-            State::Closing { .. } => self.close(CloseReason::Drained),
-            State::Closed => {}
-            _ => {
+        match self.state.stage() {
+            Stage::Closing => self.close(CloseReason::Drained),
+            Stage::Stream => {
                 self.send_raw(wire::CLOSE);
                 self.close(CloseReason::ClosedByServer);
             }
+            Stage::NoStream | Stage::Over => {}
         }
     }
 
     fn on_eof(&mut self) {
-        match &self.state {
-            State::Closing { .. } => self.close(CloseReason::Drained),
-            State::Closed => {}
-            _ => self.close(CloseReason::Eof),
+        match self.state.stage() {
+            Stage::Closing => self.close(CloseReason::Drained),
+            Stage::NoStream | Stage::Stream => self.close(CloseReason::Eof),
+            Stage::Over => {}
         }
     }
 
@@ -719,26 +721,25 @@ impl InitiatingStream {
         let Some(deadline) = self.poll_timeout().filter(|deadline| deadline.at <= now.mono) else {
             return;
         };
-        match &self.state {
-            State::Connecting | State::Securing | State::Closing { .. } | State::Closed => {}
+        if let Stage::Stream = self.state.stage() {
             // Before the server's header there is only our own; that is enough to close (RFC 6120 §4.4).
-            _ => self.send_raw(wire::CLOSE),
+            self.send_raw(wire::CLOSE);
         }
         self.close(CloseReason::Timeout(deadline.why));
     }
 
     fn fault(&mut self, fault: Fault) {
-        match &self.state {
-            State::Closed => {}
-            // Nothing may be written: there is no stream, or our closing tag is out.
-            State::Connecting | State::Securing | State::Closing { .. } => self.fail(fault.why),
-            _ => {
+        match self.state.stage() {
+            Stage::Stream => {
                 self.send(wire::stream_error(fault.condition, &fault.why, fault.particular));
                 self.close(CloseReason::OurError {
                     condition: fault.condition,
                     why: fault.why,
                 });
             }
+            // Nothing may be written.
+            Stage::NoStream | Stage::Closing => self.fail(fault.why),
+            Stage::Over => {}
         }
     }
 
@@ -765,6 +766,35 @@ impl InitiatingStream {
     }
 }
 
+impl State {
+    fn stage(&self) -> Stage {
+        match self {
+            Self::Connecting | Self::Securing => Stage::NoStream,
+            Self::Opening
+            | Self::Features { .. }
+            | Self::StartingTls
+            | Self::Authenticating { .. }
+            | Self::Dialback
+            | Self::Enabling
+            | Self::Verifying
+            | Self::Ready { .. } => Stage::Stream,
+            Self::Closing { .. } => Stage::Closing,
+            Self::Closed => Stage::Over,
+        }
+    }
+}
+
+/// What may be written.
+enum Stage {
+    /// Nothing yet.
+    NoStream,
+    /// Anything, as our header is out.
+    Stream,
+    /// Nothing more, as our closing tag is out; what comes is still read.
+    Closing,
+    Over,
+}
+
 fn offers_external(features: &Node) -> bool {
     features.child(ns::SASL, "mechanisms").is_some_and(|mechanisms| {
         mechanisms
@@ -782,7 +812,7 @@ fn unexpected() -> Fault {
     Fault::new("unsupported-stanza-type", "an element that is not expected now")
 }
 
-/// XEP-0198 §5: an `h` that is too high "MUST" end the stream, and there is a condition for it. One that goes back
+/// XEP-0198 §6: an `h` that is too high ends the stream, and there is a condition for it. One that goes back
 /// takes back what we have let go of.
 fn impossible_ack(error: AckError) -> Fault {
     let particular = match error {

@@ -110,7 +110,7 @@ impl Outbound {
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 pub enum AckError {
-    /// XEP-0198 §5: `handled-count-too-high`.
+    /// XEP-0198 §6: `handled-count-too-high`.
     #[error("h is {h}, but only {sent} were sent")]
     TooHigh { h: u32, sent: u32 },
     #[error("h is {h}, but was {acked} before")]

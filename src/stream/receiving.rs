@@ -217,7 +217,7 @@ impl ReceivingStream {
             Input::Secured(certificate) => self.on_secured(certificate),
             Input::Verdict { request, verdict } => self.on_verdict(request, verdict, now),
             Input::Committed { upto } => self.on_committed(upto, now),
-            Input::Eof => self.on_eof(),
+            Input::Eof => self.on_eof(now),
             Input::Drain => self.on_drain(now),
             Input::Timeout => self.on_timeout(now),
         }
@@ -776,15 +776,18 @@ impl ReceivingStream {
         }
     }
 
-    fn on_eof(&mut self) {
+    fn on_eof(&mut self, now: Now) {
         match &self.state {
             State::Closed => {}
-            State::Closing { .. }
-            | State::Finishing {
-                ending: Ending::Drain, ..
-            } => self.close(CloseReason::Drained),
-            // The server has nothing more to send; it may well read on until our closing tag, and the acknowledgement.
-            State::Finishing { .. } => {}
+            State::Closing { .. } => self.close(CloseReason::Drained),
+            State::Finishing { ending, .. } => {
+                let drained = matches!(ending, Ending::Drain);
+                // The server may still read what is known by now, but is not waited for.
+                self.finished(now);
+                if drained {
+                    self.close(CloseReason::Drained);
+                }
+            }
             State::Securing | State::Opening | State::Open(_) => self.close(CloseReason::Eof),
         }
     }

@@ -210,6 +210,13 @@ mod tests {
         assert_eq!(markup.0, "<x id='a&apos;b&quot;&lt;&amp;&gt;&#10;&#9;&#13;'/>");
     }
 
+    /// What a server says about an error is shown, but cannot forge or flood a log.
+    #[test]
+    fn shown_text_is_short_and_plain() {
+        assert_eq!(shown("Idle\nconnection\u{1b}[0m"), "Idle connection [0m");
+        assert_eq!(shown(&"ö".repeat(10_000)).chars().count(), SHOWN_CHARS_MAX);
+    }
+
     /// No two streams of a connection share an id, nor two connections with other seeds.
     #[test]
     fn stream_ids_differ() {

@@ -151,17 +151,25 @@ fn acknowledges_before_the_end() {
         .sends("</stream:stream>")
         .closes(CloseReason::ClosedByServer);
 
-    // The server closes, and its half of the connection with it.
+    // The server closes, and the connection with it: nobody is waited for, but what is known is said.
     let mut stream = managed();
-    stream.receives(&format!("{M}</stream:stream>"));
-    take_stanzas(&mut stream, 1..=1);
+    stream.receives(&format!("{M}{M}</stream:stream>"));
+    take_stanzas(&mut stream, 1..=2);
     stream
-        .handle(receiving::Input::Eof)
-        .is_quiet()
         .committed(1)
+        .handle(receiving::Input::Eof)
         .sends(&a(1))
         .sends("</stream:stream>")
         .closes(CloseReason::ClosedByServer);
+    let mut stream = managed();
+    stream.receives(M);
+    take_stanzas(&mut stream, 1..=1);
+    stream
+        .handle(receiving::Input::Drain)
+        .is_quiet()
+        .handle(receiving::Input::Eof)
+        .sends("</stream:stream>")
+        .closes(CloseReason::Drained);
 
     // We close; a request is still open.
     let mut stream = managed();
@@ -274,7 +282,7 @@ fn we_have_handled_nothing() {
     initiating(site()).managed().receives(R).sends(&a(0)).is_quiet();
 }
 
-/// §5: a count beyond what was sent, or below what was acknowledged, ends the stream; nothing of it is passed on.
+/// §6: a count beyond what was sent, or below what was acknowledged, ends the stream; nothing of it is passed on.
 #[test]
 fn we_refuse_impossible_counts() {
     let mut stream = initiating(site());
