@@ -242,14 +242,16 @@ words! {
 }
 
 reasons! {
-    /// Why a connection between the sidecars ended: `LinkError::as_label` of `link`, and what its shell knows.
-    LinkClosed: "drained", "replaced", "closed_by_peer", "unreachable", "io", "tls", "peer_silent", "version", "not_a_hello",
-        "second_hello", "bad_hello", "position_ahead", "acked_unsent", "too_far_ahead", "too_large", "fragment_out_of_order",
-        "fragment_beyond_total", "too_many_fragmented", "stored_unseen", "bad_frame", "bad_entry", "bomb", "bad_compression", "other",
+    /// Why a connection between the sidecars ended: `LinkError::as_label` of `link`, `DialError::as_label` of `io::link`,
+    /// and what their owner knows.
+    LinkClosed: "drained", "replaced", "closed_by_peer", "io", "resolve", "connect", "handshake", "peer_silent", "version",
+        "not_a_hello", "second_hello", "bad_hello", "position_ahead", "acked_unsent", "too_far_ahead", "too_large",
+        "fragment_out_of_order", "fragment_beyond_total", "too_many_fragmented", "stored_unseen", "bad_frame", "bad_entry",
+        "bomb", "bad_compression", "other",
 }
 reasons! {
     /// Why a connection to the link's listener came to nothing.
-    LinkRefused: "unknown_key", "tls", "timeout", "too_many", "other",
+    LinkRefused: "unknown_key", "handshake", "busy", "other",
 }
 reasons! {
     /// Why a stream with our server ended: `CloseReason::as_label` of `stream`.

@@ -2,10 +2,11 @@
 
 use std::{
     fs,
+    io::{BufRead, BufReader, Lines},
     net::TcpListener,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Child, ChildStderr, Command, Output, Stdio},
 };
 
 fn narrows(arguments: &[&str]) -> Output {
@@ -54,7 +55,7 @@ fn check_tells_good_from_bad() {
     fs::write(
         &file,
         yaml.replace("lanes: 2", "lane: 2")
-            .replace("ack_delay: 200ms", "ack_delay: soon"),
+            .replace("ack_delay: 5s", "ack_delay: soon"),
     )
     .unwrap();
     let bad = narrows(&["check", text(&file)]);
@@ -152,4 +153,155 @@ fn authority_is_made_once() {
     assert_eq!(code(&again), 1);
     assert!(stderr(&again).contains("exists already"), "{}", stderr(&again));
     assert_eq!(code(&narrows(&["ca", "show", text(directory.path())])), 1);
+}
+
+/// A port that nobody has at this moment.
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+/// All that `run` needs, in a directory of its own: key, authority, configuration.
+struct Place {
+    directory: tempfile::TempDir,
+    admin: String,
+}
+
+impl Place {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let admin = format!("127.0.0.1:{}", free_port());
+        let at = |name: &str| text(&directory.path().join(name)).to_owned();
+        assert_eq!(code(&narrows(&["keygen", &at("key")])), 0);
+        assert_eq!(code(&narrows(&["ca", "init", &at("ca")])), 0);
+        let yaml = format!(
+            "site: ship\ndata_dir: {}\nlocal: {{domains: [b.example], server: 127.0.0.1:{}}}\n\
+             legs: {{listen: [127.0.0.1:{}], certificates: {}}}\nlink: {{listen: 127.0.0.1:{}, private_key: {}}}\n\
+             admin: {{listen: {admin}}}\n\
+             peers: [{{name: shore, domains: [a.example], public_key: AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=}}]\n",
+            at("data"),
+            free_port(),
+            free_port(),
+            at("ca"),
+            free_port(),
+            at("key"),
+        );
+        fs::write(directory.path().join("narrows.yaml"), yaml).unwrap();
+        Self { directory, admin }
+    }
+
+    fn config(&self) -> String {
+        text(&self.directory.path().join("narrows.yaml")).to_owned()
+    }
+
+    /// Runs until its log says that it has started; or ends by itself.
+    fn run(&self) -> Running {
+        let mut child = command(&["run", "--config", &self.config()])
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let log = lines
+            .by_ref()
+            .map_while(Result::ok)
+            .take_while(|line| !line.contains("Started."))
+            .collect();
+        Running { child, lines, log }
+    }
+}
+
+struct Running {
+    child: Child,
+    lines: Lines<BufReader<ChildStderr>>,
+    log: Vec<String>,
+}
+
+impl Running {
+    fn signal(&self, name: &str) {
+        let sent = Command::new("kill")
+            .arg(format!("-{name}"))
+            .arg(self.child.id().to_string())
+            .status();
+        assert!(sent.unwrap().success());
+    }
+
+    /// The exit code, and all of the log.
+    fn end(mut self) -> (Option<i32>, String) {
+        // To the end of the log first: a full pipe would hold the process up.
+        self.log.extend(self.lines.by_ref().map_while(Result::ok));
+        (self.child.wait().unwrap().code(), self.log.join("\n"))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+    }
+}
+
+/// A sidecar that runs says so to `status`, stops in order on SIGTERM and on SIGINT, and is gone then.
+#[test]
+fn run_answers_status_and_stops_on_a_signal() {
+    let place = Place::new();
+    for signal in ["TERM", "INT"] {
+        let running = place.run();
+        let status = narrows(&["status", "--config", &place.config()]);
+        assert_eq!(code(&status), 0, "{}", stderr(&status));
+        assert!(
+            stdout(&status).starts_with("site ship, narrows "),
+            "{}",
+            stdout(&status)
+        );
+        assert!(stdout(&status).contains("\nshore "), "{}", stdout(&status));
+        let json = narrows(&["status", "--admin", &place.admin, "--json"]);
+        let json: serde_json::Value = serde_json::from_slice(&json.stdout).unwrap();
+        assert_eq!(json["peers"][0]["name"], "shore");
+        running.signal(signal);
+        let (code, log) = running.end();
+        assert_eq!(code, Some(0), "{log}");
+    }
+    assert_eq!(code(&narrows(&["status", "--admin", &place.admin])), 6);
+}
+
+/// An address that is taken: 4, and the log names it.
+#[test]
+fn taken_address_is_named() {
+    let place = Place::new();
+    let _taken = TcpListener::bind(&place.admin).unwrap();
+    let (code, log) = place.run().end();
+    assert_eq!(code, Some(4), "{log}");
+    assert!(log.contains(&place.admin), "{log}");
+}
+
+/// A private key is made once, is its owner's only, and its public key is printed alone, the same each time. A peer that
+/// was given our own key by mistake is found.
+#[test]
+fn keys_are_made_once() {
+    let place = Place::new();
+    let file = place.directory.path().join("key");
+    assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);
+    let again = narrows(&["keygen", text(&file)]);
+    assert_eq!((code(&again), stdout(&again).as_str()), (1, ""));
+    assert!(stderr(&again).contains("is there already"), "{}", stderr(&again));
+
+    let shown = narrows(&["pubkey", text(&file)]);
+    assert_eq!(
+        (code(&shown), stdout(&shown).len(), stderr(&shown).as_str()),
+        (0, 45, "")
+    );
+    assert_eq!(code(&narrows(&["pubkey", "/nonexistent"])), 1);
+
+    let yaml = fs::read_to_string(place.config()).unwrap();
+    let own = stdout(&shown);
+    fs::write(
+        place.config(),
+        yaml.replace("AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=", own.trim()),
+    )
+    .unwrap();
+    let checked = narrows(&["check", &place.config()]);
+    assert_eq!(code(&checked), 3);
+    assert!(
+        stderr(&checked).contains("this is our own public key"),
+        "{}",
+        stderr(&checked)
+    );
 }

@@ -4,32 +4,43 @@ use std::{fs, io, path::Path, path::PathBuf};
 
 use crate::{
     config::{Config, PublicKey},
-    io::ca::{Authority, AuthorityError},
+    io::{
+        ca::{Authority, AuthorityError},
+        keys::{KeyError, PrivateKey},
+    },
     stanza::Domain,
 };
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Failure {
-    #[error("this part is being built")]
-    Unbuilt,
+    #[error(transparent)]
+    Key(#[from] KeyError),
     #[error(transparent)]
     Authority(#[from] AuthorityError),
     #[error("{path}: {error}")]
     File { path: PathBuf, error: io::Error },
 }
 
-pub(super) fn generate(_file: &Path) -> Result<String, Failure> {
-    Err(Failure::Unbuilt)
+/// The public key alone, so that a script can take it as it is.
+pub(super) fn generate(file: &Path) -> Result<String, Failure> {
+    let key = PrivateKey::generate(file)?;
+    Ok(format!("{}\n", key.public()))
 }
 
-pub(super) fn public(_file: &Path) -> Result<String, Failure> {
-    Err(Failure::Unbuilt)
+pub(super) fn public(file: &Path) -> Result<String, Failure> {
+    let (key, warning) = PrivateKey::load(file)?;
+    if let Some(warning) = warning {
+        eprintln!("narrows: {warning}");
+    }
+    Ok(format!("{}\n", key.public()))
 }
 
 /// Our own public key, to find a peer that was given it. Whether the file can be used is not judged here: a configuration
 /// may be checked on another machine.
-pub(super) fn own_key(_file: &Path) -> Option<PublicKey> {
-    None
+pub(super) fn own_key(file: &Path) -> Option<PublicKey> {
+    let (key, _) = PrivateKey::load(file).ok()?;
+    // The two types differ in what they are for, and have their text in common.
+    key.public().to_string().parse().ok()
 }
 
 /// With a configuration, the authority can vouch for its far domains only.

@@ -9,5 +9,6 @@ pub mod keys;
 pub mod lane;
 pub mod legs;
 pub mod link;
+pub mod store;
 pub mod tls;
 pub mod wire;
