@@ -290,10 +290,7 @@ mod tests {
             certificate.dns,
             ["a.example", "xn--bcher-kva.example", "conference.a.example"]
         );
-        assert_eq!(
-            certificate.xmpp,
-            ["a.example", "bücher.example", "conference.a.example"]
-        );
+        assert!(certificate.xmpp.is_empty(), "ejabberd crashes on them");
         assert!(
             !Roots::default()
                 .examine(&issued.chain, UnixTime::now())

@@ -138,14 +138,7 @@ impl Resolver {
         let mut targets = Vec::new();
         let mut failure = None;
         for service in services {
-            // A name that an administrator wrote may be a short one; one that DNS gave never is.
-            let name = match location {
-                Location::Fixed { .. } => {
-                    Name::from_utf8(&service.host).map_err(|_| DnsError::Name(service.host.clone()))?
-                }
-                Location::LookUp => absolute(&service.host)?,
-            };
-            match self.addresses(&service.host, name).await {
+            match self.addresses(&service.host, location).await {
                 Ok(addresses) => targets.extend(addresses.into_iter().map(|address| Target {
                     address: SocketAddr::new(address, service.port),
                     direct_tls: service.direct_tls,
@@ -227,10 +220,15 @@ impl Resolver {
         Ok(Some(offered.collect()))
     }
 
-    async fn addresses(&self, host: &str, name: Name) -> Result<Vec<IpAddr>, DnsError> {
+    async fn addresses(&self, host: &str, location: &Location) -> Result<Vec<IpAddr>, DnsError> {
         if let Ok(address) = host.trim_matches(['[', ']']).parse() {
             return Ok(vec![address]);
         }
+        let name = match location {
+            // A name that an administrator wrote may be a short one; one that DNS gave never is.
+            Location::Fixed { .. } => Name::from_utf8(host).map_err(|_| DnsError::Name(host.to_owned()))?,
+            Location::LookUp => absolute(host)?,
+        };
         let no_address = |error: NetError| DnsError::NoAddress {
             name: host.to_owned(),
             error: error.to_string(),

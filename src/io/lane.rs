@@ -6,7 +6,9 @@
 //! [`Confirmed`](LaneEvent::Confirmed).
 //!
 //! *Confirmed* means what the stream can know: with XEP-0198 that the server has acknowledged the stanza, without it that
-//! the kernel has taken it. The kernel is given little at a time, so that little is in doubt when a server dies.
+//! the kernel has taken it. Our kernel holds little, but the server's may hold more that the server has not read: under 1 ms
+//! worth for an ejabberd that keeps up, 180 KB or 6 s for a Prosody that reads at its shipped 30 kB/s. That much is in doubt
+//! when a server without XEP-0198 dies. Prosody has it on streams that authenticated by certificate, not by dialback.
 
 use std::{collections::VecDeque, io, sync::Arc, time::Duration};
 
