@@ -7,12 +7,13 @@
 use std::{fmt, sync::LazyLock};
 
 use zstd::zstd_safe::{
-    CCtx, CParameter, DCtx, DParameter, FrameFormat, InBuffer, OutBuffer, Strategy, zstd_sys::ZSTD_EndDirective,
+    CCtx, CParameter, DCtx, DParameter, DictAttachPref, FrameFormat, InBuffer, OutBuffer, Strategy,
+    zstd_sys::ZSTD_EndDirective,
 };
 
 use crate::codec::frame;
 
-/// Raw content: the likelier a string, the nearer to the end it stands. A line is an entry; `{to}` and `{id}` stand for
+/// Raw content: the likelier a string, the nearer to the end it stands. A line is an entry; `{to}`, `{id}` and others stand for
 /// what [`frame`] puts there.
 static DICTIONARY: LazyLock<Vec<u8>> = LazyLock::new(|| frame::pack_dictionary(include_str!("dictionary.txt")));
 
@@ -69,9 +70,12 @@ impl Compressor {
             CParameter::DictIdFlag(false),
             CParameter::CompressionLevel(9),
             CParameter::WindowLog(WINDOW_LOG),
-            // Strategies below `lazy` keep the previous Huffman table for short inputs, which ours are.
-            CParameter::Strategy(Strategy::ZSTD_greedy),
+            // Of all that take less than 100 µs a stanza this gave the fewest bytes on chat lines in both servers' stanzas, with
+            // ids cut out: 60 against 67 for `greedy` and 70 for `dfast`. The dictionary is loaded like earlier input:
+            // attached, zstd searches it with parameters of its own, which costs 3 bytes a stanza.
+            CParameter::Strategy(Strategy::ZSTD_btlazy2),
             CParameter::MinMatch(4),
+            CParameter::ForceAttachDict(DictAttachPref::ForceLoad),
         ];
         for parameter in parameters {
             context.set_parameter(parameter).map_err(CompressError::zstd)?;

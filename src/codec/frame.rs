@@ -12,10 +12,12 @@
 //!
 //! Whole entries lean on state that both ends keep for the life of a connection and change in step:
 //! * recent recipient sets, so that what goes to a hundred occupants costs as much as what goes to one;
-//! * recent UUIDs, and new ones as 16 bytes that the compressor does not see (`ids`): random hex spoils its statistics.
+//! * recent ids, and new ones as raw bytes that the compressor does not see (`ids`): what is random spoils its statistics. An id is
+//!   a UUID, 32 hex digits, 24 characters of base64url (Prosody's archive) or 16 digits (ejabberd's archive: microseconds).
 //!
 //! Fragments never touch that state: they may be cut off and start again on another connection.
 
+use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::{Buf, Bytes, BytesMut};
 
 use crate::codec::{
@@ -50,11 +52,18 @@ const SETS_BYTES_MAX: usize = 1 << 20;
 const SINGLES_MAX: usize = 128;
 /// Differences are looked for against this many of the most recent sets, to bound the search.
 const DIFF_SEARCH_MAX: usize = 16;
-/// UUIDs remembered: a receipt or marker names a message of the last minutes.
+/// Ids remembered: a receipt or marker names a message of the last minutes.
 const IDS_MAX: usize = 128;
 /// `123e4567-e89b-12d3-a456-426614174000`
 const UUID_TEXT_BYTES: usize = 36;
 const UUID_BYTES: usize = 16;
+const HEX_TEXT_BYTES: usize = 2 * UUID_BYTES;
+/// `25w4IzgWt2H_KH1G4qhBuLiH`: six bits a character, so every text has its bytes and the other way round.
+const TOKEN_TEXT_BYTES: usize = 24;
+const TOKEN_BYTES: usize = 18;
+/// `1795167641601034`: no leading zero, so every number of the right size has its text.
+const STAMP_TEXT_BYTES: usize = 16;
+const STAMPS: std::ops::Range<u64> = 1_000_000_000_000_000..10_000_000_000_000_000;
 
 /// DNS names and site names of the configuration are shorter.
 const SITE_BYTES_MAX: usize = 255;
@@ -78,14 +87,30 @@ mod frame_type {
 mod mark {
     pub const END: u8 = 0;
     /// Sixteen bytes of `ids` are a UUID that is to stand here.
-    pub const NEW_ID: u8 = 1;
-    /// The next byte, less [`BIAS`], says how many new UUIDs ago this one came.
+    pub const NEW_UUID: u8 = 1;
+    /// The next byte, less [`BIAS`], says how many new ids ago this one came.
     pub const KNOWN_ID: u8 = 2;
     /// Here the recipient's address goes.
     pub const TO: u8 = 3;
     /// The next byte, less [`BIAS`], is meant literally.
     pub const ESCAPE: u8 = 4;
+    /// Eighteen bytes of `ids` are 24 characters of base64url.
+    pub const NEW_TOKEN: u8 = 5;
+    /// A number in `ids` is the step from the last 16 digits to these.
+    pub const NEW_STAMP: u8 = 6;
+    /// Sixteen bytes of `ids` are 32 hex digits.
+    pub const NEW_HEX: u8 = 7;
+    pub const LAST: u8 = NEW_HEX;
     pub const BIAS: u8 = 0x40;
+}
+
+/// An id that is cut out of the text.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Id {
+    Uuid([u8; UUID_BYTES]),
+    Hex([u8; UUID_BYTES]),
+    Token([u8; TOKEN_BYTES]),
+    Stamp(u64),
 }
 
 /// The first thing on a connection, in both directions at once.
@@ -212,8 +237,9 @@ struct Memory {
     sets_bytes: usize,
     singles: Vec<Bytes>,
     /// A ring; `ids_next` is where the next one goes.
-    ids: Vec<[u8; UUID_BYTES]>,
+    ids: Vec<Id>,
     ids_next: usize,
+    last_stamp: u64,
 }
 
 #[derive(Debug)]
@@ -250,14 +276,17 @@ impl Memory {
         self.sets.insert(0, RecipientSet { recipients, bytes });
     }
 
-    fn known_id(&self, ago: usize) -> Option<&[u8; UUID_BYTES]> {
+    fn known_id(&self, ago: usize) -> Option<&Id> {
         if ago >= self.ids.len() {
             return None;
         }
         self.ids.get((self.ids_next + IDS_MAX - 1 - ago) % IDS_MAX)
     }
 
-    fn remember_id(&mut self, id: [u8; UUID_BYTES]) {
+    fn remember_id(&mut self, id: Id) {
+        if let Id::Stamp(stamp) = id {
+            self.last_stamp = stamp;
+        }
         match self.ids.get_mut(self.ids_next) {
             Some(place) => *place = id,
             // The ring is filled from its start, so the next place is the end.
@@ -269,7 +298,7 @@ impl Memory {
 
 /// What a cast takes in a batch if nothing of it is known: each piece ends with a mark, and bytes that are marks are escaped.
 fn packed_bytes_max(cast: &Cast) -> usize {
-    let packed = |text: &Bytes| text.len() + 1 + text.iter().filter(|byte| **byte <= mark::ESCAPE).count();
+    let packed = |text: &Bytes| text.len() + 1 + text.iter().filter(|byte| **byte <= mark::LAST).count();
     32 + packed(&cast.template) + cast.recipients.iter().map(packed).sum::<usize>()
 }
 
@@ -493,14 +522,15 @@ impl FrameWriter {
                 self.text.push(mark::TO);
             }
             let Some(byte) = text.get(at) else { break };
-            // The mark cannot stand inside a UUID; then this one is left as it is.
-            let split = to_at.is_some_and(|to_at| to_at > at && to_at < at + UUID_TEXT_BYTES);
-            if !split && let Some(id) = uuid_at(text, at) {
+            // The mark cannot stand inside an id; then this one is left as it is.
+            if let Some((id, len)) = id_at(text, at)
+                && !to_at.is_some_and(|to_at| to_at > at && to_at < at + len)
+            {
                 self.pack_id(id);
-                at += UUID_TEXT_BYTES;
+                at += len;
                 continue;
             }
-            if *byte <= mark::ESCAPE {
+            if *byte <= mark::LAST {
                 self.text.extend_from_slice(&[mark::ESCAPE, *byte + mark::BIAS]);
             } else {
                 self.text.push(*byte);
@@ -510,15 +540,31 @@ impl FrameWriter {
         self.text.push(mark::END);
     }
 
-    fn pack_id(&mut self, id: [u8; UUID_BYTES]) {
-        match (0..self.memory.ids.len()).find(|ago| self.memory.known_id(*ago) == Some(&id)) {
-            Some(ago) => self.text.extend_from_slice(&[mark::KNOWN_ID, mark::BIAS + ago as u8]),
-            None => {
-                self.text.push(mark::NEW_ID);
-                self.ids.extend_from_slice(&id);
-                self.memory.remember_id(id);
+    fn pack_id(&mut self, id: Id) {
+        if let Some(ago) = (0..self.memory.ids.len()).find(|ago| self.memory.known_id(*ago) == Some(&id)) {
+            self.text.extend_from_slice(&[mark::KNOWN_ID, mark::BIAS + ago as u8]);
+            return;
+        }
+        match &id {
+            Id::Uuid(bytes) => {
+                self.text.push(mark::NEW_UUID);
+                self.ids.extend_from_slice(bytes);
+            }
+            Id::Hex(bytes) => {
+                self.text.push(mark::NEW_HEX);
+                self.ids.extend_from_slice(bytes);
+            }
+            Id::Token(bytes) => {
+                self.text.push(mark::NEW_TOKEN);
+                self.ids.extend_from_slice(bytes);
+            }
+            Id::Stamp(stamp) => {
+                self.text.push(mark::NEW_STAMP);
+                // Both are below 10^16, so the difference fits.
+                put_varint(&mut self.ids, zigzag(*stamp as i64 - self.memory.last_stamp as i64));
             }
         }
+        self.memory.remember_id(id);
     }
 }
 
@@ -690,23 +736,20 @@ impl FrameReader {
                 mark::END => break,
                 mark::TO if to_at.is_none() => to_at = Some(out.len()),
                 mark::TO => return Err(FrameError::NoPlaceForTo),
-                mark::NEW_ID => {
-                    let id: [u8; UUID_BYTES] = ids.take(UUID_BYTES)?.try_into().map_err(|_| ReadError::Truncated)?;
+                kind @ (mark::NEW_UUID | mark::NEW_HEX | mark::NEW_TOKEN | mark::NEW_STAMP) => {
+                    let id = self.read_id(kind, ids)?;
                     self.memory.remember_id(id);
-                    put_uuid(&mut out, &id);
+                    id.put_text(&mut out);
                 }
                 mark::KNOWN_ID => {
                     let ago = text.byte()?.checked_sub(mark::BIAS).ok_or(FrameError::UnknownId)?;
-                    put_uuid(
-                        &mut out,
-                        self.memory.known_id(usize::from(ago)).ok_or(FrameError::UnknownId)?,
-                    );
+                    self.memory
+                        .known_id(usize::from(ago))
+                        .ok_or(FrameError::UnknownId)?
+                        .put_text(&mut out);
                 }
                 mark::ESCAPE => {
-                    let byte = text
-                        .byte()?
-                        .checked_sub(mark::BIAS)
-                        .filter(|byte| *byte <= mark::ESCAPE);
+                    let byte = text.byte()?.checked_sub(mark::BIAS).filter(|byte| *byte <= mark::LAST);
                     out.push(byte.ok_or(FrameError::BadEscape)?);
                 }
                 byte => out.push(byte),
@@ -720,6 +763,21 @@ impl FrameReader {
             }
         }
         Ok((out.into(), to_at))
+    }
+
+    fn read_id(&self, kind: u8, ids: &mut Reader<'_>) -> Result<Id, FrameError> {
+        Ok(match kind {
+            mark::NEW_UUID => Id::Uuid(read_array(ids)?),
+            mark::NEW_HEX => Id::Hex(read_array(ids)?),
+            mark::NEW_TOKEN => Id::Token(read_array(ids)?),
+            _stamp => {
+                let stamp = (self.memory.last_stamp as i64).checked_add(unzigzag(ids.varint()?));
+                let stamp = stamp
+                    .and_then(|stamp| u64::try_from(stamp).ok())
+                    .filter(|stamp| STAMPS.contains(stamp));
+                Id::Stamp(stamp.ok_or(FrameError::UnknownId)?)
+            }
+        })
     }
 
     fn read_ack(&mut self, text: &mut Reader<'_>) -> Result<Frame, FrameError> {
@@ -852,31 +910,102 @@ fn remove_gaps(text: &mut Reader<'_>, list: &mut Vec<Bytes>) -> Result<(), Frame
     Ok(())
 }
 
-/// The UUID whose canonical lower-case text (RFC 9562 §4) starts at `at`.
-fn uuid_at(text: &[u8], at: usize) -> Option<[u8; UUID_BYTES]> {
-    let text = text.get(at..at + UUID_TEXT_BYTES)?;
-    if text[8] != b'-' || text[13] != b'-' || text[18] != b'-' || text[23] != b'-' {
-        return None;
-    }
-    let mut id = [0; UUID_BYTES];
-    let mut digits = 0;
-    for (place, byte) in text.iter().enumerate() {
-        let digit = match (place, byte) {
-            (8 | 13 | 18 | 23, _) => continue,
-            (_, b'0'..=b'9') => byte - b'0',
-            (_, b'a'..=b'f') => byte - b'a' + 10,
-            _ => return None,
-        };
-        id[digits / 2] = id[digits / 2] << 4 | digit;
-        digits += 1;
-    }
-    Some(id)
+fn read_array<const N: usize>(ids: &mut Reader<'_>) -> Result<[u8; N], ReadError> {
+    ids.take(N)?.try_into().map_err(|_| ReadError::Truncated)
 }
 
-fn put_uuid(out: &mut Vec<u8>, id: &[u8; UUID_BYTES]) {
+/// The id that starts at `at`, and how long its text is.
+fn id_at(text: &[u8], at: usize) -> Option<(Id, usize)> {
+    if let Some(id) = uuid_at(text, at) {
+        return Some((Id::Uuid(id), UUID_TEXT_BYTES));
+    }
+    // The others are looked for as whole attribute values only, else any long word might be taken for one.
+    let quote = *text.get(at.checked_sub(1)?)?;
+    if quote != b'\'' && quote != b'"' {
+        return None;
+    }
+    let value = |len: usize| text.get(at..at + len).filter(|_| text.get(at + len) == Some(&quote));
+    let hex = || {
+        value(HEX_TEXT_BYTES)
+            .and_then(|value| hex_bytes(value.iter()))
+            .map(Id::Hex)
+    };
+    let token = || value(TOKEN_TEXT_BYTES).and_then(token_bytes).map(Id::Token);
+    let stamp = || value(STAMP_TEXT_BYTES).and_then(stamp_number).map(Id::Stamp);
+    let found = |id: Option<Id>, len| id.map(|id| (id, len));
+    found(hex(), HEX_TEXT_BYTES)
+        .or_else(|| found(token(), TOKEN_TEXT_BYTES))
+        .or_else(|| found(stamp(), STAMP_TEXT_BYTES))
+}
+
+/// The UUID whose canonical lower-case text (RFC 9562 §4) starts at `at`.
+fn uuid_at(text: &[u8], at: usize) -> Option<[u8; UUID_BYTES]> {
+    const DASHES: [usize; 4] = [8, 13, 18, 23];
+    let text = text.get(at..at + UUID_TEXT_BYTES)?;
+    if DASHES.iter().any(|place| text[*place] != b'-') {
+        return None;
+    }
+    hex_bytes(
+        text.iter()
+            .enumerate()
+            .filter(|(place, _)| !DASHES.contains(place))
+            .map(|(_, byte)| byte),
+    )
+}
+
+/// Exactly 32 lower-case hex digits.
+fn hex_bytes<'a>(digits: impl Iterator<Item = &'a u8>) -> Option<[u8; UUID_BYTES]> {
+    let mut bytes = [0; UUID_BYTES];
+    for (place, digit) in digits.enumerate() {
+        let value = match digit {
+            b'0'..=b'9' => digit - b'0',
+            b'a'..=b'f' => digit - b'a' + 10,
+            _ => return None,
+        };
+        let byte = bytes.get_mut(place / 2)?;
+        *byte = *byte << 4 | value;
+    }
+    Some(bytes)
+}
+
+fn token_bytes(text: &[u8]) -> Option<[u8; TOKEN_BYTES]> {
+    // A random one has all three but in one of 100 cases; a name hardly ever has.
+    let mixed = text.iter().any(u8::is_ascii_digit)
+        && text.iter().any(u8::is_ascii_lowercase)
+        && text.iter().any(u8::is_ascii_uppercase);
+    if !mixed {
+        return None;
+    }
+    let mut bytes = [0; TOKEN_BYTES];
+    let len = URL_SAFE_NO_PAD.decode_slice(text, &mut bytes).ok()?;
+    (len == TOKEN_BYTES).then_some(bytes)
+}
+
+fn stamp_number(text: &[u8]) -> Option<u64> {
+    if !text.iter().all(u8::is_ascii_digit) {
+        return None;
+    }
+    let number = text
+        .iter()
+        .fold(0, |number, digit| number * 10 + u64::from(digit - b'0'));
+    STAMPS.contains(&number).then_some(number)
+}
+
+impl Id {
+    fn put_text(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Uuid(bytes) => put_hex(out, bytes, &[4, 6, 8, 10]),
+            Self::Hex(bytes) => put_hex(out, bytes, &[]),
+            Self::Token(bytes) => out.extend_from_slice(URL_SAFE_NO_PAD.encode(bytes).as_bytes()),
+            Self::Stamp(number) => out.extend_from_slice(number.to_string().as_bytes()),
+        }
+    }
+}
+
+fn put_hex(out: &mut Vec<u8>, bytes: &[u8; UUID_BYTES], dashes_before: &[usize]) {
     const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    for (place, byte) in id.iter().enumerate() {
-        if matches!(place, 4 | 6 | 8 | 10) {
+    for (place, byte) in bytes.iter().enumerate() {
+        if dashes_before.contains(&place) {
             out.push(b'-');
         }
         out.push(DIGITS[usize::from(byte >> 4)]);
@@ -890,7 +1019,13 @@ pub fn pack_dictionary(lines: &str) -> Vec<u8> {
     for line in lines.lines() {
         // The next number, not held, to the same recipients as the last.
         out.extend_from_slice(&[frame_type::CAST, 0, 0, 0]);
-        let line = line.replace("{to}", "\u{3}").replace("{id}", "\u{1}");
+        let line = line
+            .replace("{to}", "\u{3}")
+            .replace("{id}", "\u{1}")
+            .replace("{token}", "\u{5}")
+            .replace("{stamp}", "\u{6}")
+            .replace("{same}", "\u{2}@")
+            .replace("{last}", "\u{2}A");
         out.extend_from_slice(line.as_bytes());
         out.push(mark::END);
     }
@@ -1022,9 +1157,13 @@ mod tests {
             Just(b"23e4567-e89b-12d3-a456-426614174000".to_vec()),
             any::<[u8; 16]>().prop_map(|id| {
                 let mut out = Vec::new();
-                put_uuid(&mut out, &id);
+                Id::Uuid(id).put_text(&mut out);
                 out
             }),
+            any::<[u8; 18]>().prop_map(|id| format!("'{}'", URL_SAFE_NO_PAD.encode(id)).into_bytes()),
+            (0u64..3).prop_map(|n| format!("\"179516764160103{n}\"").into_bytes()),
+            (0u64..30_000_000_000_000_000).prop_map(|n| format!("'{n:016}'").into_bytes()),
+            (0u64..3).prop_map(|n| format!("'{n:032x}'").into_bytes()),
         ];
         proptest::collection::vec(piece, 0..8).prop_map(|pieces| pieces.concat())
     }
@@ -1123,6 +1262,31 @@ mod tests {
         let batch = writer.take();
         assert_eq!(batch.ids.len(), 16);
         assert!(!batch.text.windows(8).any(|text| text == b"123e4567"));
+    }
+
+    /// The ids of both servers' archives are cut out too, and cost what is random in them.
+    #[test]
+    fn archive_ids_are_cut_out() {
+        let ids_bytes = |templates: &[&str]| {
+            let mut writer = FrameWriter::default();
+            for (seq, template) in (1..).zip(templates) {
+                writer.entry(Seq(seq), 0, &cast(*template, 8, occupants(0..1)));
+            }
+            writer.take().ids.len()
+        };
+        assert_eq!(ids_bytes(&["<message id='25w4IzgWt2H_KH1G4qhBuLiH'/>"]), 18);
+        assert_eq!(ids_bytes(&["<message id='0123456789abcdef0123456789abcdef'/>"]), 16);
+        assert_eq!(
+            ids_bytes(&["<message id='1795167641601034'/>", "<message id='1795167642703747'/>"]),
+            8 + 4
+        );
+        assert_eq!(
+            ids_bytes(&[
+                "<message id='urn_xmpp_chat_markers_02'/>",
+                "<message id=25w4IzgWt2H_KH1G4qhBuLiH/>"
+            ]),
+            0
+        );
     }
 
     /// The tables stay within their bounds, and both ends forget the same.
