@@ -247,7 +247,7 @@ reasons! {
     LinkClosed: "drained", "replaced", "closed_by_peer", "io", "resolve", "connect", "handshake", "peer_silent", "version",
         "not_a_hello", "second_hello", "bad_hello", "position_ahead", "acked_unsent", "too_far_ahead", "too_large",
         "fragment_out_of_order", "fragment_beyond_total", "too_many_fragmented", "stored_unseen", "bad_frame", "bad_entry",
-        "bomb", "bad_compression", "other",
+        "bomb", "bad_compression", "inbox_full", "other",
 }
 reasons! {
     /// Why a connection to the link's listener came to nothing.
@@ -263,15 +263,16 @@ words! {
 }
 reasons! {
     /// Why a stanza from our server was refused. Its sender was told, where that does no harm.
-    Refused: "queue_full", "too_large", "too_many_recipients", "store", "other",
+    Refused: "queue_full", "other",
 }
 reasons! {
     /// What is wrong with a store: `Fault::as_label` of `io::store`.
     StoreFault: "full", "io", "permission", "corrupt", "not_a_store", "version", "locked", "orphan", "refused", "other",
 }
 reasons! {
-    /// Why something from a peer was dropped. None of it should happen.
-    Dropped: "wrong_from", "wrong_to", "malformed", "too_large", "other",
+    /// Why something was not carried on: `Drop::as_label` of `relay`. None of it should happen.
+    Dropped: "malformed", "wrong_sender", "wrong_recipient", "refused_by_server", "over_server_limit", "over_peer_limit",
+        "answer_queue_full", "other",
 }
 
 impl Labels for () {
@@ -384,7 +385,7 @@ declare! {
         "Stanzas on the streams with the local server, by who opened the stream and by kind.";
     STANZA_BYTES: Counter<Peer, Direction> = "narrows_stanza_bytes_total",
         "What plain S2S would have carried over the link: the bytes of every copy of every stanza.";
-    REFUSED: Counter<Refused> = "narrows_refused_total", "Stanzas of the local server that were refused, by reason.";
+    REFUSED: Counter<Peer, Refused> = "narrows_refused_total", "Stanzas of the local server that were refused, by reason.";
     LEGS: Gauge<Leg, LegState> = "narrows_legs", "Streams with the local server that are open now.";
     LEG_OPENED: Counter<Leg> = "narrows_leg_opened_total", "Connections with the local server that came about.";
     LEG_CLOSED: Counter<Leg, LegClosed> = "narrows_leg_closed_total",

@@ -178,7 +178,7 @@ fn full_disk_stops_acceptance_and_loses_nothing() {
             let _ = answers.send(answer);
         })
         .unwrap_or_else(|error| panic!("{error}"));
-        assert_eq!(opening.spool_entries, stored);
+        assert_eq!(opening.levels.spool_entries, stored);
         let mut answered = 0;
         let error = loop {
             let number = answered + 1;
@@ -188,7 +188,7 @@ fn full_disk_stops_acceptance_and_loses_nothing() {
             }];
             store.submit(Request::Commit(Batch { number, changes }));
             match incoming.recv() {
-                Ok(Answer::Committed { batch }) => answered = batch,
+                Ok(Answer::Committed { batch, .. }) => answered = batch,
                 Ok(Answer::Failed(error)) => break error,
                 other => panic!("unexpected: {other:?}"),
             }
@@ -205,6 +205,6 @@ fn full_disk_stops_acceptance_and_loses_nothing() {
     }
     let (store, opening) = store::open(&path, Options::default(), |_| {}).unwrap_or_else(|error| panic!("{error}"));
     store.close();
-    assert_eq!(opening.spool_entries, stored);
+    assert_eq!(opening.levels.spool_entries, stored);
     run("umount", &[text(&mount)]);
 }

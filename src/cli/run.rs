@@ -1,102 +1,446 @@
-//! `narrows run`: the assembly of a sidecar.
+//! `narrows run`: puts the parts together, and takes them apart in good order.
+//!
+//! Order matters. The stores open first: without them nothing may be accepted. Then the owners of the peers, then the
+//! listener for our server, because a server that finds a far domain's door shut throws that domain's users out of its rooms.
+//! On SIGTERM the legs close first and what they brought goes to disk, then the lanes and the link close, then the stores.
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    fs, io,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
 
-use tokio::{net::TcpListener, signal::unix};
+use tokio::{
+    net::TcpListener,
+    signal::unix::{Signal, SignalKind, signal},
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tracing::{error, info, warn};
 
 use super::{
     Exit,
-    status::{PeerStatus, Status},
+    status::{self, PeerStatus, QueueStatus, Status, Traffic},
 };
 use crate::{
-    config::Config,
-    io::admin::{self, Admin},
+    config::{self, Compression, Config, Identity, Management},
+    io::{
+        admin::{self, Admin},
+        ca::{Authority, AuthorityError},
+        clock::Clock,
+        dns::{Location, Resolver},
+        keys::{KeyError, PrivateKey},
+        lane::LegContext,
+        legs::{self, LegHandle, Legs, Routes},
+        link::{self, LinkStartError, LinkTimes, PeerConfig},
+        peer::{self, Peer, Report},
+        store::{self, StoreError},
+        tls::{self, Acceptor, ChainAndKey, Connector, Roots, ServerTrust, TlsError},
+    },
+    link::session::SessionConfig,
     metrics,
+    relay::{Relay, Settings},
+    stanza::Domain,
+    stream::{Site, dialback::Secret},
 };
+
+/// For our server to close its streams after we have closed ours.
+const LEGS_DRAIN_MAX: Duration = Duration::from_secs(5);
+
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error("{path}: {error}")]
+    File { path: PathBuf, error: io::Error },
+    #[error(transparent)]
+    Authority(#[from] AuthorityError),
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    #[error("{what} cannot listen on {address}: {error}")]
+    Bind {
+        what: &'static str,
+        address: String,
+        error: io::Error,
+    },
+    #[error(transparent)]
+    Link(#[from] LinkStartError),
+    #[error("the system gives no random numbers: {0}")]
+    Random(getrandom::Error),
+    #[error("{0}")]
+    System(String),
+}
+
+impl RunError {
+    fn exit(&self) -> Exit {
+        match self {
+            Self::File { .. } | Self::Authority(_) | Self::Key(_) | Self::Tls(_) => Exit::Config,
+            Self::Store(_) => Exit::Store,
+            Self::Bind { .. } | Self::Link(LinkStartError::Listen { .. }) => Exit::Bind,
+            Self::Link(_) | Self::Random(_) | Self::System(_) => Exit::Failed,
+        }
+    }
+}
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(config: Config) -> Exit {
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            tracing::error!(%error, "No threads can be started.");
+            error!(%error, "No threads can be started.");
             return Exit::Failed;
         }
     };
-    runtime.block_on(assemble(config))
+    match runtime.block_on(assemble(config)) {
+        Ok(()) => {
+            info!("Stopped.");
+            Exit::Ok
+        }
+        Err(error) => {
+            error!("{error}");
+            error.exit()
+        }
+    }
 }
 
-async fn assemble(config: Config) -> Exit {
+async fn assemble(config: Config) -> Result<(), RunError> {
     let started = Instant::now();
-    let metrics = match metrics::install(config.peers.iter().map(|peer| peer.name.as_str())) {
-        Ok(metrics) => metrics,
-        Err(error) => {
-            tracing::error!(%error, "Start failed.");
-            return Exit::Failed;
-        }
-    };
+    let clock = Clock::start();
+    let metrics = metrics::install(config.peers.iter().map(|peer| peer.name.as_str()))
+        .map_err(|error| RunError::System(error.to_string()))?;
     metrics::QUEUE_LIMIT_BYTES.set((), config.queue.bytes_max.0 as f64);
     metrics::QUEUE_LIMIT_ENTRIES.set((), config.queue.entries_max as f64);
+    // From READY on a signal is expected to be obeyed.
+    let mut signals = Signals::new()?;
+    let admin_listener = bind("the admin port", config.admin.listen.0).await?;
+    let mut background = JoinSet::new();
 
-    let address = config.admin.listen.0;
-    let listener = match TcpListener::bind(address).await {
-        Ok(listener) => listener,
-        Err(error) => {
-            tracing::error!(%address, %error, "The admin port cannot be opened.");
-            return Exit::Bind;
-        }
+    let leg_context = Arc::new(leg_context(&config, clock, &mut background)?);
+    let leg_handle = LegHandle::default();
+    let (key, warning) = PrivateKey::load(&config.link.private_key)?;
+    if let Some(warning) = warning {
+        warn!("{warning}");
+    }
+    let draining = watch::Sender::new(false);
+    let alive = Arc::new(AtomicBool::new(true));
+    let mut routes = Routes::default();
+    let mut owners = JoinSet::new();
+    let mut reports = Vec::new();
+    let mut opened = Vec::new();
+    for peer in &config.peers {
+        opened.push(open_store(&config, peer)?);
+    }
+    let times = LinkTimes {
+        retry_max: config.link.reconnect_max.0,
+        retry_min: config.link.reconnect_max.0.min(LinkTimes::default().retry_min),
+        ..LinkTimes::default()
     };
-    // Before READY: from then on a signal is expected to be obeyed.
-    let (mut terminate, mut interrupt) = match (
-        unix::signal(unix::SignalKind::terminate()),
-        unix::signal(unix::SignalKind::interrupt()),
-    ) {
-        (Ok(terminate), Ok(interrupt)) => (terminate, interrupt),
-        (Err(error), _) | (_, Err(error)) => {
-            tracing::error!(%error, "Signals cannot be received.");
-            return Exit::Failed;
+    let peers: Vec<PeerConfig> = config.peers.iter().map(peer_config).collect::<Result<_, _>>()?;
+    let listen = config.link.listen.as_ref().map(|listen| listen.0);
+    let (link_listener, links) = link::start(listen, &key, &peers, times).await?;
+    for ((peer, opened), link) in config.peers.iter().zip(opened).zip(links) {
+        let (events, legs) = mpsc::channel(legs::EVENTS_MAX);
+        for domain in &peer.domains {
+            routes.insert(domain.0.clone(), events.clone());
         }
-    };
+        let (report, reported) = watch::channel(Report::default());
+        reports.push((peer.clone(), reported));
+        owners.spawn(peer::run(Peer {
+            name: peer.name.to_string(),
+            relay: Relay::new(settings(&config, peer), &opened.opening, clock.now()),
+            clock,
+            store: opened.store,
+            answers: opened.answers,
+            legs,
+            leg_handle: leg_handle.clone(),
+            leg_context: Arc::clone(&leg_context),
+            link,
+            link_times: times,
+            report,
+            draining: draining.subscribe(),
+        }));
+    }
 
-    let site = config.site.to_string();
-    let peers: Vec<PeerStatus> = config.peers.iter().map(peer_status).collect();
+    let legs = Legs::new(leg_context, routes, leg_handle);
+    for address in &config.legs.listen {
+        let listener = bind("the listener for the local server", address.0).await?;
+        let legs = legs.clone();
+        background.spawn(async move { legs.serve(listener).await });
+    }
+    let status = status_of(&config, started, reports);
+    let (healthy, ready) = (Arc::clone(&alive), Arc::clone(&alive));
     let admin = Admin {
         metrics,
-        healthy: Arc::new(|| Ok(())),
-        ready: Arc::new(|| Err("legs and link are being built".to_owned())),
-        status: Arc::new(move || {
-            let status = Status {
-                site: site.clone(),
-                version: env!("CARGO_PKG_VERSION").to_owned(),
-                uptime_seconds: started.elapsed().as_secs_f64(),
-                not_ready: Some("legs and link are being built".to_owned()),
-                peers: peers.clone(),
-                ..Status::default()
-            };
-            serde_json::to_value(status).unwrap_or_default()
-        }),
+        healthy: Arc::new(move || says(&healthy)),
+        ready: Arc::new(move || says(&ready)),
+        status,
     };
-    tracing::info!(site = %config.site, admin = %address, "Started.");
-    if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
-        tracing::warn!(%error, "systemd cannot be told that the start is done.");
-    }
-    tokio::select! {
-        result = admin::serve(listener, admin) => {
-            tracing::error!(?result, "The admin port closed.");
-            return Exit::Failed;
+    background.spawn(async move {
+        if let Err(error) = admin::serve(admin_listener, admin).await {
+            error!(%error, "The admin port is closed.");
         }
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    });
+
+    info!(site = %config.site, admin = %config.admin.listen, peers = config.peers.len(), "Started.");
+    notify(sd_notify::NotifyState::Ready);
+    let failed = tokio::select! {
+        () = signals.any() => None,
+        Some(ended) = owners.join_next() => Some(ended),
+    };
+    notify(sd_notify::NotifyState::Stopping);
+    if let Some(ended) = failed {
+        alive.store(false, Ordering::Relaxed);
+        // Nothing may be accepted without the store. A supervisor starts us again, and the error says what to do.
+        return match ended {
+            Ok(Ok(())) => Err(RunError::System("the owner of a peer ended by itself".to_owned())),
+            Ok(Err(error)) => Err(error.into()),
+            Err(error) => Err(RunError::System(format!("the owner of a peer failed: {error}"))),
+        };
     }
-    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
-    tracing::info!("Stopped.");
-    Exit::Ok
+    info!("Stopping.");
+    legs.drain(LEGS_DRAIN_MAX).await;
+    draining.send_replace(true);
+    let mut result = Ok(());
+    while let Some(ended) = owners.join_next().await {
+        match ended {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => result = Err(error.into()),
+            Err(error) => result = Err(RunError::System(format!("the owner of a peer failed: {error}"))),
+        }
+    }
+    drop(link_listener);
+    result
 }
 
-fn peer_status(peer: &crate::config::Peer) -> PeerStatus {
+fn says(alive: &AtomicBool) -> Result<(), String> {
+    if alive.load(Ordering::Relaxed) {
+        Ok(())
+    } else {
+        Err("a store has failed".to_owned())
+    }
+}
+
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self, RunError> {
+        let on = |kind| signal(kind).map_err(|error| RunError::System(format!("signals cannot be received: {error}")));
+        Ok(Self {
+            terminate: on(SignalKind::terminate())?,
+            interrupt: on(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+async fn bind(what: &'static str, address: std::net::SocketAddr) -> Result<TcpListener, RunError> {
+    TcpListener::bind(address).await.map_err(|error| RunError::Bind {
+        what,
+        address: address.to_string(),
+        error,
+    })
+}
+
+fn notify(state: sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        warn!(%error, "systemd cannot be told.");
+    }
+}
+
+fn domains(list: &[config::Domain]) -> Vec<Domain> {
+    list.iter().map(|domain| domain.0.clone()).collect()
+}
+
+fn far_domains(config: &Config) -> Vec<Domain> {
+    config.peers.iter().flat_map(|peer| domains(&peer.domains)).collect()
+}
+
+fn leg_context(config: &Config, clock: Clock, background: &mut JoinSet<()>) -> Result<LegContext, RunError> {
+    let identity = identity(config, background)?;
+    let roots = Arc::new(match &config.legs.trust {
+        Some(path) => Roots::load(path)?,
+        None => Roots::system(),
+    });
+    let trust = match config.legs.verify_server {
+        true => ServerTrust::Verified,
+        false => ServerTrust::Any,
+    };
+    Ok(LegContext {
+        site: Arc::new(site(config)?),
+        clock,
+        acceptor: Acceptor::new(Arc::clone(&identity), Arc::clone(&roots))?,
+        connector: Connector::new(identity, roots, trust)?,
+        resolver: Resolver::default(),
+        server: match &config.local.server {
+            Some(server) => Location::Fixed {
+                host: server.host.clone(),
+                port: server.port,
+            },
+            None => Location::LookUp,
+        },
+        connections_max: config.legs.connections_max,
+    })
+}
+
+fn site(config: &Config) -> Result<Site, RunError> {
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret).map_err(RunError::Random)?;
+    Ok(Site {
+        local: domains(&config.local.domains).into_iter().collect(),
+        far: far_domains(config).into_iter().collect(),
+        require_tls: config.legs.require_tls,
+        offer_management: config.legs.management == Management::On,
+        use_management: config.legs.management != Management::Off,
+        before_authentication: config.legs.limits.before_authentication(),
+        after_authentication: config.legs.limits.after_authentication(),
+        secret: Secret::new(secret),
+    })
+}
+
+/// The certificate for the far domains, and the task that keeps it fresh if it is ours to make.
+fn identity(config: &Config, background: &mut JoinSet<()>) -> Result<Arc<tls::Identity>, RunError> {
+    match config.identity() {
+        Identity::Files { chain, key } => Ok(tls::Identity::new(ChainAndKey::load(&chain, &key)?)?),
+        Identity::Ca(directory) => {
+            let authority = Authority::load(&directory)?;
+            let far = far_domains(config);
+            let identity = tls::Identity::new(authority.issue(&far)?)?;
+            background.spawn(authority.renew(far, Arc::clone(&identity)));
+            Ok(identity)
+        }
+    }
+}
+
+fn peer_config(peer: &config::Peer) -> Result<PeerConfig, RunError> {
+    Ok(PeerConfig {
+        name: peer.name.to_string(),
+        public_key: peer
+            .public_key
+            .to_string()
+            .parse()
+            .map_err(|error| RunError::System(format!("the public key of {}: {error}", peer.name)))?,
+        connect: peer.connect.as_ref().map(ToString::to_string),
+    })
+}
+
+struct Opened {
+    store: store::Store,
+    opening: crate::queue::journal::Opening,
+    answers: mpsc::UnboundedReceiver<store::Answer>,
+}
+
+fn open_store(config: &Config, peer: &config::Peer) -> Result<Opened, RunError> {
+    fs::create_dir_all(&config.data_dir).map_err(|error| RunError::File {
+        path: config.data_dir.clone(),
+        error,
+    })?;
+    let path = config.data_dir.join(format!("{}.sqlite", peer.name));
+    // Unbounded, because the store's thread must not wait. The relay has one batch and two reads with it at a time.
+    let (sender, answers) = mpsc::unbounded_channel();
+    let (store, opening) = store::open(&path, store::Options::default(), move |answer| {
+        // After the owner has gone nobody needs it.
+        let _ = sender.send(answer);
+    })?;
+    let levels = opening.levels;
+    info!(peer = %peer.name, spool = levels.spool_entries, inbox = levels.inbox_entries, "Store is open.");
+    Ok(Opened {
+        store,
+        opening,
+        answers,
+    })
+}
+
+fn settings(config: &Config, peer: &config::Peer) -> Settings {
+    let link = &config.link;
+    Settings {
+        local: domains(&config.local.domains),
+        far: domains(&peer.domains),
+        collapse_window: config.queue.collapse_window.0,
+        queue_bytes_max: config.queue.bytes_max.0,
+        queue_entries_max: config.queue.entries_max,
+        lanes_per_pair: config.legs.lanes,
+        batch_bytes: usize::try_from(link.batch_bytes.0).unwrap_or(usize::MAX),
+        compress: link.compression == Compression::Zstd,
+        site: Some(config.site.to_string()),
+        session: SessionConfig {
+            ack_delay: link.ack_delay.0,
+            keepalive: link.keepalive.period(),
+            keepalive_max: link.keepalive_max.0,
+            quiet_after: link.quiet_after.0,
+            dead_after: link.dead_after.0,
+            fragment_bytes_max: usize::try_from(link.fragment_bytes.0).unwrap_or(usize::MAX),
+            ..SessionConfig::default()
+        },
+    }
+}
+
+type Reports = Vec<(config::Peer, watch::Receiver<Report>)>;
+
+fn status_of(config: &Config, started: Instant, reports: Reports) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
+    let site = config.site.to_string();
+    Arc::new(move || {
+        let peers: Vec<PeerStatus> = reports.iter().map(|(peer, report)| peer_status(peer, &report.borrow())).collect();
+        let status = Status {
+            site: site.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_seconds: started.elapsed().as_secs_f64(),
+            not_ready: None,
+            peers,
+            legs: status::Legs {
+                initiating: reports.iter().map(|(_, report)| report.borrow().lanes_up as u64).sum(),
+                ..status::Legs::default()
+            },
+        };
+        serde_json::to_value(status).unwrap_or_default()
+    })
+}
+
+fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
+    let (levels, relay) = (report.levels, &report.relay);
     PeerStatus {
         name: peer.name.to_string(),
         domains: peer.domains.iter().map(ToString::to_string).collect(),
-        ..PeerStatus::default()
+        up: report.link_up,
+        since_seconds: report.link_since.as_secs_f64(),
+        rtt_seconds: report.rtt.map(|rtt| rtt.as_secs_f64()),
+        last_error: report.last_error.clone(),
+        spool: QueueStatus {
+            entries: levels.spool_entries,
+            bytes: levels.spool_bytes,
+            oldest_seconds: (levels.spool_entries > 0).then(|| report.spool_oldest.as_secs_f64()),
+        },
+        inbox: QueueStatus {
+            entries: levels.inbox_entries,
+            bytes: levels.inbox_bytes,
+            oldest_seconds: None,
+        },
+        sent: Traffic {
+            entries: relay.entries_sent,
+            copies: relay.copies_accepted,
+            stanza_bytes: relay.copy_bytes_accepted,
+            link_bytes: report.link_bytes_sent,
+        },
+        received: Traffic {
+            entries: relay.entries_received,
+            copies: relay.copies_delivered,
+            stanza_bytes: relay.copy_bytes_delivered,
+            link_bytes: report.link_bytes_received,
+        },
+        in_doubt: relay.in_doubt,
     }
 }

@@ -237,7 +237,7 @@ impl Owner {
             Answer::Spool { slots, end } => self.handle(Input::SpoolRead { slots, end }),
             Answer::Inbox { slots, end } => self.handle(Input::InboxRead { slots, end }),
             Answer::Failed(failure) => {
-                m::STORE_ERRORS.increment(&self.name);
+                m::STORE_ERRORS.increment((&self.name, failure.fault.as_label()));
                 return Err(failure);
             }
         }
@@ -316,7 +316,7 @@ impl Owner {
                     info!(peer = %self.name, %error, "The peer cannot be reached.");
                 }
                 self.last_error = Some(error.to_string());
-                m::LINK_CLOSED.increment((&self.name, "dial"));
+                m::LINK_CLOSED.increment((&self.name, error.as_label()));
             }
         }
     }
@@ -328,7 +328,7 @@ impl Owner {
                 self.counted.tcp_received += bytes.len() as u64;
                 self.handle(Input::LinkBytes(bytes));
             }
-            Ok(None) => self.lose_link("io", "the peer closed the connection"),
+            Ok(None) => self.lose_link("closed_by_peer", "the peer closed the connection"),
             Err(error) => self.lose_link("io", &error.to_string()),
         }
     }
@@ -440,7 +440,7 @@ impl Owner {
     fn close_link(&mut self, why: &LinkClose) {
         let (label, text, wait) = match why {
             LinkClose::Error(error) => (error.as_label(), error.to_string(), None),
-            LinkClose::Goodbye(reason) => ("peer", format!("the peer says goodbye: {}", reason.as_label()), None),
+            LinkClose::Goodbye(reason) => ("closed_by_peer", format!("the peer says goodbye: {}", reason.as_label()), None),
             LinkClose::InboxFull => (
                 "inbox_full",
                 "the local server takes nothing and the inbox is full".to_owned(),

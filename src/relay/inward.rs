@@ -149,6 +149,7 @@ pub struct Inward {
     /// While a read is under way: `last` when it was asked for.
     reading: Option<Seq>,
     lives: u64,
+    stopped: bool,
     outputs: VecDeque<Output>,
 }
 
@@ -166,6 +167,7 @@ impl Inward {
             taken: Seq(0),
             reading: None,
             lives: 0,
+            stopped: false,
             outputs: VecDeque::new(),
         }
     }
@@ -321,8 +323,16 @@ impl Inward {
         lane.queue.push_back(Copy::Own(stanza));
     }
 
+    /// Gives nothing more to lanes; what they have may still be confirmed.
+    pub fn stop(&mut self) {
+        self.stopped = true;
+    }
+
     /// Opens lanes that are wanted, and gives out what they can take.
     pub fn advance(&mut self, now: Now, stats: &mut RelayStats) {
+        if self.stopped {
+            return;
+        }
         if self.reading.is_none() && self.bytes < MEMORY_BYTES_MAX / 2 && self.taken < self.last {
             self.reading = Some(self.last);
             self.outputs.push_back(Output::Read {

@@ -146,10 +146,10 @@ pub struct Settings {
     /// The peer's.
     pub far: Vec<Domain>,
     pub collapse_window: Duration,
-    /// Bytes in the spool at which the newest is refused.
-    pub spool_bytes_max: u64,
-    /// Bytes in the inbox at which the link is closed until there is room again.
-    pub inbox_bytes_max: u64,
+    /// What may wait in each direction. At the spool's limit the newest stanza is refused, at the inbox's limit the link is
+    /// closed until there is room again.
+    pub queue_bytes_max: u64,
+    pub queue_entries_max: u64,
     pub lanes_per_pair: u8,
     /// Bytes of frames that go into one batch, before compression.
     pub batch_bytes: usize,
@@ -202,7 +202,7 @@ pub enum Input {
     LinkUp,
     LinkBytes(Bytes),
     LinkDown,
-    /// The process is about to end: nothing more will come from legs.
+    /// The process is about to end: nothing more comes from legs, nothing more goes to lanes.
     Drain,
     Timeout,
 }
@@ -373,7 +373,10 @@ impl Relay {
                 Link::Down | Link::Up { .. } => self.handle_session(session::Input::Bytes(bytes), now),
             },
             Input::LinkDown => self.drop_link(),
-            Input::Drain => self.outward.seal_all(self.batch.number, now),
+            Input::Drain => {
+                self.outward.seal_all(self.batch.number, now);
+                self.inward.stop();
+            }
             Input::Timeout => {
                 self.outward.handle_timeout(self.batch.number, now);
                 self.handle_session(session::Input::Timeout, now);
@@ -462,7 +465,7 @@ impl Relay {
     }
 
     fn handle_stanza(&mut self, leg: LegId, n: u64, pair: DomainPair, stanza: &Stanza, now: Now) {
-        if self.levels.spool_bytes >= self.settings.spool_bytes_max {
+        if self.is_full(self.levels.spool_bytes, self.levels.spool_entries) {
             self.stats.refused += 1;
             let text = "The queue for this destination is full. Try again later.";
             if let Some(answer) = bounce(stanza, ErrorType::Wait, Condition::ResourceConstraint, text) {
@@ -497,7 +500,7 @@ impl Relay {
 
     fn handle_link_up(&mut self, now: Now) {
         self.drop_link();
-        if self.levels.inbox_bytes >= self.settings.inbox_bytes_max {
+        if self.is_full(self.levels.inbox_bytes, self.levels.inbox_entries) {
             return self.close_link(LinkClose::InboxFull);
         }
         self.stats.link_ups += 1;
@@ -595,7 +598,7 @@ impl Relay {
         self.stats.entries_received += 1;
         self.inward.handle_entry(entry, &mut self.stats);
         self.note_received();
-        if self.levels.inbox_bytes >= self.settings.inbox_bytes_max {
+        if self.is_full(self.levels.inbox_bytes, self.levels.inbox_entries) {
             self.close_link(LinkClose::InboxFull);
         }
     }
@@ -609,6 +612,10 @@ impl Relay {
         let waiting = self.waiting.entry(self.batch.number).or_default();
         waiting.retain(|waiting| !matches!(waiting, Waiting::Stored(_)));
         waiting.push(Waiting::Stored(self.received.clone()));
+    }
+
+    fn is_full(&self, bytes: u64, entries: u64) -> bool {
+        bytes >= self.settings.queue_bytes_max || entries >= self.settings.queue_entries_max
     }
 
     fn wait(&mut self, waiting: Waiting) {
