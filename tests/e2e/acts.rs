@@ -1,0 +1,41 @@
+//! Everything that users do in rooms and outside, through the pair, for both kinds of servers at both ends.
+
+use narrows_lab::{
+    Ejabberd, Profile, Prosody, ServerSpec,
+    scenario::{WorldStage, acts},
+};
+
+use crate::stage::{pair, stand};
+
+fn play(name: &str, a: ServerSpec, b: ServerSpec) {
+    let stand = stand(name, Profile::lan(), a.mam(), b, 0, pair());
+    let stage = WorldStage::new(&stand.world).archived();
+    let recording = acts::play_all(&stage).unwrap_or_else(|failure| {
+        panic!("{name}: {failure}\n{}\n{}", stand.world.a.log_tails(), stand.world.b.log_tails())
+    });
+    assert!(recording.stanzas() > 500, "{name}: only {} stanzas", recording.stanzas());
+}
+
+/// Rooms on Prosody, far users on ejabberd.
+#[test]
+fn acts_prosody_and_ejabberd() {
+    play("ape", Prosody::stock(), Ejabberd::stock());
+}
+
+/// Rooms on ejabberd, far users on Prosody.
+#[test]
+fn acts_ejabberd_and_prosody() {
+    play("aep", Ejabberd::stock(), Prosody::stock());
+}
+
+/// Prosody at both ends.
+#[test]
+fn acts_prosody_and_prosody() {
+    play("app", Prosody::stock(), Prosody::stock());
+}
+
+/// ejabberd at both ends.
+#[test]
+fn acts_ejabberd_and_ejabberd() {
+    play("aee", Ejabberd::stock(), Ejabberd::stock());
+}

@@ -1,0 +1,35 @@
+//! Worlds as the tests need them.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use narrows_lab::{
+    Layout, Limits, Profile, ServerSpec, SidecarSpec, World,
+    scenario::accounts,
+};
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// A world, and the right to have one.
+pub struct Stand {
+    pub world: World,
+    _alone: MutexGuard<'static, ()>,
+}
+
+/// The pair between two servers.
+pub fn pair() -> Layout {
+    Layout::Sidecar(SidecarSpec::new(env!("CARGO_BIN_EXE_narrows")))
+}
+
+pub fn stand(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: usize, layout: Layout) -> Stand {
+    let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let world = World::builder(name)
+        .link(profile)
+        .site_a(a.limits(Limits::ServersOnly))
+        .site_b(b.limits(Limits::ServersOnly))
+        .users_a(accounts(crowd))
+        .users_b(accounts(crowd))
+        .layout(layout)
+        .start()
+        .expect("the world starts");
+    Stand { world, _alone: alone }
+}
