@@ -378,14 +378,15 @@ impl LinkSession {
         self.outputs.pop_front()
     }
 
-    /// When [`Input::Timeout`] or [`LinkSession::poll_transmit`] is wanted.
+    /// When [`Input::Timeout`] is wanted.
     pub fn poll_timeout(&self) -> Option<Deadline> {
         let deadline = |at, why| Some(Deadline { at, why });
         if matches!(self.state, State::Failed(_)) {
             return deadline(self.now.mono, "link error");
         }
         let mut next = match self.inward.ack_at {
-            Some(at) if self.inward.ack_is_pending() => deadline(at, "ack"),
+            // Once it is due, `wants_transmit` says so; there is nothing to wake up for.
+            Some(at) if self.inward.ack_is_pending() && at > self.now.mono => deadline(at, "ack"),
             _ => None,
         };
         let silence = self.silence_since();
@@ -410,13 +411,13 @@ impl LinkSession {
             Ok(peer) => peer,
             Err(refused) => return refused,
         };
-        if !self.writer.fits_whole(entry, self.config.fragment_bytes_max) {
-            return Sent::NeedsFragments;
-        }
         if let Entry::Cast(cast) = entry
             && cast.encoded_bytes() > peer.entry_bytes_max
         {
             return Sent::TooLarge;
+        }
+        if !self.writer.fits_whole(entry, self.config.fragment_bytes_max) {
+            return Sent::NeedsFragments;
         }
         if !self.writer.has_room_for(entry) {
             return Sent::BatchFull;
@@ -435,9 +436,15 @@ impl LinkSession {
         let rest = encoded.get(offset..).unwrap_or_default();
         let piece = &rest[..rest.len().min(self.config.fragment_bytes_max)];
         let begun = self.outward.partial.get(&seq).copied();
+        // The lowest that is missing can always go on, whatever overtook it: it is what closes the gap. So one place is
+        // kept for it.
+        let lowest = self.outward.sent.upto.0 + 1 == seq.0;
+        let others_max = if lowest { FRAGMENTED_MAX } else { FRAGMENTED_MAX - 1 };
+        let completes = piece.len() == rest.len();
         let fits = encoded.len() <= peer.entry_bytes_max
             && begun.unwrap_or(0) == offset
-            && (begun.is_some() || self.outward.partial.len() < FRAGMENTED_MAX)
+            && (begun.is_some() || self.outward.partial.len() < others_max)
+            && !(completes && self.outward.sent.would_add(seq) == Added::Full)
             && self.writer.has_room(piece.len());
         if !fits || piece.is_empty() {
             return 0;
@@ -451,7 +458,7 @@ impl LinkSession {
         };
         self.writer.fragment(seq, part, piece);
         self.stats.fragments_sent += 1;
-        if piece.len() == rest.len() {
+        if completes {
             self.outward.partial.remove(&seq);
             self.outward.sent.add(seq);
             self.departed(seq);
@@ -487,6 +494,24 @@ impl LinkSession {
             }
         };
         self.goodbye = Some(reason);
+    }
+
+    /// Whether [`LinkSession::poll_transmit`] would give something: then wait until the socket can take it, offer entries to fill
+    /// the batch, and take it.
+    pub fn wants_transmit(&self, now: Now) -> bool {
+        if self.goodbye.is_some() || !self.writer.is_empty() {
+            return true;
+        }
+        match &self.state {
+            State::Greeting => !self.hello_written,
+            State::Open { .. } => {
+                !self.hello_written
+                    || self.life.ping_due
+                    || self.life.pong_due.is_some()
+                    || self.inward.ack_is_pending() && self.ack_is_due(now.mono)
+            }
+            State::Leaving { .. } | State::Failed(_) => false,
+        }
     }
 
     /// Closes the batch and gives its bytes, with an acknowledgement if one is due or can ride along. `None` if there is
@@ -526,9 +551,7 @@ impl LinkSession {
             self.stats.pings_sent += 1;
         }
         let alone = self.writer.is_empty();
-        let due = self.inward.ack_at.is_some_and(|at| at <= now)
-            || self.inward.unacked_entries >= self.config.ack_entries_max
-            || self.inward.unacked_bytes >= self.config.ack_bytes_max;
+        let due = self.ack_is_due(now);
         if self.inward.ack_is_pending() && (due || !alone || self.goodbye.is_some()) {
             let ack = self.inward.take_ack(now, self.config.ack_delay);
             self.writer.ack(&ack);
@@ -579,6 +602,12 @@ impl LinkSession {
         Some(wire.into())
     }
 
+    fn ack_is_due(&self, now: Mono) -> bool {
+        self.inward.ack_at.is_some_and(|at| at <= now)
+            || self.inward.unacked_entries >= self.config.ack_entries_max
+            || self.inward.unacked_bytes >= self.config.ack_bytes_max
+    }
+
     fn may_send(&self, seq: Seq) -> Result<PeerLimits, Sent> {
         let State::Open { peer, .. } = &self.state else {
             return Err(Sent::Blocked);
@@ -586,7 +615,6 @@ impl LinkSession {
         if self.outward.partial.contains_key(&seq) {
             return Ok(*peer);
         }
-        // What is under way in fragments will take a place too when it is complete, after others that overtook it.
         match self.outward.sent.would_add(seq) {
             Added::New => Ok(*peer),
             Added::Known => Err(Sent::Known),
