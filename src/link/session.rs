@@ -143,8 +143,8 @@ pub enum Sent {
     /// The peer's hello is awaited, a goodbye was said, or too much stands beyond a gap: an acknowledgement or the rest of
     /// a fragmented entry must come first.
     Blocked,
-    /// Larger than the peer takes.
-    TooLarge,
+    /// Larger than the peer takes, or not a valid entry (see [`Cast::check`](crate::codec::entry::Cast::check)): it can never go.
+    Refused,
 }
 
 /// Counters since the session began.
@@ -411,10 +411,11 @@ impl LinkSession {
             Ok(peer) => peer,
             Err(refused) => return refused,
         };
+        // The peer would cut the connection, again and again, for an entry that breaks the rules.
         if let Entry::Cast(cast) = entry
-            && cast.encoded_bytes() > peer.entry_bytes_max
+            && (cast.encoded_bytes() > peer.entry_bytes_max || cast.check().is_err())
         {
-            return Sent::TooLarge;
+            return Sent::Refused;
         }
         if !self.writer.fits_whole(entry, self.config.fragment_bytes_max) {
             return Sent::NeedsFragments;
@@ -630,7 +631,7 @@ impl LinkSession {
     fn fail(&mut self, error: LinkError) {
         // A half-built batch must not go out: the peer is told why instead.
         self.writer.take();
-        self.goodbye = (error.blame() == Blame::Peer).then_some(Reason::Protocol);
+        self.goodbye = error.close_reason();
         self.buffer = BatchBuffer::default();
         self.open = OpenBatch::default();
         self.inward.partial.clear();
@@ -1156,6 +1157,15 @@ impl LinkError {
             | Self::Frame(_)
             | Self::Entry(_)
             | Self::Compress(_) => Blame::Peer,
+        }
+    }
+
+    /// What we tell the other side, if it is there to hear it.
+    pub fn close_reason(&self) -> Option<Reason> {
+        match self.blame() {
+            Blame::Peer => Some(Reason::Protocol),
+            Blame::Local => Some(Reason::Configuration),
+            Blame::Us => None,
         }
     }
 

@@ -338,7 +338,7 @@ impl MiniRelay {
                                     (next, offset) = (next + 1, 0);
                                 }
                             }
-                            Sent::BatchFull | Sent::Blocked | Sent::TooLarge => {
+                            Sent::BatchFull | Sent::Blocked | Sent::Refused => {
                                 blocked = true;
                                 break;
                             }

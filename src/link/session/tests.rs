@@ -331,6 +331,23 @@ fn only_a_hello_opens() {
     assert_eq!(error.blame(), Blame::Local);
 }
 
+/// An entry for which the peer would cut the connection is not sent.
+#[test]
+fn invalid_entries_are_not_sent() {
+    let (mut a, _) = open_pair();
+    let cast = |recipients: Vec<Bytes>| {
+        Entry::Cast(Cast {
+            template: "<message/>".into(),
+            to_at: 8,
+            recipients,
+        })
+    };
+    for recipients in [vec![], vec!["b".into(), "a".into()], vec![vec![b'x'; 20_000].into()]] {
+        assert_eq!(a.session.send(Seq(1), &cast(recipients), Duration::ZERO), Sent::Refused);
+    }
+    assert!(!a.session.wants_transmit(at(0.0)));
+}
+
 /// What comes twice is counted and dropped.
 #[test]
 fn duplicates_are_dropped() {
