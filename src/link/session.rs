@@ -143,8 +143,8 @@ pub enum Sent {
     /// The peer's hello is awaited, a goodbye was said, or too much stands beyond a gap: an acknowledgement or the rest of
     /// a fragmented entry must come first.
     Blocked,
-    /// Larger than the peer takes.
-    TooLarge,
+    /// Larger than the peer takes, or not a valid entry (see [`Cast::check`](crate::codec::entry::Cast::check)): it can never go.
+    Refused,
 }
 
 /// Counters since the session began.
@@ -378,15 +378,15 @@ impl LinkSession {
         self.outputs.pop_front()
     }
 
-    /// When [`Input::Timeout`] or [`LinkSession::poll_transmit`] is wanted.
+    /// When [`Input::Timeout`] is wanted.
     pub fn poll_timeout(&self) -> Option<Deadline> {
         let deadline = |at, why| Some(Deadline { at, why });
         if matches!(self.state, State::Failed(_)) {
             return deadline(self.now.mono, "link error");
         }
         let mut next = match self.inward.ack_at {
-            // Once it is due only a batch can carry it, and the socket says when that can be.
-            Some(at) if at > self.now.mono && self.inward.ack_is_pending() => deadline(at, "ack"),
+            // Once it is due, `wants_transmit` says so; there is nothing to wake up for.
+            Some(at) if self.inward.ack_is_pending() && at > self.now.mono => deadline(at, "ack"),
             _ => None,
         };
         let silence = self.silence_since();
@@ -411,13 +411,14 @@ impl LinkSession {
             Ok(peer) => peer,
             Err(refused) => return refused,
         };
+        // The peer would cut the connection, again and again, for an entry that breaks the rules.
+        if let Entry::Cast(cast) = entry
+            && (cast.encoded_bytes() > peer.entry_bytes_max || cast.check().is_err())
+        {
+            return Sent::Refused;
+        }
         if !self.writer.fits_whole(entry, self.config.fragment_bytes_max) {
             return Sent::NeedsFragments;
-        }
-        if let Entry::Cast(cast) = entry
-            && cast.encoded_bytes() > peer.entry_bytes_max
-        {
-            return Sent::TooLarge;
         }
         if !self.writer.has_room_for(entry) {
             return Sent::BatchFull;
@@ -436,9 +437,15 @@ impl LinkSession {
         let rest = encoded.get(offset..).unwrap_or_default();
         let piece = &rest[..rest.len().min(self.config.fragment_bytes_max)];
         let begun = self.outward.partial.get(&seq).copied();
+        // The lowest that is missing can always go on, whatever overtook it: it is what closes the gap. So one place is
+        // kept for it.
+        let lowest = self.outward.sent.upto.0 + 1 == seq.0;
+        let others_max = if lowest { FRAGMENTED_MAX } else { FRAGMENTED_MAX - 1 };
+        let completes = piece.len() == rest.len();
         let fits = encoded.len() <= peer.entry_bytes_max
             && begun.unwrap_or(0) == offset
-            && (begun.is_some() || self.outward.partial.len() < FRAGMENTED_MAX)
+            && (begun.is_some() || self.outward.partial.len() < others_max)
+            && !(completes && self.outward.sent.would_add(seq) == Added::Full)
             && self.writer.has_room(piece.len());
         if !fits || piece.is_empty() {
             return 0;
@@ -452,7 +459,7 @@ impl LinkSession {
         };
         self.writer.fragment(seq, part, piece);
         self.stats.fragments_sent += 1;
-        if piece.len() == rest.len() {
+        if completes {
             self.outward.partial.remove(&seq);
             self.outward.sent.add(seq);
             self.departed(seq);
@@ -488,6 +495,24 @@ impl LinkSession {
             }
         };
         self.goodbye = Some(reason);
+    }
+
+    /// Whether [`LinkSession::poll_transmit`] would give something: then wait until the socket can take it, offer entries to fill
+    /// the batch, and take it.
+    pub fn wants_transmit(&self, now: Now) -> bool {
+        if self.goodbye.is_some() || !self.writer.is_empty() {
+            return true;
+        }
+        match &self.state {
+            State::Greeting => !self.hello_written,
+            State::Open { .. } => {
+                !self.hello_written
+                    || self.life.ping_due
+                    || self.life.pong_due.is_some()
+                    || self.inward.ack_is_pending() && self.ack_is_due(now.mono)
+            }
+            State::Leaving { .. } | State::Failed(_) => false,
+        }
     }
 
     /// Closes the batch and gives its bytes, with an acknowledgement if one is due or can ride along. `None` if there is
@@ -527,9 +552,7 @@ impl LinkSession {
             self.stats.pings_sent += 1;
         }
         let alone = self.writer.is_empty();
-        let due = self.inward.ack_at.is_some_and(|at| at <= now)
-            || self.inward.unacked_entries >= self.config.ack_entries_max
-            || self.inward.unacked_bytes >= self.config.ack_bytes_max;
+        let due = self.ack_is_due(now);
         if self.inward.ack_is_pending() && (due || !alone || self.goodbye.is_some()) {
             let ack = self.inward.take_ack(now, self.config.ack_delay);
             self.writer.ack(&ack);
@@ -580,6 +603,12 @@ impl LinkSession {
         Some(wire.into())
     }
 
+    fn ack_is_due(&self, now: Mono) -> bool {
+        self.inward.ack_at.is_some_and(|at| at <= now)
+            || self.inward.unacked_entries >= self.config.ack_entries_max
+            || self.inward.unacked_bytes >= self.config.ack_bytes_max
+    }
+
     fn may_send(&self, seq: Seq) -> Result<PeerLimits, Sent> {
         let State::Open { peer, .. } = &self.state else {
             return Err(Sent::Blocked);
@@ -587,7 +616,6 @@ impl LinkSession {
         if self.outward.partial.contains_key(&seq) {
             return Ok(*peer);
         }
-        // What is under way in fragments will take a place too when it is complete, after others that overtook it.
         match self.outward.sent.would_add(seq) {
             Added::New => Ok(*peer),
             Added::Known => Err(Sent::Known),
@@ -603,7 +631,7 @@ impl LinkSession {
     fn fail(&mut self, error: LinkError) {
         // A half-built batch must not go out: the peer is told why instead.
         self.writer.take();
-        self.goodbye = (error.blame() == Blame::Peer).then_some(Reason::Protocol);
+        self.goodbye = error.close_reason();
         self.buffer = BatchBuffer::default();
         self.open = OpenBatch::default();
         self.inward.partial.clear();
@@ -1129,6 +1157,15 @@ impl LinkError {
             | Self::Frame(_)
             | Self::Entry(_)
             | Self::Compress(_) => Blame::Peer,
+        }
+    }
+
+    /// What we tell the other side, if it is there to hear it.
+    pub fn close_reason(&self) -> Option<Reason> {
+        match self.blame() {
+            Blame::Peer => Some(Reason::Protocol),
+            Blame::Local => Some(Reason::Configuration),
+            Blame::Us => None,
         }
     }
 

@@ -703,7 +703,7 @@ fn answer(session: &mut LinkSession, stats: &mut RelayStats, offer: Offer<'_>, n
             Sent::NeedsFragments => Answer::InParts,
             Sent::BatchFull => Answer::Full,
             Sent::Blocked => Answer::Blocked,
-            Sent::TooLarge => {
+            Sent::Refused => {
                 stats.dropped(Drop::OverPeerLimit);
                 match session.send(seq, &Entry::Void, Duration::ZERO) {
                     Sent::Whole => Answer::Takes(0),

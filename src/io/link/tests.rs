@@ -2,6 +2,16 @@ use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::*;
+use crate::{
+    codec::{
+        compress::dictionary_id,
+        entry::{Cast, ENTRY_BYTES_MAX, Entry},
+        frame::{self, Hello, Reason},
+        position::{Epoch, Received, Seq},
+    },
+    link::session::{Input, LinkError, LinkSession, Output, Sent, SessionConfig},
+    time::{Mono, Now, Wall},
+};
 
 struct Site {
     key: PrivateKey,
@@ -241,4 +251,160 @@ fn both_ends_keep_the_same_connection() {
         survivor(&info(true, true, 0), true, &info(false, false, 1), &times),
         Survivor::New
     );
+}
+
+/// What a relay does with a session and a connection, without its stores: entries 1..=count go out, what comes in is kept.
+struct MiniRelay {
+    epoch: u64,
+    count: u64,
+    stored: Received,
+    inbox: Vec<(Seq, Bytes)>,
+    acked: Seq,
+}
+
+impl MiniRelay {
+    fn new(epoch: u64, count: u64) -> Self {
+        Self {
+            epoch,
+            count,
+            stored: Received::default(),
+            inbox: Vec::new(),
+            acked: Seq(0),
+        }
+    }
+
+    fn hello(&self) -> Hello {
+        Hello {
+            version: frame::VERSION,
+            capabilities: 0,
+            epoch: Epoch(self.epoch),
+            received: self.stored.clone(),
+            first_unacked: Seq(self.acked.0 + 1),
+            last: Seq(self.count),
+            site: None,
+            dictionary: dictionary_id(),
+            entry_bytes_max: ENTRY_BYTES_MAX as u64,
+            ack_delay_ms: 50,
+        }
+    }
+
+    fn entry(seq: u64) -> Entry {
+        let template = format!("<message><body>{}</body></message>", "line ".repeat(seq as usize % 700));
+        let recipients = vec![Bytes::from_static(b" to='b@b.example'")];
+        Entry::Cast(Cast {
+            template: template.into(),
+            to_at: 8,
+            recipients,
+        })
+    }
+
+    /// Runs one connection until `enough` has arrived and all of ours is acknowledged, or until it breaks.
+    async fn run(&mut self, connection: LinkConnection, enough: usize) -> Result<(), LinkError> {
+        let LinkConnection {
+            mut reader, mut writer, ..
+        } = connection;
+        let start = Instant::now();
+        let now = || Now {
+            mono: Mono::from_start(start.elapsed()),
+            wall: Wall(0),
+        };
+        let config = SessionConfig {
+            ack_delay: Duration::from_millis(50),
+            ..SessionConfig::default()
+        };
+        let mut session = LinkSession::new(config, self.hello(), now());
+        let (mut next, mut offset, mut blocked) = (self.acked.0 + 1, 0, false);
+        while self.inbox.len() < enough || self.acked.0 < self.count || writer.is_busy() {
+            let deadline = session.poll_timeout().map(|deadline| start + deadline.at.since_start());
+            let more = session.is_open() && next <= self.count && !blocked;
+            tokio::select! {
+                read = reader.read() => match read {
+                    Ok(Some(bytes)) => session.handle(Input::Bytes(bytes), now())?,
+                    Ok(None) | Err(_) => return Ok(()),
+                },
+                ready = writer.ready(), if writer.is_busy() || more || session.wants_transmit(now()) => {
+                    if ready.is_err() {
+                        return Ok(());
+                    }
+                    // One entry or piece a batch: what goes next is decided when the socket asks.
+                    while session.batch_bytes() == 0 && session.is_open() && next <= self.count {
+                        let entry = Self::entry(next);
+                        match session.send(Seq(next), &entry, Duration::ZERO) {
+                            Sent::Whole | Sent::Known => next += 1,
+                            Sent::NeedsFragments => {
+                                let encoded = entry.encode();
+                                offset += session.send_fragment(Seq(next), &encoded, offset, Duration::ZERO);
+                                if offset == encoded.len() {
+                                    (next, offset) = (next + 1, 0);
+                                }
+                            }
+                            Sent::BatchFull | Sent::Blocked | Sent::Refused => {
+                                blocked = true;
+                                break;
+                            }
+                        }
+                    }
+                    if let Some(batch) = session.poll_transmit(now()) {
+                        writer.start(batch);
+                    }
+                }
+                () = time::sleep_until(deadline.unwrap_or(start).into()), if deadline.is_some() => {
+                    session.handle(Input::Timeout, now())?;
+                }
+            }
+            while let Some(output) = session.poll_output() {
+                match output {
+                    Output::PeerHello { received, .. } => self.stored = received,
+                    Output::Received { seq, entry, .. } => {
+                        self.inbox.push((seq, entry));
+                        self.stored.add(seq);
+                    }
+                    Output::Acked(acked) => (self.acked, blocked) = (acked.upto, false),
+                    Output::Quiet | Output::Alive | Output::Goodbye(_) => {}
+                }
+            }
+            session.handle(Input::Stored(self.stored.clone()), now())?;
+        }
+        // Our own last acknowledgement may still be owed to the other end.
+        session.goodbye(Reason::Shutdown);
+        if let (Ok(()), Some(batch)) = (writer.ready().await, session.poll_transmit(now())) {
+            writer.start(batch);
+        }
+        let _ = writer.shutdown().await;
+        Ok(())
+    }
+}
+
+/// Entries, large ones among them, cross real connections both ways while those are cut again and again: each arrives once,
+/// and as it was.
+#[tokio::test]
+async fn entries_survive_cut_connections() {
+    let (ship, shore) = (site(), site());
+    let (listener, mut shore_link) = listen(&shore, &ship).await;
+    let (_ship, mut ship_link) = dialler(&ship, &shore.key, listener.address().unwrap()).await;
+    let (mut a, mut b) = (MiniRelay::new(1, 400), MiniRelay::new(2, 300));
+    let (mut slice, mut cuts) = (Duration::from_millis(2), 0);
+    while a.inbox.len() < 300 || b.inbox.len() < 400 {
+        ship_link.dial();
+        let (ours, theirs) = tokio::join!(up(&mut ship_link), up(&mut shore_link));
+        // At first both are dropped in the middle of it, as if killed, and what they had not stored is not there.
+        let both = async { tokio::join!(a.run(ours, 300), b.run(theirs, 400)) };
+        match time::timeout(slice, both).await {
+            Ok((ours, theirs)) => {
+                ours.unwrap();
+                theirs.unwrap();
+            }
+            Err(_) => cuts += 1,
+        }
+        slice *= 2;
+    }
+    assert!(cuts > 0);
+    for (relay, count) in [(&a, 300), (&b, 400)] {
+        let mut inbox = relay.inbox.clone();
+        inbox.sort();
+        let expected: Vec<_> = (1..=count)
+            .map(|seq| (Seq(seq), MiniRelay::entry(seq).encode()))
+            .collect();
+        assert!(inbox == expected, "{} of {count} arrived", inbox.len());
+    }
 }

@@ -123,7 +123,7 @@ fn acknowledges_what_is_stored_after_the_delay() {
     assert_eq!(b.received(), [(Seq(1), sent)]);
     assert_eq!(b.session.poll_transmit(at(7.0)), None, "not stored yet");
     b.store_all(at(7.0));
-    assert_eq!(b.session.poll_timeout().map(|deadline| deadline.why), Some("ack"));
+    assert!(b.session.wants_transmit(at(7.0)));
     let bytes = pass(&mut b, &mut a, at(7.0)).unwrap();
     assert!(bytes <= 8, "{bytes}");
     assert_eq!(a.last_acked().map(|acked| acked.upto), Some(Seq(1)));
@@ -331,6 +331,23 @@ fn only_a_hello_opens() {
     assert_eq!(error.blame(), Blame::Local);
 }
 
+/// An entry for which the peer would cut the connection is not sent.
+#[test]
+fn invalid_entries_are_not_sent() {
+    let (mut a, _) = open_pair();
+    let cast = |recipients: Vec<Bytes>| {
+        Entry::Cast(Cast {
+            template: "<message/>".into(),
+            to_at: 8,
+            recipients,
+        })
+    };
+    for recipients in [vec![], vec!["b".into(), "a".into()], vec![vec![b'x'; 20_000].into()]] {
+        assert_eq!(a.session.send(Seq(1), &cast(recipients), Duration::ZERO), Sent::Refused);
+    }
+    assert!(!a.session.wants_transmit(at(0.0)));
+}
+
 /// What comes twice is counted and dropped.
 #[test]
 fn duplicates_are_dropped() {
@@ -364,6 +381,32 @@ fn small_overtakes_large() {
     pass(&mut a, &mut b, at(9.0)).unwrap();
     assert_eq!(b.received(), [(Seq(2), small), (Seq(1), large)]);
     assert!(matches!(b.outputs.last(), Some(Output::Received { held_ms: 3000, .. })));
+}
+
+/// When as many as may have overtaken a large entry, the others wait, large ones too; the large one itself goes on.
+#[test]
+fn overtaking_is_bounded() {
+    let (mut a, mut b) = open_pair();
+    let large = Entry::Cast(Cast {
+        template: vec![b'x'; 1500].into(),
+        to_at: 0,
+        recipients: vec!["a".into()],
+    })
+    .encode();
+    let piece = |a: &mut End, seq, offset| a.session.send_fragment(Seq(seq), &large, offset, Duration::ZERO);
+    // All places but one are taken by others; the last is kept for the lowest.
+    let begun: Vec<usize> = (2..=9).map(|seq| piece(&mut a, seq, 0)).collect();
+    assert_eq!(begun, [1024, 1024, 1024, 1024, 1024, 1024, 1024, 0]);
+    for seq in 10..10 + Received::BEYOND_MAX as u64 {
+        assert_eq!(a.session.send(Seq(seq), &Entry::Void, Duration::ZERO), Sent::Whole);
+    }
+    assert_eq!(a.session.send(Seq(999), &Entry::Void, Duration::ZERO), Sent::Blocked);
+    assert_eq!(piece(&mut a, 2, 1024), 0);
+    assert_eq!(piece(&mut a, 1, 0), 1024);
+    assert_eq!(piece(&mut a, 1, 1024), large.len() - 1024);
+    assert_eq!(piece(&mut a, 2, 1024), large.len() - 1024);
+    pass(&mut a, &mut b, at(1.0)).unwrap();
+    assert_eq!(b.session.arrived().upto, Seq(2));
 }
 
 /// A message to a hundred occupants costs what one to a single occupant costs.
