@@ -132,7 +132,7 @@ pub struct Sidecar {
 impl Sidecar {
     /// Makes its key and its authority; it does not run yet.
     pub fn prepare(spec: &SidecarSpec, post: Post) -> io::Result<Self> {
-        fs::create_dir_all(&post.dir)?;
+        fs::create_dir_all(post.dir.join("data"))?;
         let narrows = |words: &[&str], path: &Path| {
             let mut command = post.namespace.command(&spec.binary)?;
             command.args(words).arg(path);
@@ -177,13 +177,16 @@ impl Sidecar {
         let ready = || self.http("/readyz").is_ok_and(|(status, _)| status == 200);
         let runs = || match self.process().as_mut() {
             Some(process) => match process.ended()? {
-                Some(status) => Err(failure(io::ErrorKind::Other, format!("it ended: {status}"))),
+                Some(status) => Err(failure(
+                    io::ErrorKind::Other,
+                    format!("the sidecar at {} ended: {status}", self.post.site),
+                )),
                 None => Ok(()),
             },
             None => Err(io::Error::other("it was not started")),
         };
         wait_for(&what, START_PATIENCE, ready, runs)
-            .map_err(|error| failure(error.kind(), format!("{what}: {error}\n{}", self.log_tail())))
+            .map_err(|error| failure(error.kind(), format!("{error}\n{}", self.log_tail())))
     }
 
     /// Starts a sidecar that was stopped or killed, with the data it had, and waits until it is ready.

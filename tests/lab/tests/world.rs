@@ -237,16 +237,24 @@ fn log_in(site: &Site, user: &str, password: &str) -> Option<TcpStream> {
     let domain = site.domain();
     write!(
         stream,
-        "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' version='1.0' to='{domain}'>\
-         <auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='PLAIN'>{plain}</auth>"
+        "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' version='1.0' to='{domain}'>"
     )
     .expect("the server reads");
     let (mut seen, mut buffer) = (String::new(), [0; 4096]);
-    while !seen.contains("<success") && !seen.contains("<failure") {
-        match stream.read(&mut buffer) {
-            Ok(length) if length > 0 => seen += &String::from_utf8_lossy(&buffer[..length]),
-            end => panic!("no answer to the login ({end:?}): {seen}"),
+    let mut wait_for_either = |stream: &mut TcpStream, one: &str, other: &str| {
+        while !seen.contains(one) && !seen.contains(other) {
+            match stream.read(&mut buffer) {
+                Ok(length) if length > 0 => seen += &String::from_utf8_lossy(&buffer[..length]),
+                end => panic!("neither {one} nor {other} ({end:?}): {seen}"),
+            }
         }
-    }
-    seen.contains("<success").then_some(stream)
+        seen.contains(one)
+    };
+    assert!(wait_for_either(&mut stream, "</stream:features>", "</stream:stream>"));
+    write!(
+        stream,
+        "<auth xmlns='urn:ietf:params:xml:ns:xmpp-sasl' mechanism='PLAIN'>{plain}</auth>"
+    )
+    .expect("the server reads");
+    wait_for_either(&mut stream, "<success", "<failure").then_some(stream)
 }
