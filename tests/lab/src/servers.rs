@@ -278,9 +278,12 @@ impl Server {
         };
         let mut process = Process::start(self.spec.kind.name(), command, &self.output_path())?;
         let what = format!("{} at {} takes connections", self.spec.kind.name(), self.place.domain);
-        // Twice: once in some twenty starts, the second client of a fresh ejabberd was accepted and never answered.
-        let answered = || (0..2).try_for_each(|_| answers(&self.place.domain));
-        let ready = || self.place.namespace.enter(answered).is_ok_and(|answer| answer.is_ok());
+        let ready = || {
+            self.place
+                .namespace
+                .enter(|| answers(&self.place.domain))
+                .is_ok_and(|answer| answer.is_ok())
+        };
         wait_for(&what, START_PATIENCE, ready, || match process.ended()? {
             Some(status) => Err(failure(io::ErrorKind::Other, format!("it ended: {status}"))),
             None => Ok(()),
@@ -408,10 +411,11 @@ impl Server {
 fn answers(domain: &str) -> io::Result<()> {
     let mut client = TcpStream::connect((Ipv4Addr::LOCALHOST, C2S_PORT))?;
     client.set_read_timeout(Some(PROBE_PATIENCE))?;
-    write!(
-        client,
+    // In one piece: ejabberd 23.01 leaves about one in a hundred clients without an answer whose header comes in several.
+    let header = format!(
         "<stream:stream xmlns='jabber:client' xmlns:stream='http://etherx.jabber.org/streams' version='1.0' to='{domain}'>"
-    )?;
+    );
+    client.write_all(header.as_bytes())?;
     client.read_exact(&mut [0])?;
     TcpStream::connect((Ipv4Addr::LOCALHOST, S2S_PORT)).map(drop)
 }
