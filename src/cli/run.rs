@@ -394,7 +394,10 @@ type Reports = Vec<(config::Peer, watch::Receiver<Report>)>;
 fn status_of(config: &Config, started: Instant, reports: Reports) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
     let site = config.site.to_string();
     Arc::new(move || {
-        let peers: Vec<PeerStatus> = reports.iter().map(|(peer, report)| peer_status(peer, &report.borrow())).collect();
+        let peers: Vec<PeerStatus> = reports
+            .iter()
+            .map(|(peer, report)| peer_status(peer, &report.borrow()))
+            .collect();
         let status = Status {
             site: site.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),

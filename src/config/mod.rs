@@ -125,10 +125,11 @@ pub struct Legs {
     /// then, and nobody can tell. `on`: as `auto`, and it is offered even to a server that is not known to use it well.
     pub management: Management,
 
-    /// How many streams towards the local server share one pair of domains, from 1 to 8. One recipient's stanzas
-    /// stay on one stream, so their order is kept.
+    /// How many streams towards the local server share one pair of domains, from 1 to 8. What goes to one user or one room
+    /// stays on one stream and in order; what goes to different ones may then overtake.
     ///
-    /// Default `2`: Prosody as shipped reads at most 30 kB/s from each. With that limit lifted, `1` is enough.
+    /// Default `1`: the order is that of a plain stream. Prosody as shipped reads at most 30 kB/s from each stream, which a
+    /// large room fills: better lift that limit for the far domains (`unlimited_jids`), or else raise this.
     #[schemars(range(min = 1, max = 8))]
     pub lanes: u8,
 
@@ -466,7 +467,7 @@ impl Default for Legs {
             require_tls: true,
             verify_server: false,
             management: Management::Auto,
-            lanes: 2,
+            lanes: 1,
             reconnect_max: Period::from_secs(30),
             connections_max: 256,
             limits: Limits::default(),

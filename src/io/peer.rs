@@ -440,7 +440,11 @@ impl Owner {
     fn close_link(&mut self, why: &LinkClose) {
         let (label, text, wait) = match why {
             LinkClose::Error(error) => (error.as_label(), error.to_string(), None),
-            LinkClose::Goodbye(reason) => ("closed_by_peer", format!("the peer says goodbye: {}", reason.as_label()), None),
+            LinkClose::Goodbye(reason) => (
+                "closed_by_peer",
+                format!("the peer says goodbye: {}", reason.as_label()),
+                None,
+            ),
             LinkClose::InboxFull => (
                 "inbox_full",
                 "the local server takes nothing and the inbox is full".to_owned(),

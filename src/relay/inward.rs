@@ -29,7 +29,7 @@ use crate::{
         position::Seq,
     },
     queue::journal::{Change, Slot},
-    stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bounce, domain_of},
+    stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bare, bounce, domain_of},
     time::{Deadline, Mono, Now},
 };
 
@@ -82,7 +82,8 @@ pub enum Output {
 #[derive(Clone, Debug)]
 struct Recipient {
     domain: Domain,
-    /// Of the address, however it is written: it picks the lane.
+    /// Of the bare address, however it is written: it picks the lane. Bare, because a room is addressed as itself and by its
+    /// occupants' nicks, and has to hear a user's words in order.
     hash: u64,
 }
 
@@ -522,7 +523,7 @@ impl Inward {
         let to = check::to_attribute(attribute).map_err(|_| Drop::Malformed)?;
         let recipient = Recipient {
             domain: Domain::new(domain_of(&to)).map_err(|_| Drop::Malformed)?,
-            hash: hash(to.as_bytes()),
+            hash: hash(bare(&to).as_bytes()),
         };
         if self.recipients.len() >= RECIPIENTS_MAX {
             self.recipients.clear();

@@ -49,7 +49,7 @@ use crate::{
 pub struct LegId(pub u64);
 
 /// One of the initiating streams towards our server for a domain pair. Recipients are spread over a pair's lanes by
-/// a hash, so that each recipient's stanzas stay in order.
+/// a hash of their bare addresses, so that what goes to one user or one room stays in order.
 #[derive(Clone, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct LaneKey {
     pub pair: DomainPair,

@@ -56,6 +56,8 @@ pub struct Outward {
     beyond: BTreeSet<Seq>,
     /// The last number whose slot has been given to the store.
     written: Seq,
+    /// The batch with the last write of each open group. A group may be sealed long after it, in a batch that stays empty.
+    open_writes: BTreeMap<Seq, u64>,
     /// While a read is under way: from where.
     reading: Option<Seq>,
     /// Sealed while a read was under way, which may have seen the slot before its last write.
@@ -78,6 +80,7 @@ impl Outward {
             acked,
             beyond: BTreeSet::new(),
             written: last,
+            open_writes: BTreeMap::new(),
             reading: None,
             sealed_while_reading: BTreeMap::new(),
             ages,
@@ -236,6 +239,7 @@ impl Outward {
             match output {
                 collapse::Output::Write { seq, cast } => {
                     self.written = self.written.max(seq);
+                    self.open_writes.insert(seq, batch);
                     let entry = Entry::Cast(cast).encode();
                     self.outputs.push_back(Output::Change(Change::PutSpool { seq, entry }));
                 }
@@ -246,7 +250,8 @@ impl Outward {
                     if self.open && self.scheduler.wants() == seq && self.scheduler.has_room() {
                         self.scheduler.reserve(flow.clone(), seq);
                     }
-                    self.scheduler.fill(&flow, seq, Entry::Cast(cast), batch, now.mono);
+                    let written = self.open_writes.remove(&seq).unwrap_or(batch);
+                    self.scheduler.fill(&flow, seq, Entry::Cast(cast), written, now.mono);
                 }
             }
         }

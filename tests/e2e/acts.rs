@@ -5,15 +5,18 @@ use narrows_lab::{
     scenario::{WorldStage, acts},
 };
 
-use crate::stage::{pair, stand};
+use crate::stage::{pair, stand, words};
 
 fn play(name: &str, a: ServerSpec, b: ServerSpec) {
     let stand = stand(name, Profile::lan(), a.mam(), b, 0, pair());
     let stage = WorldStage::new(&stand.world).archived();
-    let recording = acts::play_all(&stage).unwrap_or_else(|failure| {
-        panic!("{name}: {failure}\n{}\n{}", stand.world.a.log_tails(), stand.world.b.log_tails())
-    });
-    assert!(recording.stanzas() > 500, "{name}: only {} stanzas", recording.stanzas());
+    let recording =
+        acts::play_all(&stage).unwrap_or_else(|failure| panic!("{name}: {failure}\n{}", words(&stand.world)));
+    assert!(
+        recording.stanzas() > 500,
+        "{name}: only {} stanzas",
+        recording.stanzas()
+    );
 }
 
 /// Rooms on Prosody, far users on ejabberd.

@@ -2,10 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use narrows_lab::{
-    Layout, Limits, Profile, ServerSpec, SidecarSpec, World,
-    scenario::accounts,
-};
+use narrows_lab::{Layout, Limits, Profile, ServerSpec, SidecarSpec, World, scenario::accounts};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -32,4 +29,16 @@ pub fn stand(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: 
         .start()
         .expect("the world starts");
     Stand { world, _alone: alone }
+}
+
+/// What both sites say for themselves, for the message of a failed test.
+pub fn words(world: &World) -> String {
+    let site = |site: &narrows_lab::Site| {
+        let status = site
+            .sidecar()
+            .http("/status")
+            .map_or_else(|error| error.to_string(), |(_, body)| body);
+        format!("{status}\n{}\n", site.log_tails())
+    };
+    format!("{}{}", site(&world.a), site(&world.b))
 }
