@@ -10,11 +10,11 @@ use narrows_lab::scenario::{Side, Stage, WorldStage, accounts, acts, recording};
 use narrows_lab::transcript::compare;
 use narrows_lab::{Ejabberd, Layout, Limits, Profile, Prosody, ServerSpec, World};
 
-/// Four servers starting at once would time out on two cores.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// Four servers starting at once would time out on two cores. Once they run, scenes mostly wait, so several may play.
+static STARTING: Mutex<()> = Mutex::new(());
 
 fn on_world(name: &str, a: ServerSpec, b: ServerSpec, scene: impl FnOnce(&World)) {
-    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
     let world = World::builder(name)
         .link(Profile::lan())
         .site_a(a.limits(Limits::ServersOnly))
@@ -24,6 +24,7 @@ fn on_world(name: &str, a: ServerSpec, b: ServerSpec, scene: impl FnOnce(&World)
         .layout(Layout::Direct)
         .start()
         .expect("the world starts");
+    drop(alone);
     scene(&world);
 }
 
