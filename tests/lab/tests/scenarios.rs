@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use narrows_lab::load::{Crowd, speak, tally_all};
-use narrows_lab::scenario::{Side, Stage, WorldStage, accounts, acts, recording};
-use narrows_lab::transcript::compare;
+use narrows_lab::scenario::{Dice, Side, Stage, WorldStage, accounts, acts, recording};
+use narrows_lab::transcript::{Heard, Recording, compare};
 use narrows_lab::{Ejabberd, Layout, Limits, Profile, Prosody, ServerSpec, World};
 
 /// Four servers starting at once would time out on two cores. Once they run, scenes mostly wait, so several may play.
@@ -49,8 +49,58 @@ fn record_twice(name: &str, a: ServerSpec, b: ServerSpec) {
             let (first, second) = (record(), record());
             assert!(first.stanzas() > 300, "{name}: only {} stanzas", first.stanzas());
             compare(&first, &second).unwrap_or_else(|differences| panic!("{name}, seed {seed}: {differences}"));
+            damage_is_found(&first, &second, seed);
         }
     });
+}
+
+/// The comparison of two real runs holds only as long as none of them is touched.
+fn damage_is_found(first: &Recording, second: &Recording, seed: u64) {
+    let mut dice = Dice::new(seed);
+    for _ in 0..20 {
+        let names: Vec<_> = second.clients.keys().collect();
+        let name = (*dice.pick(&names)).clone();
+        let place = dice.below(second.clients[&name].len());
+        let damages: [fn(&mut Vec<Heard>, usize); 3] = [
+            |heard, place| drop(heard.remove(place)),
+            |heard, place| heard.insert(place, heard[place].clone()),
+            |heard, place| {
+                drop(
+                    heard[place]
+                        .stanza
+                        .attrs
+                        .insert("to".to_owned(), "eve@a.example".to_owned()),
+                )
+            },
+        ];
+        for damage in damages {
+            let mut damaged = second.clone();
+            damage(damaged.clients.get_mut(&name).expect("picked from its keys"), place);
+            assert!(
+                compare(first, &damaged).is_err(),
+                "damage at {place} of {name} is not found"
+            );
+        }
+    }
+    // Two messages of one sender that change places.
+    let is_text = |heard: &Heard| heard.stanza.name == "message" && heard.stanza.attr("type") == Some("groupchat");
+    let mut damaged = second.clone();
+    let heard = damaged.clients.get_mut("alice/pc").expect("she is always there");
+    let later = (0..heard.len())
+        .rev()
+        .find(|at| is_text(&heard[*at]))
+        .expect("somebody spoke");
+    let from = heard[later].stanza.attr("from").map(str::to_owned);
+    let same = |heard: &Heard| is_text(heard) && heard.stanza.attr("from") == from.as_deref();
+    let earlier = (0..later)
+        .rev()
+        .find(|at| same(&heard[*at]))
+        .expect("nobody spoke only once");
+    heard.swap(earlier, later);
+    assert!(
+        compare(first, &damaged).is_err(),
+        "two messages have changed places unnoticed"
+    );
 }
 
 /// Every act on the main combination: rooms on Prosody, far users on ejabberd.
