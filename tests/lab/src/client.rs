@@ -750,3 +750,150 @@ fn answer(request: &Stanza, answers: Answers) -> Option<String> {
         )),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(20);
+    const HEADER: &str = "<?xml version='1.0'?><stream:stream xmlns='jabber:client' \
+        xmlns:stream='http://etherx.jabber.org/streams' id='1' from='b.example' version='1.0'>";
+
+    /// A server of fixed words: waits for each text, then says the next, a few bytes at a time.
+    fn server(lines: Vec<(&'static str, String)>) -> (TcpStream, JoinHandle<String>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let thread = std::thread::spawn(move || {
+            let (mut tcp, _) = listener.accept().unwrap();
+            tcp.set_nodelay(true).unwrap();
+            let mut heard = String::new();
+            let mut seen = 0;
+            for (wait, say) in lines {
+                while !heard[seen..].contains(wait) {
+                    let mut chunk = [0; 1024];
+                    let count = tcp.read(&mut chunk).unwrap();
+                    assert_ne!(count, 0, "the client hung up before {wait}: {heard}");
+                    heard.push_str(std::str::from_utf8(&chunk[..count]).unwrap());
+                }
+                seen += heard[seen..].find(wait).unwrap() + wait.len();
+                say.as_bytes().chunks(7).for_each(|chunk| tcp.write_all(chunk).unwrap());
+            }
+            heard
+        });
+        (client, thread)
+    }
+
+    fn sign_in() -> Vec<(&'static str, String)> {
+        let features = |what: &str| format!("{HEADER}<stream:features>{what}</stream:features>");
+        vec![
+            (
+                "<stream:stream",
+                features(&format!(
+                    "<mechanisms xmlns='{SASL}'><mechanism>PLAIN</mechanism></mechanisms>"
+                )),
+            ),
+            ("AGIxAHNlY3JldA==", format!("<success xmlns='{SASL}'/>")),
+            (
+                "<stream:stream",
+                features(&format!("<bind xmlns='{BIND}'/><session xmlns='{SESSION}'/>")),
+            ),
+            (
+                "<resource>r1</resource>",
+                format!("<iq type='result' id='bind'><bind xmlns='{BIND}'><jid>b1@b.example/r1</jid></bind></iq>"),
+            ),
+            (SESSION, "<iq type='result' id='session'/>".to_owned()),
+        ]
+    }
+
+    /// A script signs in, sends, and finds each stanza once; pings are kept apart; a request is answered only as told.
+    #[test]
+    fn a_script_sees_what_came_in_order_and_once() {
+        let mut lines = sign_in();
+        lines.push((
+            "<presence id='nw.b1.r1.1'",
+            "<message from='a'><body>one</body></message> \n <message from='a'><body>two</body></message>".to_owned(),
+        ));
+        lines.push((
+            "<ping",
+            "<iq type='get' from='x' id='q1'><query xmlns='urn:example'/></iq><iq type='result' id='~1'/>".to_owned(),
+        ));
+        lines.push((
+            "<service-unavailable",
+            "<message from='a'><body>two</body></message></stream:stream>".to_owned(),
+        ));
+        let (tcp, server) = server(lines);
+
+        let client = Client::connect(tcp, "b1@b.example", "secret", "r1").unwrap();
+        assert_eq!(
+            (client.bare(), client.user(), client.resource()),
+            ("b1@b.example", "b1", "r1")
+        );
+        client.set_answers(Answers::Refuse);
+        client.presence("").unwrap();
+        client
+            .expect("two", PATIENCE, |stanza| stanza.body().as_deref() == Some("two"))
+            .unwrap();
+        client
+            .take("one", |stanza| stanza.body().as_deref() == Some("one"))
+            .unwrap();
+        let again = client
+            .take("one again", |stanza| stanza.body().as_deref() == Some("one"))
+            .unwrap_err();
+        assert!(again.0.contains("b1@b.example/r1 misses one again"), "{again}");
+
+        let id = client.sync("b.example").unwrap();
+        client.synced(&id, PATIENCE).unwrap();
+        client
+            .expect("two once more", PATIENCE, |stanza| {
+                stanza.body().as_deref() == Some("two")
+            })
+            .unwrap();
+        assert!(
+            client
+                .expect_none("a request", |stanza| stanza.name() == "iq" && stanza.kind() == "get")
+                .is_err()
+        );
+        client.expect_none("anything else", |_| true).unwrap();
+
+        let orders: Vec<usize> = client.close().iter().map(|stanza| stanza.order).collect();
+        assert_eq!(orders, [0, 1, 2, 3], "three messages and the request, without the ping");
+        assert!(server.join().unwrap().contains("<iq type='error' to='x' id='q1'>"));
+    }
+
+    /// Whoever waits is told at once when the connection is over, and who it was that waited in vain.
+    #[test]
+    fn a_lost_connection_ends_the_waiting() {
+        let mut lines = sign_in();
+        lines.push((
+            "<presence",
+            format!("<stream:error><conflict xmlns='{STANZAS}'/></stream:error>"),
+        ));
+        let (tcp, server) = server(lines);
+        let client = Client::connect(tcp, "b1@b.example", "secret", "r1").unwrap();
+        client.presence("").unwrap();
+        let failure = client.expect("a message", PATIENCE, Stanza::is_message).unwrap_err();
+        assert!(
+            failure.0.starts_with("b1@b.example/r1 misses a message") && failure.0.contains("conflict"),
+            "{failure}"
+        );
+        assert!(client.closed().is_some());
+        server.join().unwrap();
+    }
+
+    /// A wrong password is an error that says whose.
+    #[test]
+    fn a_refused_sign_in_says_whose() {
+        let mut lines = sign_in();
+        lines.truncate(1);
+        lines.push(("<auth", format!("<failure xmlns='{SASL}'><not-authorized/></failure>")));
+        let (tcp, server) = server(lines);
+        let failure = Client::connect(tcp, "b1@b.example", "wrong", "r1").unwrap_err();
+        assert!(
+            failure.0.starts_with("b1@b.example/r1 cannot sign in") && failure.0.contains("not-authorized"),
+            "{failure}"
+        );
+        server.join().unwrap();
+    }
+}

@@ -635,6 +635,11 @@ pub fn ejabberd_config(spec: &ServerSpec, place: &Place) -> io::Result<String> {
     }
     if spec.limits != Limits::Shipped {
         edit.replace("    none: admin\n    normal: all\n", "    none: all\n")?;
+        // More than five subscriptions of one user in a minute are dropped, which no script can foresee.
+        edit.replace(
+            "    count: 5\n    interval: 60\n",
+            "    count: 10000\n    interval: 60\n",
+        )?;
     }
     if spec.mam {
         edit.replace(

@@ -6,15 +6,17 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use narrows_lab::load::{Crowd, speak, tally_all};
-use narrows_lab::scenario::{Side, Stage, WorldStage, accounts, acts, recording};
-use narrows_lab::transcript::compare;
+use narrows_lab::scenario::{Dice, Side, Stage, WorldStage, accounts, acts, recording};
+use narrows_lab::transcript::{Heard, Recording, compare};
 use narrows_lab::{Ejabberd, Layout, Limits, Profile, Prosody, ServerSpec, World};
 
-/// Four servers starting at once would time out on two cores.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// Four servers starting at once would time out on two cores. Once they run, scenes mostly wait, so several may play.
+static STARTING: Mutex<()> = Mutex::new(());
+
+const SEEDS: [u64; 2] = [1, 2];
 
 fn on_world(name: &str, a: ServerSpec, b: ServerSpec, scene: impl FnOnce(&World)) {
-    let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let alone = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
     let world = World::builder(name)
         .link(Profile::lan())
         .site_a(a.limits(Limits::ServersOnly))
@@ -24,6 +26,7 @@ fn on_world(name: &str, a: ServerSpec, b: ServerSpec, scene: impl FnOnce(&World)
         .layout(Layout::Direct)
         .start()
         .expect("the world starts");
+    drop(alone);
     scene(&world);
 }
 
@@ -39,17 +42,74 @@ fn play_acts(name: &str, a: ServerSpec, b: ServerSpec) {
     });
 }
 
-fn record_twice(name: &str, a: ServerSpec, b: ServerSpec) {
+/// Records some seeds in a world of its own.
+fn record(name: &str, a: ServerSpec, b: ServerSpec) -> Vec<Recording> {
+    let mut recordings = Vec::new();
     on_world(name, a, b, |world| {
-        let stage = WorldStage::new(world);
-        for seed in [1, 2] {
-            let record =
-                || recording::recording(&stage, seed, 60).unwrap_or_else(|failure| panic!("{name}: {failure}"));
-            let (first, second) = (record(), record());
-            assert!(first.stanzas() > 300, "{name}: only {} stanzas", first.stanzas());
-            compare(&first, &second).unwrap_or_else(|differences| panic!("{name}, seed {seed}: {differences}"));
+        for seed in SEEDS {
+            let recorded = recording::recording(&WorldStage::new(world), seed, 60);
+            let recorded = recorded.unwrap_or_else(|failure| panic!("{name}: {failure}"));
+            assert!(recorded.stanzas() > 300, "{name}: only {} stanzas", recorded.stanzas());
+            recordings.push(recorded);
         }
     });
+    recordings
+}
+
+/// As a pair will be compared with plain S2S: each run with servers of its own.
+fn record_twice(name: &str, a: ServerSpec, b: ServerSpec) {
+    let first = record(&format!("{name}1"), a.clone(), b.clone());
+    let second = record(&format!("{name}2"), a, b);
+    for ((seed, first), second) in SEEDS.into_iter().zip(&first).zip(&second) {
+        compare(first, second).unwrap_or_else(|differences| panic!("{name}, seed {seed}: {differences}"));
+        damage_is_found(first, second, seed);
+    }
+}
+
+/// The comparison of two real runs holds only as long as none of them is touched.
+fn damage_is_found(first: &Recording, second: &Recording, seed: u64) {
+    let mut dice = Dice::new(seed);
+    for _ in 0..20 {
+        let names: Vec<_> = second.clients.keys().collect();
+        let name = (*dice.pick(&names)).clone();
+        let place = dice.below(second.clients[&name].len());
+        let damages: [fn(&mut Vec<Heard>, usize); 3] = [
+            |heard, place| drop(heard.remove(place)),
+            |heard, place| heard.insert(place, heard[place].clone()),
+            |heard, place| {
+                drop(
+                    heard[place]
+                        .stanza
+                        .attrs
+                        .insert("to".to_owned(), "eve@a.example".to_owned()),
+                )
+            },
+        ];
+        for damage in damages {
+            let mut damaged = second.clone();
+            damage(damaged.clients.get_mut(&name).expect("picked from its keys"), place);
+            assert!(
+                compare(first, &damaged).is_err(),
+                "damage at {place} of {name} is not found"
+            );
+        }
+    }
+    // Two messages of one sender that change places.
+    let is_text = |heard: &Heard| heard.stanza.name == "message" && heard.stanza.attr("type") == Some("groupchat");
+    let mut damaged = second.clone();
+    let heard = damaged.clients.get_mut("alice/pc").expect("she is always there");
+    let pairs = (0..heard.len()).flat_map(|earlier| (earlier + 1..heard.len()).map(move |later| (earlier, later)));
+    let swappable = |&(earlier, later): &(usize, usize)| {
+        let (one, other): (&Heard, &Heard) = (&heard[earlier], &heard[later]);
+        let same_sender = one.stanza.attr("from") == other.stanza.attr("from");
+        is_text(one) && is_text(other) && same_sender && one.stanza.children != other.stanza.children
+    };
+    let (earlier, later) = pairs.into_iter().find(swappable).expect("somebody spoke twice");
+    heard.swap(earlier, later);
+    assert!(
+        compare(first, &damaged).is_err(),
+        "two messages have changed places unnoticed"
+    );
 }
 
 /// Every act on the main combination: rooms on Prosody, far users on ejabberd.
@@ -76,7 +136,7 @@ fn acts_ejabberd_and_ejabberd() {
     play_acts("aee", Ejabberd::stock(), Ejabberd::stock());
 }
 
-/// The same seed twice on the same servers is the same for every client.
+/// The same seed on other servers of the same kinds is the same for every client.
 #[test]
 fn recordings_prosody_and_ejabberd() {
     record_twice("rpe", Prosody::stock(), Ejabberd::stock());

@@ -1268,7 +1268,7 @@ fn personal_events(play: &mut Play<'_>) -> Outcome {
     for (from, to) in [(ALICE, [B1, B2].as_slice()), (B1, [ALICE].as_slice())] {
         play.step(format!("{from} publishes a nick"));
         let event = format!(
-            "<pubsub xmlns='http://jabber.org/protocol/pubsub'><publish node='{NICK}'><item id='current'>\
+            "<pubsub xmlns='http://jabber.org/protocol/pubsub'><publish node='{NICK}'><item id='nw.current'>\
              <nick xmlns='{NICK}'>{} &amp; Co</nick></item></publish></pubsub>",
             nick(from)
         );

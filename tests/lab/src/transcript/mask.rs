@@ -7,7 +7,7 @@
 //! nothing about each other.
 
 use super::xml::{Element, Node};
-use crate::client::{DISCO_ITEMS, MUC_ADMIN, MUC_USER, OWN_ID};
+use crate::client::{DISCO_INFO, DISCO_ITEMS, MUC_ADMIN, MUC_USER, OWN_ID};
 
 const SID: &str = "urn:xmpp:sid:0";
 const MAM: &str = "urn:xmpp:mam:2";
@@ -15,6 +15,8 @@ const MAM_TMP: &str = "urn:xmpp:mam:tmp";
 const RSM: &str = "http://jabber.org/protocol/rsm";
 const OCCUPANT_ID: &str = "urn:xmpp:occupant-id:0";
 const DELAY: &str = "urn:xmpp:delay";
+const PUBSUB: &str = "http://jabber.org/protocol/pubsub";
+const PUBSUB_EVENT: &str = "http://jabber.org/protocol/pubsub#event";
 const ROSTER: &str = "jabber:iq:roster";
 
 /// A kind of value that the servers make.
@@ -26,6 +28,8 @@ pub enum Volatile {
     Archive,
     /// HMAC of an occupant's address with a secret of the server.
     Occupant,
+    /// An item that a server publishes for a user: ejabberd does for the avatar in a vCard.
+    Item,
     /// The version of a roster.
     Version,
 }
@@ -60,10 +64,11 @@ fn below(element: &mut Element, values: &mut Vec<(Volatile, String)>) {
         (SID, "stanza-id") | (MAM_TMP, "archived") | (MAM, "result") => Some(("id", Volatile::Archive)),
         (OCCUPANT_ID, "occupant-id") => Some(("id", Volatile::Occupant)),
         (ROSTER, "query") => Some(("ver", Volatile::Version)),
+        (PUBSUB | PUBSUB_EVENT, "item") => Some(("id", Volatile::Item)),
         _ => None,
     };
     if let Some((name, kind)) = attribute
-        && let Some(value) = element.attrs.get_mut(name)
+        && let Some(value) = element.attrs.get_mut(name).filter(|value| !value.starts_with(OWN_ID))
     {
         hide(kind, value, values);
     }
@@ -79,9 +84,11 @@ fn below(element: &mut Element, values: &mut Vec<(Volatile, String)>) {
             }
         }
     }
-    // Lists of items come in the order of a server's hash table.
-    if matches!(element.ns.as_str(), MUC_USER | MUC_ADMIN | DISCO_ITEMS | ROSTER) {
-        sort_items(&mut element.children);
+    // Sets come in the order of a server's hash table.
+    match element.ns.as_str() {
+        MUC_USER | MUC_ADMIN | DISCO_ITEMS | ROSTER => sort(&mut element.children, |child| child.name == "item"),
+        DISCO_INFO => sort(&mut element.children, |_| true),
+        _ => {}
     }
     for node in &mut element.children {
         if let Node::Element(child) = node {
@@ -90,13 +97,21 @@ fn below(element: &mut Element, values: &mut Vec<(Volatile, String)>) {
     }
 }
 
-/// Sorts every run of `<item/>`s among themselves.
-fn sort_items(children: &mut [Node]) {
-    let is_item = |node: &Node| matches!(node, Node::Element(element) if element.name == "item");
-    for run in children.chunk_by_mut(|one, other| is_item(one) && is_item(other)) {
+/// Sorts every run of such elements among themselves.
+fn sort(children: &mut [Node], is_of_set: impl Fn(&Element) -> bool) {
+    let is_of_set = |node: &Node| matches!(node, Node::Element(element) if is_of_set(element));
+    for run in children.chunk_by_mut(|one, other| is_of_set(one) && is_of_set(other)) {
         run.sort_by_cached_key(|node| match node {
             Node::Element(element) => element.canonical(),
             Node::Text(text) => text.clone(),
         });
     }
+}
+
+/// Whether a server asks for the meaning of a capabilities hash (XEP-0115 §6.2). Whom it asks, on behalf of whom and when
+/// depends on what it has heard first and on what it still remembers: that is its own affair, and not compared.
+pub fn is_capabilities_request(stanza: &Element) -> bool {
+    let query = stanza.child(DISCO_INFO, "query").and_then(|query| query.attr("node"));
+    let own = stanza.attr("id").is_some_and(|id| id.starts_with(OWN_ID));
+    !own && stanza.name == "iq" && stanza.attr("type") == Some("get") && query.is_some_and(|node| node.contains('#'))
 }
