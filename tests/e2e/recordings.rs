@@ -11,7 +11,9 @@ use narrows_lab::{
 
 use crate::stage::{pair, stand, words};
 
-const SEEDS: std::ops::RangeInclusive<u64> = 1..=5;
+/// Not 5: there, with rooms on ejabberd, plain S2S itself is not the same twice. Prosody sometimes tells a room nothing when
+/// an occupant's client closes its stream (b4 in step 32), and nobody sees it leave.
+const SEEDS: [u64; 5] = [1, 2, 3, 4, 6];
 const STEPS: usize = 60;
 
 fn record(name: &str, a: ServerSpec, b: ServerSpec, layout: Layout) -> Vec<Recording> {
@@ -19,9 +21,14 @@ fn record(name: &str, a: ServerSpec, b: ServerSpec, layout: Layout) -> Vec<Recor
     let stand = stand(name, Profile::lan(), a, b, 0, layout);
     let stage = WorldStage::new(&stand.world);
     SEEDS
+        .into_iter()
         .map(|seed| {
             recording::recording(&stage, seed, STEPS).unwrap_or_else(|failure| {
-                let words = if through_pair { words(&stand.world) } else { String::new() };
+                let words = if through_pair {
+                    words(&stand.world)
+                } else {
+                    String::new()
+                };
                 panic!("{name}, seed {seed}: {failure}\n{words}")
             })
         })
@@ -31,8 +38,12 @@ fn record(name: &str, a: ServerSpec, b: ServerSpec, layout: Layout) -> Vec<Recor
 fn equals_plain(name: &str, a: &dyn Fn() -> ServerSpec, b: &dyn Fn() -> ServerSpec) {
     let plain = record(&format!("{name}d"), a(), b(), Layout::Direct);
     let pair = record(&format!("{name}n"), a(), b(), pair());
-    for ((seed, plain), pair) in SEEDS.zip(&plain).zip(&pair) {
-        assert!(plain.stanzas() > 300, "{name}, seed {seed}: only {} stanzas", plain.stanzas());
+    for ((seed, plain), pair) in SEEDS.iter().zip(&plain).zip(&pair) {
+        assert!(
+            plain.stanzas() > 300,
+            "{name}, seed {seed}: only {} stanzas",
+            plain.stanzas()
+        );
         compare(plain, pair).unwrap_or_else(|differences| panic!("{name}, seed {seed}: {differences}"));
     }
 }
