@@ -4,4 +4,5 @@
 //! do not carry eight servers.
 
 mod acts;
+mod recordings;
 mod stage;
