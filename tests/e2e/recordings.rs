@@ -21,7 +21,11 @@ fn record(name: &str, a: ServerSpec, b: ServerSpec, layout: Layout) -> Vec<Recor
     SEEDS
         .map(|seed| {
             recording::recording(&stage, seed, STEPS).unwrap_or_else(|failure| {
-                let words = if through_pair { words(&stand.world) } else { String::new() };
+                let words = if through_pair {
+                    words(&stand.world)
+                } else {
+                    String::new()
+                };
                 panic!("{name}, seed {seed}: {failure}\n{words}")
             })
         })
@@ -32,7 +36,11 @@ fn equals_plain(name: &str, a: &dyn Fn() -> ServerSpec, b: &dyn Fn() -> ServerSp
     let plain = record(&format!("{name}d"), a(), b(), Layout::Direct);
     let pair = record(&format!("{name}n"), a(), b(), pair());
     for ((seed, plain), pair) in SEEDS.zip(&plain).zip(&pair) {
-        assert!(plain.stanzas() > 300, "{name}, seed {seed}: only {} stanzas", plain.stanzas());
+        assert!(
+            plain.stanzas() > 300,
+            "{name}, seed {seed}: only {} stanzas",
+            plain.stanzas()
+        );
         compare(plain, pair).unwrap_or_else(|differences| panic!("{name}, seed {seed}: {differences}"));
     }
 }
