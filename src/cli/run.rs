@@ -448,7 +448,7 @@ fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
         spool: QueueStatus {
             entries: levels.spool_entries,
             bytes: levels.spool_bytes,
-            oldest_seconds: (levels.spool_entries > 0).then(|| report.spool_oldest.as_secs_f64()),
+            oldest_seconds: (levels.spool_entries > 0).then_some(report.spool_oldest.as_secs_f64()),
         },
         inbox: QueueStatus {
             entries: levels.inbox_entries,

@@ -449,7 +449,7 @@ impl World {
                 continue;
             }
             let some = self.random.below(end.written.len() as u64 + 1);
-            for _ in 0..some {
+            if some > 0 {
                 let bytes = end.written.pop_front().expect("counted above");
                 end.read += 1;
                 self.sites[index].heard.push(Copy::read(&bytes));
@@ -458,7 +458,6 @@ impl World {
                 if end.acks {
                     end.confirmed = end.read;
                 }
-                break;
             }
             let end = self.sites[index].lanes.get_mut(&key).expect("still there");
             let stanzas = end.confirmed;
