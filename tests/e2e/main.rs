@@ -4,4 +4,5 @@
 //! do not carry eight servers.
 
 mod acts;
+mod one_copy;
 mod stage;
