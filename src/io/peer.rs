@@ -568,7 +568,7 @@ impl Owner {
         }
         m::ENTRIES.follow((peer, Direction::Sent), stats.entries_sent);
         m::ENTRIES.follow((peer, Direction::Received), stats.entries_received);
-        m::CASTS.follow((peer, Direction::Sent), stats.casts);
+        m::CASTS.follow((peer, Direction::Sent), stats.shared);
         m::COPIES.follow((peer, Direction::Sent), stats.copies_accepted);
         m::COPIES.follow((peer, Direction::Received), stats.copies_delivered);
         m::STANZA_BYTES.follow((peer, Direction::Sent), stats.copy_bytes_accepted);

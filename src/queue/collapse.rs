@@ -142,7 +142,11 @@ impl Collapse {
             to_domain: domain_of(&to).to_owned(),
         };
         let stanza_type = stanza.stanza_type();
-        let spread = Spread::of(stanza.kind(), stanza_type.as_deref(), self.sessions.contains_key(&flow));
+        let mut spread = Spread::of(stanza.kind(), stanza_type.as_deref(), self.sessions.contains_key(&flow));
+        if spread == Spread::Room && stanza.is_for_newcomers() {
+            // It tells nothing of who else is in the room.
+            spread = Spread::Some;
+        }
         let to: Address = to.into();
         self.learn(&flow, stanza, stanza_type.as_deref(), &to);
 
@@ -453,6 +457,36 @@ mod tests {
         assert_eq!(sealed(&mut collapse), []);
         say(&mut collapse, 3..4, "welcome", 501);
         assert_eq!(sealed(&mut collapse), [(4, 4)]);
+    }
+
+    /// What a room plays back to a newcomer does not make it forget the others: its next message is one cast again.
+    ///
+    /// Three are known, a fourth enters and is sent old messages and the subject, then the room speaks.
+    #[test]
+    fn a_newcomers_history_and_subject_are_not_the_whole_room() {
+        let newcomer = "b3@b.example/r";
+        let playback = [
+            format!(
+                "<message from='r@c.example/n' to='{newcomer}' type='groupchat'><body>old</body>\
+                 <delay xmlns='urn:xmpp:delay' stamp='2026-01-01T12:00:00Z'/></message>"
+            ),
+            format!("<message from='r@c.example' to='{newcomer}' type='groupchat'><subject/></message>"),
+        ];
+        for playback in playback {
+            let mut collapse = Collapse::new(Seq(0), WINDOW);
+            for n in 0..3 {
+                collapse.handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "one"), at(0));
+            }
+            collapse.handle_timeout(at(100));
+            collapse.handle_stanza(&own_presence("r@c.example", newcomer), at(200));
+            collapse.handle_stanza(&stanza(&playback), at(200));
+            collapse.handle_timeout(at(300));
+            assert_eq!(sealed(&mut collapse), [(1, 3), (2, 1), (3, 1)]);
+            for n in (0..4).rev() {
+                collapse.handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "two"), at(400));
+            }
+            assert_eq!(sealed(&mut collapse), [(4, 4)]);
+        }
     }
 
     /// The same words twice are two messages: join, part and join again must not become one (a repeated recipient).

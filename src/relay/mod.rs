@@ -114,6 +114,8 @@ pub struct RelayStats {
     pub copy_bytes_accepted: u64,
     /// Slots that they became.
     pub casts: u64,
+    /// Of which have more than one recipient.
+    pub shared: u64,
     /// Stanzas that were refused because the spool was full.
     pub refused: u64,
     pub entries_sent: u64,
@@ -374,11 +376,11 @@ impl Relay {
             },
             Input::LinkDown => self.drop_link(),
             Input::Drain => {
-                self.outward.seal_all(self.batch.number, now);
+                self.outward.seal_all(self.batch.number, now, &mut self.stats);
                 self.inward.stop();
             }
             Input::Timeout => {
-                self.outward.handle_timeout(self.batch.number, now);
+                self.outward.handle_timeout(self.batch.number, now, &mut self.stats);
                 self.handle_session(session::Input::Timeout, now);
             }
         }

@@ -110,17 +110,17 @@ impl Outward {
             }
             Some((_, false)) => {}
         }
-        self.drain_collapse(batch, now);
+        self.drain_collapse(batch, now, stats);
     }
 
-    pub fn handle_timeout(&mut self, batch: u64, now: Now) {
+    pub fn handle_timeout(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
         self.collapse.handle_timeout(now);
-        self.drain_collapse(batch, now);
+        self.drain_collapse(batch, now, stats);
     }
 
-    pub fn seal_all(&mut self, batch: u64, now: Now) {
+    pub fn seal_all(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
         self.collapse.seal_all();
-        self.drain_collapse(batch, now);
+        self.drain_collapse(batch, now, stats);
     }
 
     /// The link is up and the peer holds what `received` says.
@@ -234,7 +234,7 @@ impl Outward {
         }
     }
 
-    fn drain_collapse(&mut self, batch: u64, now: Now) {
+    fn drain_collapse(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
         while let Some(output) = self.collapse.poll_output() {
             match output {
                 collapse::Output::Write { seq, cast } => {
@@ -244,6 +244,7 @@ impl Outward {
                     self.outputs.push_back(Output::Change(Change::PutSpool { seq, entry }));
                 }
                 collapse::Output::Sealed { seq, flow, cast } => {
+                    stats.shared += u64::from(cast.recipients.len() > 1);
                     if self.reading.is_some() {
                         self.sealed_while_reading.insert(seq, (flow.clone(), cast.clone()));
                     }

@@ -4,5 +4,6 @@
 //! do not carry eight servers.
 
 mod acts;
+mod one_copy;
 mod recordings;
 mod stage;

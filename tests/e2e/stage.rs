@@ -14,7 +14,17 @@ pub struct Stand {
 
 /// The pair between two servers.
 pub fn pair() -> Layout {
-    Layout::Sidecar(SidecarSpec::new(env!("CARGO_BIN_EXE_narrows")))
+    pair_with(&[])
+}
+
+/// The pair, with lines added to sections of both configurations.
+pub fn pair_with(settings: &[(&str, &str)]) -> Layout {
+    let spec = SidecarSpec::new(env!("CARGO_BIN_EXE_narrows"));
+    Layout::Sidecar(
+        settings
+            .iter()
+            .fold(spec, |spec, (section, line)| spec.yaml(section, line)),
+    )
 }
 
 pub fn stand(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: usize, layout: Layout) -> Stand {
