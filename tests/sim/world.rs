@@ -182,6 +182,7 @@ fn settings(name: char, other: char, random: &mut Random) -> Settings {
         queue_bytes_max: 1 << 30,
         queue_entries_max: 1 << 30,
         lanes_per_pair: 1 + (random.below(3) as u8),
+        memory_bytes: narrows::relay::MEMORY_BYTES,
         batch_bytes: 4096,
         compress: true,
         site: None,
