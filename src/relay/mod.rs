@@ -585,7 +585,7 @@ impl Relay {
             dictionary: if self.settings.compress {
                 compress::dictionary_id()
             } else {
-                0
+                compress::NO_COMPRESSION
             },
             entry_bytes_max: ENTRY_BYTES_MAX as u64,
             ack_delay_ms: u64::try_from(self.settings.session.ack_delay.as_millis()).unwrap_or(u64::MAX),
