@@ -4,4 +4,7 @@
 //! do not carry eight servers.
 
 mod acts;
+mod cast;
+mod faults;
+mod outage;
 mod stage;
