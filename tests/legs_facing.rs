@@ -72,6 +72,7 @@ fn context(local: &str, far: &str, identity: Arc<Identity>, roots: Roots, server
         acceptor: Acceptor::new(Arc::clone(&identity), Arc::clone(&roots)).unwrap(),
         connector: Connector::new(identity, roots, ServerTrust::Any).unwrap(),
         resolver: Resolver::default(),
+        receipts: narrows::io::receipts::Receipts::default(),
         server: Location::Fixed {
             host: server.ip().to_string(),
             port: server.port(),

@@ -39,6 +39,7 @@ use crate::{
         legs::{self, LegHandle, Legs, Routes},
         link::{self, LinkStartError, LinkTimes, PeerConfig},
         peer::{self, Peer, Report},
+        receipts::Receipts,
         store::{self, StoreError},
         tls::{self, Acceptor, ChainAndKey, Connector, Roots, ServerTrust, TlsError},
     },
@@ -304,6 +305,7 @@ fn leg_context(config: &Config, clock: Clock, background: &mut JoinSet<()>) -> R
         acceptor: Acceptor::new(Arc::clone(&identity), Arc::clone(&roots))?,
         connector: Connector::new(identity, roots, trust)?,
         resolver: Resolver::default(),
+        receipts: Receipts::default(),
         server: match &config.local.server {
             Some(server) => Location::Fixed {
                 host: server.host.clone(),

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use narrows_lab::{Dial, Ejabberd, Layout, Profile, Prosody, ServerSpec, Way, World};
+use narrows_lab::{Ejabberd, Layout, Profile, Prosody, ServerSpec};
 
 use crate::{
     cast::{Cast, Outcomes, enter, sign_in},
@@ -55,7 +55,7 @@ fn through_an_outage(name: &str, a: ServerSpec, b: ServerSpec, outage: Duration)
     let world = &stand.world;
     let fail = |what: String| -> ! { panic!("{name}: {what}\n{}", words(world)) };
     let mut cast = Cast::gather(world, "outage").unwrap_or_else(|failure| fail(failure.0));
-    let mut speak = |cast: &mut Cast<'_>| -> Outcome {
+    let speak = |cast: &mut Cast<'_>| -> Outcome {
         cast.say(0, "from the shore")?;
         cast.say(1, "from the ship")
     };
@@ -69,14 +69,20 @@ fn through_an_outage(name: &str, a: ServerSpec, b: ServerSpec, outage: Duration)
         speak(&mut cast).unwrap_or_else(|failure| fail(failure.0));
         sleep(SAID_EVERY.min(outage.saturating_sub(since.elapsed())));
     }
-    let (all, waits) = (cast.sent(), world.a.sidecar().metrics().and_then(|a| {
-        let b = world.b.sidecar().metrics()?;
-        Ok((a.sum("narrows_spool_entries", &[]), b.sum("narrows_spool_entries", &[])))
-    }));
+    let (all, waits) = (
+        cast.sent(),
+        world.a.sidecar().metrics().and_then(|a| {
+            let b = world.b.sidecar().metrics()?;
+            Ok((a.sum("narrows_spool_entries", &[]), b.sum("narrows_spool_entries", &[])))
+        }),
+    );
     world.link.up();
     let up = Instant::now();
     // The farthest: what the ship says comes back from the room to the ship, and the witness ashore has it before.
-    let last = cast.far[4..].iter().chain([&cast.adam]).map(|client| wait_for(client, all, SETTLE));
+    let last = cast.far[4..]
+        .iter()
+        .chain([&cast.adam])
+        .map(|client| wait_for(client, all, SETTLE));
     let last: Option<Vec<Instant>> = last.collect();
     let Some(took) = last.and_then(|last| last.into_iter().max()).map(|last| last - up) else {
         fail(format!("not everything came within {SETTLE:?}\n{}", cast.outcomes()));
