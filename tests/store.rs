@@ -243,11 +243,11 @@ fn answers_every_batch_once_and_in_order() {
 #[test]
 fn kill_loses_nothing_answered() {
     if let Some(path) = child_store() {
-        let error = store_load::run(&path, io::stderr());
+        let error = store_load::run(&path, Options::default(), io::stderr());
         panic!("{error}");
     }
     let (_folder, path) = temp();
-    let mut checker = Checker::new();
+    let mut checker = Checker::new(Options::default());
     let mut answered = 0;
     for round in 0..25_usize {
         let mut writer = child("kill_loses_nothing_answered", &path)
@@ -359,6 +359,7 @@ fn full_file_stops_acceptance() {
     let (answers, incoming) = mpsc::channel();
     let options = Options {
         file_bytes_max: Some(200_000),
+        ..Options::default()
     };
     let (store, _) = store::open(&path, options, move |answer| {
         let _ = answers.send(answer);
@@ -584,7 +585,7 @@ fn what_is_not_a_store_is_refused_and_left_alone() {
         (vec![], Fault::Corrupt),
         (b"<stream:stream>".repeat(99), Fault::NotAStore),
         (altered(0, b"no database"), Fault::NotAStore),
-        (altered(60, &[0, 0, 0, 2]), Fault::Version),
+        (altered(60, &[0, 0, 0, 3]), Fault::Version),
         (altered(68, &[0, 0, 0, 0]), Fault::NotAStore),
         (sound[..sound.len() / 2].to_vec(), Fault::Corrupt),
     ] {

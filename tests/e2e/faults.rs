@@ -161,3 +161,56 @@ fn weather_prosody_and_ejabberd() {
 fn weather_ejabberd_and_prosody() {
     weather("wep", Ejabberd::stock(), Prosody::stock(), seed(2));
 }
+
+#[test]
+fn burst() {
+    let stand = stand(
+        "burst",
+        Profile::lan(),
+        unthrottled(Prosody::stock()),
+        unthrottled(Ejabberd::stock()),
+        0,
+        Layout::Sidecar(held_pair().env("RUST_LOG", "debug")),
+    );
+    let world = &stand.world;
+    let mut cast = Cast::gather(world, "storm").unwrap();
+    let mut before = 0;
+    for trial in 0..6 {
+        world.a.sidecar().kill9().unwrap();
+        let ups = |site: &Site| {
+            std::fs::read_to_string(site.sidecar().log_path())
+                .unwrap()
+                .matches("Link is up")
+                .count()
+        };
+        let had = ups(&world.b);
+        for _ in 0..40 {
+            for s in 0..5 {
+                cast.say(
+                    s,
+                    "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx",
+                )
+                .unwrap();
+            }
+            sleep(Duration::from_millis(5));
+        }
+        world.a.sidecar().start_again().unwrap();
+        while ups(&world.b) == had {
+            sleep(Duration::from_millis(1));
+        }
+        let wait = 20 + 40 * trial;
+        sleep(Duration::from_millis(wait));
+        let m = world.b.sidecar().metrics().unwrap();
+        let inbox = m.sum("narrows_inbox_entries", &[]);
+        let unconf = m.sum("narrows_lane_unconfirmed", &[]);
+        world.b.sidecar().kill9().unwrap();
+        world.b.sidecar().start_again().unwrap();
+        cast.settle(SETTLE).unwrap();
+        let o = cast.outcomes();
+        eprintln!(
+            "wait {wait} inbox {inbox} unconf {unconf} lost {} \n{o}",
+            o.lost() - before
+        );
+        before = o.lost();
+    }
+}

@@ -164,9 +164,12 @@ impl Fate {
             }
             last = last.max(Some(place));
         }
-        for message in places.keys().filter(|message| !had.contains(**message)) {
+        let missed = places.len() - places.keys().filter(|message| had.contains(**message)).count();
+        if missed > 0 {
             self.notes
-                .push(format!("{name} never heard {} {}", message.0, message.1));
+                .push(format!("{name} never heard {missed} of {}", places.len()));
+        }
+        for message in places.keys().filter(|message| !had.contains(**message)) {
             self.not_heard.insert((*message).clone());
         }
     }
