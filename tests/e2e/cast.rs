@@ -34,6 +34,8 @@ pub struct Cast<'w> {
     pub far: Vec<Client>,
     room_sent: BTreeMap<String, usize>,
     talk_sent: BTreeMap<String, usize>,
+    /// When each was said in the room.
+    pub said_at: BTreeMap<(String, usize), Instant>,
 }
 
 /// What came of it.
@@ -83,11 +85,7 @@ impl<'w> Cast<'w> {
         let stage = WorldStage::new(world);
         let room = format!("{room}@{}", stage.rooms(Side::A));
         let alice = sign_in(&stage, Side::A, "alice")?;
-        enter(&stage, &alice, &room)?;
-        let answer = alice.ask("set", &room, FORM, stage.patience())?;
-        if answer.kind() != "result" {
-            return Err(Failure(format!("the room is not made: {}", answer.raw)));
-        }
+        make_room(&stage, &alice, &room)?;
         let adam = sign_in(&stage, Side::A, "adam")?;
         enter(&stage, &adam, &room)?;
         let mut far = Vec::new();
@@ -104,6 +102,7 @@ impl<'w> Cast<'w> {
             far,
             room_sent: BTreeMap::new(),
             talk_sent: BTreeMap::new(),
+            said_at: BTreeMap::new(),
         })
     }
 
@@ -130,6 +129,7 @@ impl<'w> Cast<'w> {
         };
         let count = self.room_sent.entry(client.user().to_owned()).or_default();
         *count += 1;
+        self.said_at.insert((client.user().to_owned(), *count), Instant::now());
         speak(client, &self.room, *count, more)
     }
 
@@ -215,6 +215,16 @@ pub fn sign_in(stage: &WorldStage<'_>, side: Side, user: &str) -> Outcome<Client
     let client = stage.connect(side, user, RESOURCE)?;
     client.presence("")?;
     Ok(client)
+}
+
+/// Makes a room by entering it.
+pub fn make_room(stage: &WorldStage<'_>, owner: &Client, room: &str) -> Outcome {
+    enter(stage, owner, room)?;
+    let answer = owner.ask("set", room, FORM, stage.patience())?;
+    match answer.kind() {
+        "result" => Ok(()),
+        _ => Err(Failure(format!("the room is not made: {}", answer.raw))),
+    }
 }
 
 /// Enters, without history, and waits until the room says that it has happened.

@@ -29,7 +29,9 @@ const SETTLE: Duration = Duration::from_secs(60);
 
 /// The pair, with sockets that outlive it.
 pub fn held_pair() -> SidecarSpec {
-    SidecarSpec::new(env!("CARGO_BIN_EXE_narrows")).held()
+    SidecarSpec::new(env!("CARGO_BIN_EXE_narrows"))
+        .held()
+        .env("RUST_LOG", "narrows=trace")
 }
 
 pub fn long() -> bool {
@@ -52,13 +54,18 @@ pub fn unthrottled(server: ServerSpec) -> ServerSpec {
 #[derive(Debug, Default)]
 struct Blows {
     kills: usize,
+    /// Where, when, and how long the process took to be gone.
+    killed: Vec<(String, Instant, Duration)>,
     cuts: usize,
     cut_time: Duration,
 }
 
 /// Ends a sidecar as a power cut would, and starts it again within a second.
-fn kill(site: &Site, dice: &mut Dice) {
+fn kill(site: &Site, dice: &mut Dice, blows: &mut Blows) {
+    let at = Instant::now();
     site.sidecar().kill9().expect("the sidecar is killed");
+    blows.kills += 1;
+    blows.killed.push((site.domain().to_owned(), at, at.elapsed()));
     sleep(Duration::from_millis(dice.below(1000) as u64));
     site.sidecar().start_again().expect("the sidecar starts again");
 }
@@ -71,12 +78,10 @@ fn storm(world: &World, dice: &mut Dice, said: &AtomicBool) -> Blows {
         sleep(Duration::from_millis(200 + dice.below(1800) as u64));
         match dice.below(3) {
             0 => {
-                kill(&world.a, dice);
-                blows.kills += 1;
+                kill(&world.a, dice, &mut blows);
             }
             1 => {
-                kill(&world.b, dice);
-                blows.kills += 1;
+                kill(&world.b, dice, &mut blows);
             }
             _ => {
                 // Mostly short: the smaller of two throws.
@@ -85,8 +90,7 @@ fn storm(world: &World, dice: &mut Dice, said: &AtomicBool) -> Blows {
                 world.link.down();
                 if dice.chance(50) {
                     sleep(Duration::from_millis(dice.below(cut as usize) as u64));
-                    kill(if dice.chance(50) { &world.a } else { &world.b }, dice);
-                    blows.kills += 1;
+                    kill(if dice.chance(50) { &world.a } else { &world.b }, dice, &mut blows);
                 }
                 sleep(Duration::from_millis(cut).saturating_sub(since.elapsed()));
                 world.link.up();
@@ -111,7 +115,7 @@ fn weather(name: &str, a: ServerSpec, b: ServerSpec, seed: u64) {
         unthrottled(a),
         unthrottled(b),
         0,
-        Layout::Sidecar(held_pair()),
+        Layout::Sidecar(held_pair().in_memory()),
     );
     let world = &stand.world;
     let fail = |what: String| -> ! { panic!("{name}, seed {seed}: {what}\n{}", words(world)) };
@@ -141,6 +145,32 @@ fn weather(name: &str, a: ServerSpec, b: ServerSpec, seed: u64) {
         blows.cuts,
         blows.cut_time.as_secs_f64()
     );
+    let t0 = blows.killed[0].1;
+    for (site, at, took) in &blows.killed {
+        println!(
+            "kill {site} at {:.3} took {:.3}",
+            (*at - t0).as_secs_f64(),
+            took.as_secs_f64()
+        );
+    }
+    let mut all: Vec<_> = outcomes
+        .room
+        .not_heard
+        .iter()
+        .map(|m| ("unheard", m))
+        .chain(outcomes.room.not_entered.iter().map(|m| ("unentered", m)))
+        .map(|(w, m)| {
+            (
+                cast.said_at[m].saturating_duration_since(t0).as_secs_f64(),
+                w,
+                m.clone(),
+            )
+        })
+        .collect();
+    all.sort_by(|a, b| a.0.total_cmp(&b.0));
+    for (at, what, m) in all {
+        println!("  {what} {m:?} said at {at:.3}");
+    }
     if let Err(failure) = settled {
         fail(format!("it does not settle: {failure}\n{outcomes}"));
     }

@@ -6,5 +6,6 @@
 mod acts;
 mod cast;
 mod faults;
+mod management;
 mod outage;
 mod stage;

@@ -8,19 +8,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-use narrows_lab::{Ejabberd, Layout, Profile, Prosody, ServerSpec};
-
-use crate::{
-    cast::{Cast, Outcomes, enter, sign_in},
-    faults::{held_pair, long, unthrottled},
-    stage::{stand, words},
-};
 use narrows_lab::{
+    Ejabberd, Layout, Profile, Prosody, ServerSpec,
     client::{Client, Outcome},
     load::heard,
     scenario::{Side, Stage, WorldStage},
 };
 
+use crate::{
+    cast::{Cast, Outcomes, make_room, sign_in},
+    faults::{held_pair, long, unthrottled},
+    stage::{stand, words},
+};
 /// What the issue asks for; plain S2S takes 50 to 57 s.
 const BACK_AFTER_MAX: Duration = Duration::from_secs(5);
 
@@ -128,4 +127,49 @@ fn long_outage() -> Duration {
         true => Duration::from_secs(600),
         false => Duration::from_secs(45),
     }
+}
+
+/// From the first packet on a cold link to the answer of a room: four round trips. TCP takes one, TLS one, the greeting half of one
+/// each way, and the join and its answer the last; plain S2S takes 15 to 19.
+///
+/// The join waits at the ship's server until the sidecars run. What is counted is time over the round trip, so what the servers take
+/// is in it.
+#[test]
+fn first_answer_over_a_cold_link() {
+    let stand = stand(
+        "cold",
+        Profile::rtt600(),
+        Prosody::stock(),
+        Ejabberd::stock(),
+        0,
+        Layout::Sidecar(held_pair()),
+    );
+    let world = &stand.world;
+    let fail = |what: String| -> ! { panic!("{what}\n{}", words(world)) };
+    let scene = || -> Outcome<Duration> {
+        let stage = WorldStage::new(world);
+        let room = format!("cold@{}", stage.rooms(Side::A));
+        let alice = sign_in(&stage, Side::A, "alice")?;
+        make_room(&stage, &alice, &room)?;
+        let b1 = sign_in(&stage, Side::B, "b1")?;
+        for site in [&world.a, &world.b] {
+            site.sidecar().kill9()?;
+        }
+        // What the old connection still had under way passes.
+        sleep(Duration::from_secs(2));
+        b1.join(&room, "b1", None, Some(0))?;
+        world.a.sidecar().start_again()?;
+        world.link.reset();
+        world.b.sidecar().launch()?;
+        while world.link.stats().b_to_a.sent.packets == 0 {
+            sleep(Duration::from_millis(1));
+        }
+        let first_packet = Instant::now();
+        b1.expect("the room's answer", SETTLE, |stanza| stanza.has_status("110"))?;
+        Ok(first_packet.elapsed())
+    };
+    let took = scene().unwrap_or_else(|failure| fail(failure.0));
+    let round_trips = took.as_secs_f64() / 0.6;
+    println!("cold link: the first answer after {took:.2?}, {round_trips:.2} round trips");
+    assert!(round_trips < 5.0, "{round_trips:.2} round trips");
 }

@@ -54,6 +54,7 @@ pub struct SidecarSpec {
     pub(crate) dial: Dial,
     pub(crate) direct_tls: bool,
     pub(crate) held: bool,
+    pub(crate) in_memory: bool,
     environment: Vec<(String, String)>,
     sections: BTreeMap<String, Vec<String>>,
 }
@@ -66,6 +67,7 @@ impl SidecarSpec {
             dial: Dial::default(),
             direct_tls: false,
             held: false,
+            in_memory: false,
             environment: Vec::new(),
             sections: BTreeMap::new(),
         }
@@ -87,6 +89,12 @@ impl SidecarSpec {
     /// dead, connections wait.
     pub fn held(mut self) -> Self {
         self.held = true;
+        self
+    }
+
+    /// The spools are in memory: a kill finds them as on a disk, and how long a flush takes is not a matter of the machine.
+    pub fn in_memory(mut self) -> Self {
+        self.in_memory = true;
         self
     }
 
@@ -140,12 +148,42 @@ pub struct Sidecar {
     /// See [`SidecarSpec::held`].
     held: Option<TcpListener>,
     process: Mutex<Option<Process>>,
+    _memory: Option<Memory>,
+}
+
+/// A directory in memory, gone when dropped.
+#[derive(Debug)]
+struct Memory(PathBuf);
+
+impl Memory {
+    /// Named after the directory that it serves, which no two worlds share.
+    fn new(served: &Path) -> io::Result<Self> {
+        let name: Vec<_> = served.iter().skip(1).map(|part| part.to_string_lossy()).collect();
+        let path = Path::new("/dev/shm").join(name.join("-"));
+        fs::create_dir_all(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here.
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 impl Sidecar {
     /// Makes its key and its authority; it does not run yet.
     pub fn prepare(spec: &SidecarSpec, post: Post) -> io::Result<Self> {
-        fs::create_dir_all(post.dir.join("data"))?;
+        fs::create_dir_all(&post.dir)?;
+        let memory = match spec.in_memory {
+            true => Some(Memory::new(&post.dir)?),
+            false => None,
+        };
+        match &memory {
+            Some(Memory(path)) => std::os::unix::fs::symlink(path, post.dir.join("data"))?,
+            None => fs::create_dir_all(post.dir.join("data"))?,
+        }
         let narrows = |words: &[&str], path: &Path| {
             let mut command = post.namespace.command(&spec.binary)?;
             command.args(words).arg(path);
@@ -160,6 +198,7 @@ impl Sidecar {
             environment: spec.environment.clone(),
             public_key,
             held,
+            _memory: memory,
             process: Mutex::new(None),
             post,
         })
