@@ -273,6 +273,58 @@ fn kill_loses_nothing_answered() {
     );
 }
 
+/// A mark that nobody was told of is taken back after a kill, because nothing was written for it; after a restart of the system, when
+/// it cannot be known, it counts.
+///
+/// Mark twice, and look at the store as a kill after the second flush would have left it: with the note of the first.
+#[test]
+fn untold_marks_are_taken_back() {
+    let mark = |number: u64, given: u8| {
+        let mut changes = vec![Change::MarkInbox {
+            seq: Seq(1),
+            given: vec![given],
+        }];
+        if number == 1 {
+            let entry = Bytes::from_static(b"entry");
+            changes.insert(0, Change::PutInbox { seq: Seq(1), entry });
+        }
+        Request::Commit(Batch { number, changes })
+    };
+    let beside = |path: &Path, suffix: &str| PathBuf::from(format!("{}{suffix}", path.display()));
+    let (_folder, path) = temp();
+    let (store, answers, _) = open(&path);
+    store.submit(mark(1, 0b01));
+    committed(&answers, 1);
+    let told = fs::read(beside(&path, "-given")).unwrap();
+    store.submit(mark(2, 0b11));
+    committed(&answers, 2);
+
+    for (boot_id, noted, given) in [
+        (Options::default().boot_id, Some(&told), 0b01),
+        (Options::default().boot_id, None, 0b11),
+        (Some(*b"00000000-0000-0000-0000-000000000000"), Some(&told), 0b11),
+        (None, Some(&told), 0b11),
+    ] {
+        let (_folder, copy) = temp();
+        for suffix in ["", "-wal"] {
+            fs::copy(beside(&path, suffix), beside(&copy, suffix)).unwrap();
+        }
+        if let Some(noted) = noted {
+            fs::write(beside(&copy, "-given"), noted).unwrap();
+        }
+        let (said, killed_answers) = mpsc::channel();
+        let options = Options {
+            boot_id,
+            ..Options::default()
+        };
+        let (killed, _) = store::open(&copy, options, move |answer| said.send(answer).unwrap()).unwrap();
+        let (_, inbox) = read_all(&killed, &killed_answers);
+        assert_eq!(inbox[0].given, [given], "{boot_id:?}, note {}", noted.is_some());
+        killed.close();
+    }
+    store.close();
+}
+
 /// The last answer that a dead child wrote; one more may be cut.
 fn rest_of_answers(mut pipe: impl Read) -> Option<u64> {
     let mut bytes = Vec::new();

@@ -86,6 +86,10 @@ pub struct Local {
 pub struct Legs {
     /// Where the local server finds the far domains: the addresses that DNS or the server's own override gives for them.
     ///
+    /// A server that finds nobody there puts the far users out of its rooms at once, so it is well to have these sockets held by
+    /// systemd (`ListenStream=` of a `.socket` unit, the same addresses): then connections wait while narrows restarts. Sockets that
+    /// are passed in this way are used.
+    ///
     /// Default `127.0.0.1:5299`: the server is on the same machine and has 5269 itself.
     #[schemars(length(min = 1))]
     pub listen: Vec<ListenAddress>,

@@ -8,4 +8,5 @@ mod cast;
 mod faults;
 mod management;
 mod outage;
+mod restarts;
 mod stage;
