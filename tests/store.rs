@@ -13,11 +13,11 @@ use bytes::Bytes;
 use narrows::{
     codec::position::{Epoch, Received, Seq},
     io::store::{self, Answer, Fault, Options, Request, Store, StoreError},
-    queue::journal::{Batch, Change, Model, Slot},
+    queue::journal::{Batch, Change, Model, Opening, Slot},
 };
 use proptest::prelude::*;
 
-use self::store_load::{Checker, open, read_all};
+use self::store_load::{Checker, open_with, read_all};
 
 mod store_load;
 
@@ -41,6 +41,10 @@ fn child(test: &str, path: &Path) -> Command {
 
 fn child_store() -> Option<PathBuf> {
     env::var_os(CHILD_STORE).map(PathBuf::from)
+}
+
+fn open(path: &Path) -> (Store, mpsc::Receiver<Answer>, Opening) {
+    open_with(path, Options::default())
 }
 
 fn put_spool(number: u64, seq: u64, size: usize) -> Request {

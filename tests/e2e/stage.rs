@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use narrows_lab::{Layout, Limits, Profile, ServerSpec, SidecarSpec, World, scenario::accounts};
+use narrows_lab::{Layout, Limits, Profile, ServerSpec, SidecarSpec, Vouched, World, scenario::accounts};
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
@@ -18,6 +18,20 @@ pub fn pair() -> Layout {
 }
 
 pub fn stand(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: usize, layout: Layout) -> Stand {
+    stand_vouched(name, profile, a, b, crowd, layout, Vouched::ByNobody)
+}
+
+/// With servers' certificates as they are said to be. Behind sidecars those of Debian's packages are vouched for by nobody, and the servers
+/// prove themselves by dialback.
+pub fn stand_vouched(
+    name: &str,
+    profile: Profile,
+    a: ServerSpec,
+    b: ServerSpec,
+    crowd: usize,
+    layout: Layout,
+    vouched: Vouched,
+) -> Stand {
     let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let world = World::builder(name)
         .link(profile)
@@ -26,6 +40,7 @@ pub fn stand(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: 
         .users_a(accounts(crowd))
         .users_b(accounts(crowd))
         .layout(layout)
+        .certificates(vouched)
         .start()
         .expect("the world starts");
     Stand { world, _alone: alone }

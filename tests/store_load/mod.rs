@@ -65,11 +65,7 @@ fn content(number: u64, size: u64) -> Bytes {
 }
 
 /// Opens a store whose answers can be waited for.
-pub fn open(path: &Path) -> (Store, mpsc::Receiver<Answer>, Opening) {
-    open_with(path, Options::default())
-}
-
-fn open_with(path: &Path, options: Options) -> (Store, mpsc::Receiver<Answer>, Opening) {
+pub fn open_with(path: &Path, options: Options) -> (Store, mpsc::Receiver<Answer>, Opening) {
     let (answers, incoming) = mpsc::channel();
     let (store, opening) = store::open(path, options, move |answer| {
         // Who no longer listens has seen enough.
