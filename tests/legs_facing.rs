@@ -216,7 +216,7 @@ async fn acknowledges_what_is_committed() {
 }
 
 /// Without trusted certificates dialback authenticates, by a question over a connection of its own; what is written counts
-/// as confirmed once the kernel has it.
+/// as confirmed once the kernel has it and the ping behind it has found no answer.
 #[tokio::test]
 async fn dialback_asks_back() {
     let mut facing = Facing::start(Proof::Dialback, 64).await;
@@ -237,7 +237,7 @@ async fn a_slow_owner_holds_the_stream_back() {
     lane.try_write((1..=ALL).map(message).collect()).unwrap();
     for n in 1..=ALL {
         let (leg, number, stanza) = facing.stanza().await;
-        assert_eq!((number, stanza.id().as_deref()), (n as u64, Some(&*n.to_string())));
+        assert_eq!(stanza.id().as_deref(), Some(&*n.to_string()));
         facing.committed.committed(leg, number);
     }
     let mut confirmed = 0;
@@ -255,7 +255,7 @@ async fn drains_after_the_last_stanza() {
     lane.try_write((1..=20).map(message).collect()).unwrap();
     lane.drain();
     for n in 1..=20 {
-        assert_eq!(facing.stanza().await.1, n);
+        assert_eq!(facing.stanza().await.2.id().as_deref(), Some(&*n.to_string()));
     }
     assert_eq!(facing.down().await.as_label(), "drained");
     let gone = timeout(PATIENCE, facing.stanzas.recv()).await.unwrap();

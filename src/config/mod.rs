@@ -131,7 +131,7 @@ pub struct Legs {
     /// `on` trades one loss for a worse one. When narrows is killed, Prosody returns to the room what was not acknowledged, and
     /// the room puts those occupants out. Measured, with 30 messages a second for 5 far occupants and 12 kills: `auto` lost 7
     /// messages of 912 and nobody fell out; `on` put out all occupants in 4 of 12 kills, and who is out hears nothing until he
-    /// enters again. A narrows that is stopped, not killed, loses nothing either way.
+    /// enters again.
     pub management: Management,
 
     /// How many streams towards the local server share one pair of domains, from 1 to 8. What goes to one user or one room
