@@ -379,7 +379,7 @@ declare! {
     QUEUE_LIMIT_BYTES: Gauge<> = "narrows_queue_limit_bytes", "The configured limit of each spool and each inbox.";
     QUEUE_LIMIT_ENTRIES: Gauge<> = "narrows_queue_limit_entries", "As narrows_queue_limit_bytes, in entries.";
     DELIVERY: Histogram(DELIVERY_BOUNDS)<Peer> = "narrows_delivery_seconds",
-        "From when an entry was accepted until the peer said that it is stored there.";
+        "From when an entry was accepted until the peer said that it is stored there, which it may do up to link.ack_delay later. One entry a second is watched.";
 
     STANZAS: Counter<Peer, Leg, StanzaKind> = "narrows_stanzas_total",
         "Stanzas on the streams with the local server, by who opened the stream and by kind.";
@@ -564,7 +564,7 @@ mod tests {
             "narrows_link_bytes_total{peer=\"early\",direction=\"sent\",level=\"tcp\"} 0",
             // Other tests of this process may have counted these already.
             "narrows_leg_closed_total{leg=\"receiving\",reason=\"other\"} ",
-            "narrows_refused_total{reason=\"queue_full\"} ",
+            "narrows_refused_total{peer=\"early\",reason=\"queue_full\"} 0",
             "narrows_delivery_seconds_count{peer=\"early\"} 0",
             "narrows_build_info{version=\"0.1.0\"} 1",
         ] {

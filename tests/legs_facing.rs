@@ -22,7 +22,7 @@ use narrows::{
         tls::{Acceptor, Connector, Identity, Roots, ServerTrust},
     },
     relay::{LaneKey, LegId},
-    stanza::{Domain, DomainPair, Stanza},
+    stanza::{Domain, DomainPair, Kind, Stanza},
     stream::{Site, dialback::Secret},
 };
 use tokio::{
@@ -161,10 +161,16 @@ impl Facing {
         }
     }
 
+    /// The next one that is not a lane's ping, which a server would answer. Those are only committed.
     async fn stanza(&mut self) -> (LegId, u64, Stanza) {
-        match timeout(PATIENCE, self.stanzas.recv()).await.unwrap().unwrap() {
-            LegEvent::Stanza { leg, n, stanza, .. } => (leg, n, stanza),
-            LegEvent::Gone { .. } => panic!("the stream is gone"),
+        loop {
+            match timeout(PATIENCE, self.stanzas.recv()).await.unwrap().unwrap() {
+                LegEvent::Stanza { leg, n, stanza, .. } if stanza.kind() == Kind::Iq => {
+                    self.committed.committed(leg, n)
+                }
+                LegEvent::Stanza { leg, n, stanza, .. } => return (leg, n, stanza),
+                LegEvent::Gone { .. } => panic!("the stream is gone"),
+            }
         }
     }
 }
@@ -258,6 +264,8 @@ async fn drains_after_the_last_stanza() {
         assert_eq!(facing.stanza().await.2.id().as_deref(), Some(&*n.to_string()));
     }
     assert_eq!(facing.down().await.as_label(), "drained");
+    let ping = timeout(PATIENCE, facing.stanzas.recv()).await.unwrap();
+    assert!(matches!(ping, Some(LegEvent::Stanza { stanza, .. }) if stanza.kind() == Kind::Iq));
     let gone = timeout(PATIENCE, facing.stanzas.recv()).await.unwrap();
     assert!(matches!(gone, Some(LegEvent::Gone { .. })));
 }

@@ -15,7 +15,7 @@ use narrows_lab::{
 use crate::{
     cast::{enter, make_room, sign_in},
     faults::{held_pair, unthrottled},
-    stage::{stand, words},
+    stage::{in_company, words, world},
 };
 
 /// ejabberd as shipped stores a hundred messages for one user.
@@ -32,7 +32,8 @@ const LOST_MAX: usize = 1;
 
 /// A user is written to while his server restarts: he has everything once and in order, and his rooms work when he has come back.
 fn restart(name: &str, a: ServerSpec, b: ServerSpec) {
-    let stand = stand(
+    let _company = in_company();
+    let world = &world(
         name,
         Profile::lan(),
         unthrottled(a),
@@ -40,7 +41,6 @@ fn restart(name: &str, a: ServerSpec, b: ServerSpec) {
         0,
         Layout::Sidecar(held_pair()),
     );
-    let world = &stand.world;
     let stage = WorldStage::new(world);
     let room = format!("deck@{}", stage.rooms(Side::A));
     for (side, site, writer, reader) in [(Side::B, &world.b, "alice", "b1"), (Side::A, &world.a, "b2", "adam")] {

@@ -1,28 +1,43 @@
 //! Worlds as the tests need them.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use narrows_lab::{Layout, Limits, Profile, ServerSpec, SidecarSpec, Vouched, World, scenario::accounts};
 
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// Held for writing by a test that measures, or that nothing may disturb; for reading by all others.
+static COMPANY: RwLock<()> = RwLock::new(());
 
-/// A world, and the right to have one.
+/// Four servers starting at once would time out on two cores.
+static STARTING: Mutex<()> = Mutex::new(());
+
+/// A world, and the right to be the only one.
 pub struct Stand {
     pub world: World,
-    _alone: MutexGuard<'static, ()>,
+    _alone: RwLockWriteGuard<'static, ()>,
 }
 
 /// The pair between two servers.
 pub fn pair() -> Layout {
-    Layout::Sidecar(SidecarSpec::new(env!("CARGO_BIN_EXE_narrows")))
+    pair_with(&[])
 }
 
+/// The pair, with lines added to sections of both configurations.
+pub fn pair_with(settings: &[(&str, &str)]) -> Layout {
+    let spec = SidecarSpec::new(env!("CARGO_BIN_EXE_narrows"));
+    Layout::Sidecar(
+        settings
+            .iter()
+            .fold(spec, |spec, (section, line)| spec.yaml(section, line)),
+    )
+}
+
+/// A world that stands alone.
 pub fn stand(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: usize, layout: Layout) -> Stand {
     stand_vouched(name, profile, a, b, crowd, layout, Vouched::ByNobody)
 }
 
-/// With servers' certificates as they are said to be. Behind sidecars those of Debian's packages are vouched for by nobody, and the servers
-/// prove themselves by dialback.
+/// As [`stand`], with servers' certificates as they are said to be. Those of Debian's packages are vouched for by nobody, and behind sidecars
+/// the servers prove themselves by dialback.
 pub fn stand_vouched(
     name: &str,
     profile: Profile,
@@ -32,8 +47,33 @@ pub fn stand_vouched(
     layout: Layout,
     vouched: Vouched,
 ) -> Stand {
-    let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let world = World::builder(name)
+    let alone = COMPANY.write().unwrap_or_else(PoisonError::into_inner);
+    let world = world_vouched(name, profile, a, b, crowd, layout, vouched);
+    Stand { world, _alone: alone }
+}
+
+/// For tests that mostly wait for one answer after the other: others of this kind may play at the same time. To be taken
+/// once in a test, before its worlds.
+pub fn in_company() -> RwLockReadGuard<'static, ()> {
+    COMPANY.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A world; the caller has the right to it.
+pub fn world(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: usize, layout: Layout) -> World {
+    world_vouched(name, profile, a, b, crowd, layout, Vouched::ByNobody)
+}
+
+fn world_vouched(
+    name: &str,
+    profile: Profile,
+    a: ServerSpec,
+    b: ServerSpec,
+    crowd: usize,
+    layout: Layout,
+    vouched: Vouched,
+) -> World {
+    let _one_at_a_time = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    World::builder(name)
         .link(profile)
         .site_a(a.limits(Limits::ServersOnly))
         .site_b(b.limits(Limits::ServersOnly))
@@ -42,8 +82,7 @@ pub fn stand_vouched(
         .layout(layout)
         .certificates(vouched)
         .start()
-        .expect("the world starts");
-    Stand { world, _alone: alone }
+        .expect("the world starts")
 }
 
 /// What both sites say for themselves, for the message of a failed test.
