@@ -181,6 +181,7 @@ impl Sidecar {
             acceptor: Acceptor::new(Arc::clone(&identity), Arc::clone(&roots)).unwrap(),
             connector: Connector::new(identity, roots, trust).unwrap(),
             resolver: Resolver::default(),
+            receipts: narrows::io::receipts::Receipts::default(),
             server: Location::Fixed {
                 host: "127.0.0.1".to_owned(),
                 port: narrows_lab::S2S_PORT,

@@ -75,13 +75,21 @@ fn child(test: &str, path: &Path) -> Command {
     command
 }
 
+/// As after a power cut, when the system is another one.
+fn restarted() -> Options {
+    Options {
+        boot_id: None,
+        ..Options::default()
+    }
+}
+
 /// A power cut at any moment takes no answered batch and leaves none in part.
 ///
 /// A child runs the load on an ext4 of its own; cut the power under it, mount again, compare everything, go on in the same file.
 #[test]
 fn power_cut_loses_nothing_answered() {
     if let Some(path) = env::var_os(CHILD_STORE) {
-        let error = store_load::run(Path::new(&path), io::stderr());
+        let error = store_load::run(Path::new(&path), restarted(), io::stderr());
         panic!("{error}");
     }
     leave_mount_namespace();
@@ -94,7 +102,7 @@ fn power_cut_loses_nothing_answered() {
     run("mkfs.ext4", &["-q", "-F", text(&image)]);
     fs::create_dir(&mount).unwrap();
     let path = mount.join("shore.sqlite");
-    let mut checker = Checker::new();
+    let mut checker = Checker::new(restarted());
     let mut answered = 0;
     for round in 0..20_usize {
         run("mount", &["-o", "loop", text(&image), text(&mount)]);

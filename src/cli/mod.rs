@@ -30,6 +30,7 @@ use crate::config::{Admin, Config, ConfigError, Warning};
 mod keys;
 pub mod log;
 pub mod run;
+mod sockets;
 pub mod status;
 
 /// How the process ended. The table above is for people, and is in `--help` too.

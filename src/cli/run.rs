@@ -24,6 +24,7 @@ use tracing::{error, info, warn};
 
 use super::{
     Exit,
+    sockets::Inherited,
     status::{self, PeerStatus, QueueStatus, Status, Traffic},
 };
 use crate::{
@@ -38,6 +39,7 @@ use crate::{
         legs::{self, LegHandle, Legs, Routes},
         link::{self, LinkCounters, LinkStartError, LinkTimes, PeerConfig},
         peer::{self, Peer, Report},
+        receipts::Receipts,
         store::{self, StoreError},
         tls::{self, Acceptor, ChainAndKey, Connector, Roots, ServerTrust, TlsError},
     },
@@ -93,6 +95,7 @@ impl RunError {
 
 /// Runs until SIGTERM or SIGINT.
 pub fn run(config: Config) -> Exit {
+    let inherited = Inherited::take_all();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -100,7 +103,7 @@ pub fn run(config: Config) -> Exit {
             return Exit::Failed;
         }
     };
-    match runtime.block_on(assemble(config)) {
+    match runtime.block_on(assemble(config, inherited)) {
         Ok(()) => {
             info!("Stopped.");
             Exit::Ok
@@ -112,7 +115,7 @@ pub fn run(config: Config) -> Exit {
     }
 }
 
-async fn assemble(config: Config) -> Result<(), RunError> {
+async fn assemble(config: Config, mut inherited: Inherited) -> Result<(), RunError> {
     let started = Instant::now();
     let clock = Clock::start();
     let metrics = metrics::install(config.peers.iter().map(|peer| peer.name.as_str()))
@@ -173,10 +176,11 @@ async fn assemble(config: Config) -> Result<(), RunError> {
 
     let legs = Legs::new(leg_context, routes, leg_handle);
     for address in &config.legs.listen {
-        let listener = bind("the listener for the local server", address.0).await?;
+        let listener = legs_listener(address.0, &mut inherited).await?;
         let legs = legs.clone();
         background.spawn(async move { legs.serve(listener).await });
     }
+    drop(inherited);
     let status = status_of(&config, started, reports);
     let (healthy, ready) = (Arc::clone(&alive), Arc::clone(&alive));
     let admin = Admin {
@@ -267,12 +271,27 @@ impl Signals {
     }
 }
 
+async fn legs_listener(address: std::net::SocketAddr, inherited: &mut Inherited) -> Result<TcpListener, RunError> {
+    const WHAT: &str = "the listener for the local server";
+    match inherited.take(address) {
+        Ok(Some(listener)) => Ok(listener),
+        Ok(None) => bind(WHAT, address).await,
+        Err(error) => Err(unbound(WHAT, address, error)),
+    }
+}
+
 async fn bind(what: &'static str, address: std::net::SocketAddr) -> Result<TcpListener, RunError> {
-    TcpListener::bind(address).await.map_err(|error| RunError::Bind {
+    TcpListener::bind(address)
+        .await
+        .map_err(|error| unbound(what, address, error))
+}
+
+fn unbound(what: &'static str, address: std::net::SocketAddr, error: io::Error) -> RunError {
+    RunError::Bind {
         what,
         address: address.to_string(),
         error,
-    })
+    }
 }
 
 fn notify(state: sd_notify::NotifyState<'_>) {
@@ -305,6 +324,7 @@ fn leg_context(config: &Config, clock: Clock, background: &mut JoinSet<()>) -> R
         acceptor: Acceptor::new(Arc::clone(&identity), Arc::clone(&roots))?,
         connector: Connector::new(identity, roots, trust)?,
         resolver: Resolver::default(),
+        receipts: Receipts::default(),
         server: match &config.local.server {
             Some(server) => Location::Fixed {
                 host: server.host.clone(),

@@ -86,6 +86,10 @@ pub struct Local {
 pub struct Legs {
     /// Where the local server finds the far domains: the addresses that DNS or the server's own override gives for them.
     ///
+    /// A server that finds nobody there puts the far users out of its rooms at once, so it is well to have these sockets held by
+    /// systemd (`ListenStream=` of a `.socket` unit, the same addresses): then connections wait while narrows restarts. Sockets that
+    /// are passed in this way are used.
+    ///
     /// Default `127.0.0.1:5299`: the server is on the same machine and has 5269 itself.
     #[schemars(length(min = 1))]
     pub listen: Vec<ListenAddress>,
@@ -121,8 +125,13 @@ pub struct Legs {
 
     /// Whether acknowledgements (XEP-0198) are used with the local server.
     ///
-    /// Default `auto`: with a server that speaks it. `off`: never; what is in flight on a stream when a process dies is lost
-    /// then, and nobody can tell. `on`: as `auto`, and it is offered even to a server that is not known to use it well.
+    /// Default `auto`: on the streams that we open, with a server that speaks it. `on`: also on those that the server opens. `off`:
+    /// never; a server that has it is then asked for pings in its place, as one that has not.
+    ///
+    /// `on` trades one loss for a worse one. When narrows is killed, Prosody returns to the room what was not acknowledged, and
+    /// the room puts those occupants out. Measured, with 30 messages a second for 5 far occupants and 12 kills: `auto` lost 7
+    /// messages of 912 and nobody fell out; `on` put out all occupants in 4 of 12 kills, and who is out hears nothing until he
+    /// enters again.
     pub management: Management,
 
     /// How many streams towards the local server share one pair of domains, from 1 to 8. What goes to one user or one room

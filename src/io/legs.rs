@@ -421,6 +421,10 @@ impl<'a> Leg<'a> {
             return Err(io::Error::other("no owner"));
         };
         self.taken = n;
+        if self.inner.context.receipts.take(&pair, &stanza) {
+            self.inner.handle.committed(self.id, n);
+            return Ok(());
+        }
         if !self.owners.iter().any(|known| known.same_channel(owner)) {
             self.owners.push(owner.clone());
         }

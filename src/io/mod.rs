@@ -10,6 +10,7 @@ pub mod lane;
 pub mod legs;
 pub mod link;
 pub mod peer;
+pub mod receipts;
 pub mod store;
 pub mod tls;
 pub mod wire;

@@ -30,7 +30,8 @@ pub enum Change {
     PutInbox { seq: Seq, entry: Bytes },
     /// All copies of the entry, in the order of its recipients (bit k for recipient k), that were or are about to be written to a
     /// leg. The set is stored in place of the one before; of an entry that is not there, nothing is stored.
-    /// Stored before the write, so that a killed process does not write them twice.
+    /// Stored before the write, so that a killed process does not write them twice. In a batch that was not answered, a mark alone may come
+    /// undone: nothing was written for it.
     MarkInbox { seq: Seq, given: Vec<u8> },
     /// Every copy is with the local server.
     DropInbox { seq: Seq },

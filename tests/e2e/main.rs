@@ -4,6 +4,11 @@
 //! others may stand beside each other, as many as there are test threads.
 
 mod acts;
+mod cast;
+mod faults;
+mod management;
 mod one_copy;
+mod outage;
 mod recordings;
+mod restarts;
 mod stage;

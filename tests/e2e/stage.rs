@@ -2,7 +2,7 @@
 
 use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-use narrows_lab::{Layout, Limits, Profile, ServerSpec, SidecarSpec, World, scenario::accounts};
+use narrows_lab::{Layout, Limits, Profile, ServerSpec, SidecarSpec, Vouched, World, scenario::accounts};
 
 /// Held for writing by a test that measures, or that nothing may disturb; for reading by all others.
 static COMPANY: RwLock<()> = RwLock::new(());
@@ -33,8 +33,22 @@ pub fn pair_with(settings: &[(&str, &str)]) -> Layout {
 
 /// A world that stands alone.
 pub fn stand(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: usize, layout: Layout) -> Stand {
+    stand_vouched(name, profile, a, b, crowd, layout, Vouched::ByNobody)
+}
+
+/// As [`stand`], with servers' certificates as they are said to be. Those of Debian's packages are vouched for by nobody, and behind sidecars
+/// the servers prove themselves by dialback.
+pub fn stand_vouched(
+    name: &str,
+    profile: Profile,
+    a: ServerSpec,
+    b: ServerSpec,
+    crowd: usize,
+    layout: Layout,
+    vouched: Vouched,
+) -> Stand {
     let alone = COMPANY.write().unwrap_or_else(PoisonError::into_inner);
-    let world = world(name, profile, a, b, crowd, layout);
+    let world = world_vouched(name, profile, a, b, crowd, layout, vouched);
     Stand { world, _alone: alone }
 }
 
@@ -46,6 +60,18 @@ pub fn in_company() -> RwLockReadGuard<'static, ()> {
 
 /// A world; the caller has the right to it.
 pub fn world(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: usize, layout: Layout) -> World {
+    world_vouched(name, profile, a, b, crowd, layout, Vouched::ByNobody)
+}
+
+fn world_vouched(
+    name: &str,
+    profile: Profile,
+    a: ServerSpec,
+    b: ServerSpec,
+    crowd: usize,
+    layout: Layout,
+    vouched: Vouched,
+) -> World {
     let _one_at_a_time = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
     World::builder(name)
         .link(profile)
@@ -54,6 +80,7 @@ pub fn world(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: 
         .users_a(accounts(crowd))
         .users_b(accounts(crowd))
         .layout(layout)
+        .certificates(vouched)
         .start()
         .expect("the world starts")
 }

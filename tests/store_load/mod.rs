@@ -65,9 +65,9 @@ fn content(number: u64, size: u64) -> Bytes {
 }
 
 /// Opens a store whose answers can be waited for.
-pub fn open(path: &Path) -> (Store, mpsc::Receiver<Answer>, Opening) {
+pub fn open_with(path: &Path, options: Options) -> (Store, mpsc::Receiver<Answer>, Opening) {
     let (answers, incoming) = mpsc::channel();
-    let (store, opening) = store::open(path, Options::default(), move |answer| {
+    let (store, opening) = store::open(path, options, move |answer| {
         // Who no longer listens has seen enough.
         let _ = answers.send(answer);
     })
@@ -76,8 +76,8 @@ pub fn open(path: &Path) -> (Store, mpsc::Receiver<Answer>, Opening) {
 }
 
 /// Runs the load for ever, going on where the store is, and writes the number of each answer to `answered`. Returns what stopped it.
-pub fn run(path: &Path, mut answered: impl Write) -> io::Error {
-    let (store, answers, opening) = open(path);
+pub fn run(path: &Path, options: Options, mut answered: impl Write) -> io::Error {
+    let (store, answers, opening) = open_with(path, options);
     let mut outstanding = VecDeque::new();
     let mut next = opening.received.upto.0 + 1;
     loop {
@@ -103,13 +103,16 @@ pub fn run(path: &Path, mut answered: impl Write) -> io::Error {
 /// Follows a store through its crashes.
 #[derive(Debug)]
 pub struct Checker {
+    options: Options,
     model: Model,
     applied: u64,
 }
 
 impl Checker {
-    pub fn new() -> Self {
+    /// `options` are those of the load.
+    pub fn new(options: Options) -> Self {
         Self {
+            options,
             model: Model::new(Epoch(0)),
             applied: 0,
         }
@@ -117,9 +120,8 @@ impl Checker {
 
     /// Opens the store after a crash and compares all that is in it with what the load has written; `answered` was answered.
     pub fn check(&mut self, path: &Path, answered: u64) {
-        let (store, answers, opening) = open(path);
+        let (store, answers, opening) = open_with(path, self.options.clone());
         let found = opening.received.upto.0;
-        self.apply_upto(found);
         // A trim after the last position may be there or not; that load goes over it again.
         let trim = batch(found + 1);
         let matters_upto = (1..=answered)
@@ -127,24 +129,37 @@ impl Checker {
             .find(|&number| batch(number).matters())
             .unwrap_or(0);
         assert!(found >= matters_upto, "{answered} was answered, {found} found");
-        let everything = read_all(&store, &answers);
-        let mut expected = contents(&self.model, opening.epoch);
-        if !trim.matters() && (opening.clone(), everything.clone()) != expected {
-            let mut trimmed = self.model.clone();
-            trimmed.apply(trim);
-            expected = contents(&trimmed, opening.epoch);
-        }
-        assert!((opening, everything) == expected, "differs after batch {found}");
+        let actual = (opening.clone(), read_all(&store, &answers));
         store.close();
+        // Of the last commit, if it was not answered, the marks are taken back.
+        let is_there = |told: u64| {
+            let model = self.after(told, found);
+            let mut trimmed = model.clone();
+            trimmed.apply(trim.clone());
+            let same = |model: &Model| contents(model, opening.epoch) == actual;
+            (same(&model) || (!trim.matters() && same(&trimmed))).then_some(model)
+        };
+        let first = self.applied.max(answered.min(found));
+        let model = (first..=found).rev().find_map(is_there);
+        self.model = model.unwrap_or_else(|| panic!("differs after batch {found}, {answered} answered"));
+        self.applied = found;
     }
 
-    fn apply_upto(&mut self, number: u64) {
-        assert!(number >= self.applied, "went back from {} to {number}", self.applied);
-        for next in self.applied + 1..=number {
-            self.model.apply(batch(next));
+    /// The model after all batches up to `found`, of which those after `told` have left no marks.
+    fn after(&self, told: u64, found: u64) -> Model {
+        assert!(found >= self.applied, "went back from {} to {found}", self.applied);
+        let mut model = self.model.clone();
+        for next in self.applied + 1..=found {
+            let mut batch = batch(next);
+            if next > told && self.options.boot_id.is_some() {
+                batch
+                    .changes
+                    .retain(|change| !matches!(change, Change::MarkInbox { .. }));
+            }
+            model.apply(batch);
         }
-        self.model.commit(number);
-        self.applied = number;
+        model.commit(found);
+        model
     }
 }
 

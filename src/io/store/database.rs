@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{ErrorKind, Read},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -13,7 +13,7 @@ use rusqlite::{Connection, OpenFlags, OptionalExtension, Row, config::DbConfig, 
 use sha2::{Digest, Sha256};
 
 use super::{
-    Options,
+    BootId, Options,
     error::{Fault, StoreError},
     log,
 };
@@ -26,7 +26,7 @@ use crate::{
 const APPLICATION_ID: i64 = 0x6e61_7277;
 
 /// Of the tables below. A file of another version is left alone.
-const FORMAT_VERSION: i64 = 1;
+const FORMAT_VERSION: i64 = 2;
 
 /// Bytes: what SQLite keeps at the beginning of its files.
 const HEADER_SIZE: u64 = 100;
@@ -50,7 +50,13 @@ const SHRINK_PAGES: i64 = 128;
 const SCHEMA: &str = "
 CREATE TABLE spool (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL, sum INTEGER NOT NULL) STRICT;
 CREATE TABLE inbox (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL, sum INTEGER NOT NULL) STRICT;
-CREATE TABLE given (seq INTEGER PRIMARY KEY, copies BLOB NOT NULL, sum INTEGER NOT NULL) STRICT;
+CREATE TABLE given (
+    seq INTEGER PRIMARY KEY,
+    copies BLOB NOT NULL,
+    sum INTEGER NOT NULL,
+    before BLOB NOT NULL,
+    turn INTEGER NOT NULL
+) STRICT;
 CREATE TABLE state (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     epoch INTEGER NOT NULL,
@@ -74,6 +80,10 @@ pub(super) struct Database {
     wal_path: PathBuf,
     state: State,
     in_transaction: bool,
+    release: Release,
+    /// Which marks of the open transaction are; see [`Release`].
+    turn: i64,
+    marked: bool,
 }
 
 /// The one row of the table `state`, as the open transaction will leave it.
@@ -137,16 +147,60 @@ impl Database {
                 "the row in table state does not match its checksum",
             )
         })?;
-        let database = Self {
+        let release_path = beside(path, "-given");
+        let (release, released) = Release::open(&release_path, options.boot_id, state.epoch)
+            .map_err(|error| StoreError::io(&release_path, &error))?;
+        let mut database = Self {
             connection,
             path: path.to_owned(),
             wal_path,
             state,
             in_transaction: false,
+            release,
+            turn: 0,
+            marked: false,
         };
         database.check_ends()?;
         database.take_over_log()?;
+        database.undo_marks(released)?;
+        database
+            .release
+            .note(database.turn - 1)
+            .map_err(|error| StoreError::io(&release_path, &error))?;
         Ok(database)
+    }
+
+    /// Takes back the marks that nobody was told of, if it is known which: their copies were not written to a leg.
+    fn undo_marks(&mut self, released: Option<i64>) -> Result<(), StoreError> {
+        let last: Option<i64> = self
+            .connection
+            .query_row("SELECT max(turn) FROM given", [], |row| row.get(0))
+            .map_err(|error| self.failed(error))?;
+        self.turn = last.max(released).unwrap_or(0) + 1;
+        let Some(released) = released.filter(|released| last > Some(*released)) else {
+            return Ok(());
+        };
+        self.execute("BEGIN IMMEDIATE", [])?;
+        let undone = self
+            .connection
+            .prepare("SELECT seq, before FROM given WHERE turn > ?1")
+            .and_then(|mut statement| {
+                let rows = statement.query_map([released], |row| Ok((row.get(0)?, row.get(1)?)))?;
+                rows.collect::<Result<Vec<(i64, Vec<u8>)>, _>>()
+            })
+            .map_err(|error| self.failed(error))?;
+        for (id, before) in undone {
+            if before.is_empty() {
+                self.execute("DELETE FROM given WHERE seq = ?1", [id])?;
+            } else {
+                self.execute(
+                    "UPDATE given SET copies = ?2, sum = ?3, turn = ?4 WHERE seq = ?1",
+                    params![id, before, checksum(seq_of(id), &before), released],
+                )?;
+            }
+        }
+        self.execute("COMMIT", [])?;
+        Ok(())
     }
 
     /// Looks at both ends of the tables only: the whole of a large file is not read at every start.
@@ -298,9 +352,12 @@ impl Database {
         };
         // In a table of its own: a mark does not write a large entry again.
         self.execute(
-            "INSERT OR REPLACE INTO given (seq, copies, sum) SELECT seq, ?2, ?3 FROM inbox WHERE seq = ?1",
-            params![id, given, checksum(seq, given)],
+            "INSERT INTO given (seq, copies, sum, before, turn) SELECT seq, ?2, ?3, x'', ?4 FROM inbox WHERE seq = ?1 \
+             ON CONFLICT (seq) DO UPDATE SET before = CASE WHEN turn = excluded.turn THEN before ELSE copies END, \
+             copies = excluded.copies, sum = excluded.sum, turn = excluded.turn",
+            params![id, given, checksum(seq, given), self.turn],
         )?;
+        self.marked = true;
         Ok(())
     }
 
@@ -343,6 +400,12 @@ impl Database {
         )?;
         self.execute("COMMIT", [])?;
         self.in_transaction = false;
+        if std::mem::take(&mut self.marked) {
+            self.release
+                .note(self.turn)
+                .map_err(|error| StoreError::io(&self.path, &error))?;
+            self.turn += 1;
+        }
         Ok(())
     }
 
@@ -460,7 +523,10 @@ impl Database {
     /// Empties the log into the database and lets go of the file.
     pub(super) fn close(self) -> Result<(), StoreError> {
         let Self { connection, path, .. } = self;
-        close(connection).map_err(|error| StoreError::sqlite(&path, &error))
+        close(connection).map_err(|error| StoreError::sqlite(&path, &error))?;
+        // Everything is answered: every mark counts, as it does without the note.
+        let note = beside(&path, "-given");
+        fs::remove_file(&note).map_err(|error| StoreError::io(&note, &error))
     }
 
     fn execute(&self, sql: &str, values: impl rusqlite::Params) -> Result<usize, StoreError> {
@@ -762,6 +828,60 @@ fn remove_draft(draft: &Path) -> std::io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Which marks may have been followed by a write to a leg: those of the turns up to the one noted here.
+///
+/// A mark is in the file before a copy is written, so that no copy is written twice. But the flush takes milliseconds, and
+/// a kill in the middle of it leaves the mark and no copy: the copy would be lost. So after the flush, and before anyone is told, the
+/// turn is noted here, which takes microseconds and outlives a kill. It need not outlive a power cut, after which, known by
+/// the system's boot id, the marks themselves count.
+#[derive(Debug)]
+struct Release {
+    file: fs::File,
+    head: Option<[u8; RELEASE_HEAD]>,
+}
+
+/// Bytes: the boot id, and the epoch of the store that the note is about.
+const RELEASE_HEAD: usize = size_of::<BootId>() + 8;
+
+impl Release {
+    /// Also says what an earlier life has noted, if the system has run since.
+    fn open(path: &Path, boot: Option<BootId>, epoch: Epoch) -> std::io::Result<(Self, Option<i64>)> {
+        let mut file = fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(path)?;
+        let head = boot.map(|boot| {
+            let mut head = [0; RELEASE_HEAD];
+            let (id, of) = head.split_at_mut(boot.len());
+            id.copy_from_slice(&boot);
+            of.copy_from_slice(&epoch.0.to_be_bytes());
+            head
+        });
+        let mut noted = [0; RELEASE_HEAD + 8];
+        let whole = match file.read_exact(&mut noted) {
+            Ok(()) => true,
+            Err(error) if error.kind() == ErrorKind::UnexpectedEof => false,
+            Err(error) => return Err(error),
+        };
+        let (there, turn) = noted.split_at(RELEASE_HEAD);
+        let turn = turn.try_into().map(i64::from_be_bytes).ok();
+        let ours = whole && head.is_some_and(|head| head == there);
+        Ok((Self { file, head }, turn.filter(|_| ours)))
+    }
+
+    fn note(&self, turn: i64) -> std::io::Result<()> {
+        let Some(head) = self.head else { return Ok(()) };
+        let mut note = [0; RELEASE_HEAD + 8];
+        note[..RELEASE_HEAD].copy_from_slice(&head);
+        note[RELEASE_HEAD..].copy_from_slice(&turn.to_be_bytes());
+        // One small write at one place: a kill leaves the old note or the new one.
+        self.file.write_all_at(&note, 0)
+    }
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {

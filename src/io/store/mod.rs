@@ -11,19 +11,22 @@
 //!   never wait.
 //! - A read sees every batch submitted before it, and shows nothing that is not on disk: a spool number that a peer has seen must not
 //!   come to mean something else after a crash.
+//! - A mark in the inbox that nobody was told of is taken back at the next opening, if the system has run since: nothing was written
+//!   for it. After a restart of the system it cannot be known what was told, and every mark counts.
 //! - After the first error nothing more is accepted, read or answered. What failed is never tried again as if nothing had
 //!   happened: after a failed flush the system may have forgotten what it did not write.
 //!
 //! # The file
 //!
 //! `<data_dir>/<peer>.sqlite`, with `-wal` beside it while narrows runs and after a crash; the two belong together. narrows holds it
-//! alone (`database is locked` to all others), so look inside with `sqlite3` when narrows is stopped, or at a copy of both.
+//! alone (`database is locked` to all others), so look inside with `sqlite3` when narrows is stopped, or at a copy of both. In
+//! `<peer>.sqlite-given` is noted which marks were told; without it, every mark counts.
 //!
 //! | table | row | columns |
 //! | --- | --- | --- |
 //! | `spool` | an entry that waits to cross | `seq` our number, `entry` as `codec::entry` writes it, `sum` |
 //! | `inbox` | an entry that has crossed and waits for the local server | `seq` the peer's number, `entry`, `sum` |
-//! | `given` | of an inbox entry, the copies that were given to a leg | `seq`, `copies` bit k for recipient k, `sum` |
+//! | `given` | of an inbox entry, the copies that were given to a leg | `seq`, `copies` bit k for recipient k, `sum`; `before` the last commit that changed them, which has the number `turn` |
 //! | `state` | the only one | `epoch`; `spool_last`, the last number given out; entries and bytes of spool and inbox; `received_epoch`, `received_upto`, `received_beyond` (with commas): the position in the peer's numbering; `sum` |
 //!
 //! `sum` is the head of SHA-256 over the number and the content. Epochs are unsigned and shown as signed. `PRAGMA application_id` is
@@ -110,13 +113,30 @@ pub enum Answer {
 }
 
 /// How a store is kept.
-#[derive(Clone, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Options {
     /// The peer whose link this is, for the metrics.
     pub peer: String,
     /// The file does not grow beyond (the log beside it adds some MiB); reaching it is [`Fault::Full`]. A last line of defence: the relay
     /// counts bytes and refuses long before. Default: none.
     pub file_bytes_max: Option<u64>,
+    /// What names this run of the operating system. Another one means that there was a restart, perhaps a power cut; then, and without it,
+    /// every mark in the inbox counts. Default: the kernel's boot id.
+    pub boot_id: Option<BootId>,
+}
+
+/// A UUID as the kernel writes it.
+pub type BootId = [u8; 36];
+
+impl Default for Options {
+    fn default() -> Self {
+        let boot = std::fs::read("/proc/sys/kernel/random/boot_id").ok();
+        Self {
+            file_bytes_max: None,
+            peer: String::new(),
+            boot_id: boot.and_then(|boot| boot.first_chunk().copied()),
+        }
+    }
 }
 
 /// Counters of a store, readable from any thread.

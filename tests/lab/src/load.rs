@@ -3,7 +3,7 @@
 //! For tests that cut links and kill processes, and for the demonstration: [`Crowd::join`] brings users of one site
 //! into a room, [`speak`] sends a numbered message, and [`tally`] compares what a client has received with what was sent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::time::{Duration, Instant};
 
@@ -86,6 +86,117 @@ pub fn tell(client: &Client, to: &str, number: usize, more: &str) -> Outcome {
     client
         .chat(to, &format!("{MARK} {} {number} {more}", client.user()))
         .map(drop)
+}
+
+/// What a client was told in rooms (`groupchat`) or by one user (`chat`): sender and number, in order.
+pub fn heard(client: &Client, kind: &str) -> Vec<(String, usize)> {
+    let transcript = client.transcript();
+    let of_kind = transcript.iter().filter(|stanza| stanza.kind() == kind);
+    of_kind.filter_map(numbered).collect()
+}
+
+/// What became of a room's numbered messages, when some were lost before the room had them.
+///
+/// A witness beside the room says what the room has said, and in which order; what the others heard is held against that.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Fate {
+    pub said: usize,
+    /// Never reached the room.
+    pub not_entered: BTreeSet<(String, usize)>,
+    /// Said by the room, and not heard by all.
+    pub not_heard: BTreeSet<(String, usize)>,
+    pub doubled: usize,
+    pub late: usize,
+    pub notes: Vec<String>,
+}
+
+impl Fate {
+    /// Holds what each listener heard against the witness, and the witness against what was sent (numbered from 1).
+    pub fn of(
+        sent: &BTreeMap<String, usize>,
+        witness: &[(String, usize)],
+        listeners: &[(String, Vec<(String, usize)>)],
+    ) -> Self {
+        let mut fate = Self {
+            said: witness.len(),
+            ..Self::default()
+        };
+        let own = tally_numbers("the witness", witness.iter().cloned(), sent);
+        fate.doubled += own.doubled;
+        fate.late += own.late + own.unknown;
+        fate.notes.extend(own.notes);
+        let places: BTreeMap<&(String, usize), usize> = witness
+            .iter()
+            .enumerate()
+            .map(|(place, message)| (message, place))
+            .collect();
+        let all = sent
+            .iter()
+            .flat_map(|(sender, count)| (1..=*count).map(move |number| (sender.clone(), number)));
+        fate.not_entered = all.filter(|message| !places.contains_key(message)).collect();
+        for (name, heard) in listeners {
+            fate.add_listener(name, heard, &places);
+        }
+        fate
+    }
+
+    fn add_listener(&mut self, name: &str, heard: &[(String, usize)], places: &BTreeMap<&(String, usize), usize>) {
+        let mut had = BTreeSet::new();
+        let mut last = None;
+        for message in heard {
+            let (sender, number) = message;
+            let Some(place) = places.get(message) else {
+                self.late += 1;
+                self.notes
+                    .push(format!("{name} heard {sender} {number}, which the room never said"));
+                continue;
+            };
+            if !had.insert(message) {
+                self.doubled += 1;
+                self.notes.push(format!("{name} heard {sender} {number} again"));
+                continue;
+            }
+            if last.is_some_and(|last| last > place) {
+                self.late += 1;
+                self.notes.push(format!(
+                    "{name} heard {sender} {number} after something that the room said later"
+                ));
+            }
+            last = last.max(Some(place));
+        }
+        let missed = places.len() - places.keys().filter(|message| had.contains(**message)).count();
+        if missed > 0 {
+            self.notes
+                .push(format!("{name} never heard {missed} of {}", places.len()));
+        }
+        for message in places.keys().filter(|message| !had.contains(**message)) {
+            self.not_heard.insert((*message).clone());
+        }
+    }
+
+    /// Messages that did not come through to everybody.
+    pub fn lost(&self) -> usize {
+        self.not_entered.len() + self.not_heard.len()
+    }
+}
+
+impl fmt::Display for Fate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} said by the room, ", self.said)?;
+        write!(
+            f,
+            "{} never entered it, {} not heard by all, ",
+            self.not_entered.len(),
+            self.not_heard.len()
+        )?;
+        write!(f, "{} doubled, {} late", self.doubled, self.late)?;
+        /// More findings say nothing new.
+        const NOTES_MAX: usize = 20;
+        self.notes
+            .iter()
+            .take(NOTES_MAX)
+            .try_for_each(|note| write!(f, "\n  {note}"))
+    }
 }
 
 /// The sender and the number of a numbered message, unless it is one that has come back as an error.
@@ -183,7 +294,7 @@ pub fn tally_all<'c>(receivers: impl IntoIterator<Item = &'c Client>, sent: &BTr
 }
 
 /// Self-presence of type unavailable: this client is out of the room, whoever wanted that.
-fn is_expulsion(stanza: &Stanza) -> bool {
+pub fn is_expulsion(stanza: &Stanza) -> bool {
     let out = stanza.is_presence() && stanza.kind() == "unavailable" && stanza.has_status("110");
     out && !stanza.has_status("303")
 }
@@ -300,6 +411,35 @@ mod tests {
         assert_eq!(
             (sum.expected, sum.received, sum.lost, sum.is_clean()),
             (10, 9, 1, false)
+        );
+    }
+
+    /// Losses before and after the room are told apart, a message that several miss counts once, and order is the room's.
+    #[test]
+    fn fate_is_held_against_the_room() {
+        let of = |marks: &[(&str, usize)]| -> Vec<(String, usize)> {
+            marks
+                .iter()
+                .map(|(sender, number)| ((*sender).to_owned(), *number))
+                .collect()
+        };
+        let sent = BTreeMap::from([("alice".to_owned(), 3), ("b1".to_owned(), 2)]);
+        let witness = of(&[("alice", 1), ("b1", 2), ("alice", 2), ("alice", 3)]);
+        let listeners = [
+            ("b1".to_owned(), of(&[("alice", 1), ("b1", 2), ("alice", 3)])),
+            (
+                "b2".to_owned(),
+                of(&[("b1", 2), ("alice", 1), ("alice", 1), ("alice", 3)]),
+            ),
+            ("b3".to_owned(), witness.clone()),
+        ];
+        let fate = Fate::of(&sent, &witness, &listeners);
+        assert_eq!(fate.not_entered, BTreeSet::from([("b1".to_owned(), 1)]));
+        assert_eq!(fate.not_heard, BTreeSet::from([("alice".to_owned(), 2)]));
+        assert_eq!(
+            (fate.said, fate.doubled, fate.late, fate.lost()),
+            (4, 1, 1, 2),
+            "{fate}"
         );
     }
 

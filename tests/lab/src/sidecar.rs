@@ -3,9 +3,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Command, ExitStatus};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -51,6 +53,8 @@ pub struct SidecarSpec {
     pub(crate) binary: PathBuf,
     pub(crate) dial: Dial,
     pub(crate) direct_tls: bool,
+    pub(crate) held: bool,
+    pub(crate) in_memory: bool,
     environment: Vec<(String, String)>,
     sections: BTreeMap<String, Vec<String>>,
 }
@@ -62,6 +66,8 @@ impl SidecarSpec {
             binary: binary.into(),
             dial: Dial::default(),
             direct_tls: false,
+            held: false,
+            in_memory: false,
             environment: Vec::new(),
             sections: BTreeMap::new(),
         }
@@ -76,6 +82,19 @@ impl SidecarSpec {
     /// Also announces the sidecars by `_xmpps-server` records (XEP-0368).
     pub fn direct_tls(mut self) -> Self {
         self.direct_tls = true;
+        self
+    }
+
+    /// The world keeps the sockets that the servers connect to, as a systemd `.socket` unit does: while a sidecar is
+    /// dead, connections wait.
+    pub fn held(mut self) -> Self {
+        self.held = true;
+        self
+    }
+
+    /// The spools are in memory: a kill finds them as on a disk, and how long a flush takes is not a matter of the machine.
+    pub fn in_memory(mut self) -> Self {
+        self.in_memory = true;
         self
     }
 
@@ -126,13 +145,45 @@ pub struct Sidecar {
     binary: PathBuf,
     environment: Vec<(String, String)>,
     public_key: String,
+    /// See [`SidecarSpec::held`].
+    held: Option<TcpListener>,
     process: Mutex<Option<Process>>,
+    _memory: Option<Memory>,
+}
+
+/// A directory in memory, gone when dropped.
+#[derive(Debug)]
+struct Memory(PathBuf);
+
+impl Memory {
+    /// Named after the directory that it serves, which no two worlds share.
+    fn new(served: &Path) -> io::Result<Self> {
+        let name: Vec<_> = served.iter().skip(1).map(|part| part.to_string_lossy()).collect();
+        let path = Path::new("/dev/shm").join(name.join("-"));
+        fs::create_dir_all(&path)?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        // Nothing can be done about a failure here.
+        let _ = fs::remove_dir_all(&self.0);
+    }
 }
 
 impl Sidecar {
     /// Makes its key and its authority; it does not run yet.
     pub fn prepare(spec: &SidecarSpec, post: Post) -> io::Result<Self> {
-        fs::create_dir_all(post.dir.join("data"))?;
+        fs::create_dir_all(&post.dir)?;
+        let memory = match spec.in_memory {
+            true => Some(Memory::new(&post.dir)?),
+            false => None,
+        };
+        match &memory {
+            Some(Memory(path)) => std::os::unix::fs::symlink(path, post.dir.join("data"))?,
+            None => fs::create_dir_all(post.dir.join("data"))?,
+        }
         let narrows = |words: &[&str], path: &Path| {
             let mut command = post.namespace.command(&spec.binary)?;
             command.args(words).arg(path);
@@ -140,10 +191,14 @@ impl Sidecar {
         };
         let public_key = narrows(&["keygen"], &post.dir.join("key"))?.trim().to_owned();
         narrows(&["ca", "init"], &post.dir.join("ca"))?;
+        let listen = || TcpListener::bind((Ipv4Addr::LOCALHOST, LEGS_PORT));
+        let held = spec.held.then(|| post.namespace.enter(listen)?).transpose()?;
         Ok(Self {
             binary: spec.binary.clone(),
             environment: spec.environment.clone(),
             public_key,
+            held,
+            _memory: memory,
             process: Mutex::new(None),
             post,
         })
@@ -167,6 +222,9 @@ impl Sidecar {
         command.args(["run", "--config"]).arg(self.config_path());
         command.current_dir(&self.post.dir);
         command.envs(self.environment.iter().map(|(key, value)| (key, value)));
+        if let Some(held) = &self.held {
+            pass_on(held, &mut command);
+        }
         *slot = Some(Process::start("narrows", command, &self.log_path())?);
         Ok(())
     }
@@ -275,6 +333,21 @@ impl Sidecar {
 
     fn process(&self) -> MutexGuard<'_, Option<Process>> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Lets a command inherit a listening socket. systemd would make it descriptor 3 and say whom it is for; narrows also
+/// takes it under its own number and without `LISTEN_PID`, which nobody knows before the fork.
+fn pass_on(socket: &TcpListener, command: &mut Command) {
+    let descriptor = socket.as_raw_fd();
+    command.env("LISTEN_FDS", "1");
+    command.env("LISTEN_FDS_FIRST_FD", descriptor.to_string());
+    // SAFETY: between fork and exec this makes one system call on a number; the socket outlives the spawn.
+    unsafe {
+        command.pre_exec(move || match libc::fcntl(descriptor, libc::F_SETFD, 0) {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        });
     }
 }
 

@@ -1,0 +1,106 @@
+//! Servers that restart in good order while the other side writes to their users.
+//!
+//! A server that stops loses its users' sessions and, if it is ejabberd, the occupants of its rooms: that is its own doing. What is for
+//! its users meanwhile waits with us, and is stored for them when the server is back.
+
+use std::{collections::BTreeMap, thread::sleep, time::Duration};
+
+use narrows_lab::{
+    Ejabberd, Layout, Profile, Prosody, ServerSpec,
+    client::Outcome,
+    load::{Fate, heard, tell},
+    scenario::{Side, Stage, WorldStage},
+};
+
+use crate::{
+    cast::{enter, make_room, sign_in},
+    faults::{held_pair, unthrottled},
+    stage::{in_company, words, world},
+};
+
+/// ejabberd as shipped stores a hundred messages for one user.
+const MESSAGES: usize = 80;
+
+/// So that the sending goes on for longer than a restart takes.
+const PAUSE: Duration = Duration::from_millis(120);
+
+/// The server is asked to stop when so many are sent.
+const RESTART_AT: usize = 15;
+
+/// What a server took from us and had not delivered when it stopped is its own to lose.
+const LOST_MAX: usize = 1;
+
+/// A user is written to while his server restarts: he has everything once and in order, and his rooms work when he has come back.
+fn restart(name: &str, a: ServerSpec, b: ServerSpec) {
+    let _company = in_company();
+    let world = &world(
+        name,
+        Profile::lan(),
+        unthrottled(a),
+        unthrottled(b),
+        0,
+        Layout::Sidecar(held_pair()),
+    );
+    let stage = WorldStage::new(world);
+    let room = format!("deck@{}", stage.rooms(Side::A));
+    for (side, site, writer, reader) in [(Side::B, &world.b, "alice", "b1"), (Side::A, &world.a, "b2", "adam")] {
+        let play = || -> Outcome<Fate> {
+            let from = sign_in(&stage, side.other(), writer)?;
+            let to = sign_in(&stage, side, reader)?;
+            let address = to.bare().to_owned();
+            std::thread::scope(|scope| -> Outcome {
+                let mut restarting = None;
+                for number in 1..=MESSAGES {
+                    tell(&from, &address, number, "")?;
+                    sleep(PAUSE);
+                    if number == RESTART_AT {
+                        restarting = Some(scope.spawn(|| site.server().restart()));
+                    }
+                }
+                let restarted = restarting.map(|thread| thread.join());
+                Ok(restarted.transpose().ok().flatten().transpose().map(drop)?)
+            })?;
+            let mut had = heard(&to, "chat");
+            to.cut();
+            let again = sign_in(&stage, side, reader)?;
+            tell(&from, &address, MESSAGES + 1, "")?;
+            again.expect("the last word", stage.patience(), |stanza| {
+                narrows_lab::load::numbered(stanza).is_some_and(|(_, number)| number == MESSAGES + 1)
+            })?;
+            had.extend(heard(&again, "chat"));
+            let sent = BTreeMap::from([(writer.to_owned(), MESSAGES + 1)]);
+
+            // Who has lost his session, or his room, enters again; then both sides hear each other.
+            let near = sign_in(&stage, Side::A, "alice")?;
+            let far = sign_in(&stage, Side::B, "b3")?;
+            make_room(&stage, &near, &room)?;
+            enter(&stage, &far, &room)?;
+            for client in [&near, &far] {
+                client.groupchat(&room, &format!("{} is here", client.user()))?;
+            }
+            for (client, other) in [(&near, &far), (&far, &near)] {
+                let word = format!("{} is here", other.user());
+                client.expect(&word, stage.patience(), |stanza| {
+                    stanza.body().as_deref() == Some(&word)
+                })?;
+            }
+            Ok(Fate::of(&sent, &had, &[]))
+        };
+        let fate = play().unwrap_or_else(|failure| panic!("{name}: {failure}\n{}", words(world)));
+        println!("{name}: {:?} restarted: {fate}", site.server().kind());
+        let orderly = fate.doubled + fate.late == 0 && fate.lost() <= LOST_MAX;
+        assert!(orderly, "{name}: {fate}\n{}", words(world));
+    }
+}
+
+/// The room on Prosody, far users on ejabberd; each restarts.
+#[test]
+fn restart_prosody_and_ejabberd() {
+    restart("rpe", Prosody::stock(), Ejabberd::stock());
+}
+
+/// The room on ejabberd, far users on Prosody; each restarts.
+#[test]
+fn restart_ejabberd_and_prosody() {
+    restart("rep", Ejabberd::stock(), Prosody::stock());
+}
