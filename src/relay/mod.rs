@@ -812,3 +812,6 @@ fn answer(session: &mut LinkSession, stats: &mut RelayStats, offer: Offer<'_>, n
         },
     }
 }
+
+#[cfg(test)]
+mod tests;
