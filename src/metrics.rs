@@ -564,7 +564,7 @@ mod tests {
             "narrows_link_bytes_total{peer=\"early\",direction=\"sent\",level=\"tcp\"} 0",
             // Other tests of this process may have counted these already.
             "narrows_leg_closed_total{leg=\"receiving\",reason=\"other\"} ",
-            "narrows_refused_total{reason=\"queue_full\"} ",
+            "narrows_refused_total{peer=\"early\",reason=\"queue_full\"} 0",
             "narrows_delivery_seconds_count{peer=\"early\"} 0",
             "narrows_build_info{version=\"0.1.0\"} 1",
         ] {

@@ -54,7 +54,7 @@ fn check_tells_good_from_bad() {
     let yaml = fs::read_to_string(example()).unwrap();
     fs::write(
         &file,
-        yaml.replace("lanes: 2", "lane: 2")
+        yaml.replace("lanes: 1", "lane: 1")
             .replace("ack_delay: 5s", "ack_delay: soon"),
     )
     .unwrap();

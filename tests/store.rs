@@ -359,6 +359,7 @@ fn full_file_stops_acceptance() {
     let (answers, incoming) = mpsc::channel();
     let options = Options {
         file_bytes_max: Some(200_000),
+        ..Options::default()
     };
     let (store, _) = store::open(&path, options, move |answer| {
         let _ = answers.send(answer);

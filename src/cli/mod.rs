@@ -108,7 +108,9 @@ enum Command {
     },
     /// Two sites, a satellite link and an outage on this machine (needs the source checkout, and root)
     Demo {
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]
+        /// people=20: how many enter the room over the link. talk=30: seconds of talk, before the cut and after it.
+        /// cut=25: seconds without the link
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "KEY=NUMBER")]
         arguments: Vec<String>,
     },
 }
@@ -250,8 +252,8 @@ fn demo(arguments: &[String]) -> Exit {
         }
         Ok(_) | Err(_) => {
             eprintln!(
-                "narrows: the demo is in the source checkout, not in this binary: run `tests/demo` there, as root.\n\
-                 It builds all it needs and leaves nothing behind."
+                "narrows: the demo is in the source checkout, not in this binary: run `sh tests/demo` there, as root.\n\
+                 It installs and builds what it needs."
             );
             Exit::Failed
         }

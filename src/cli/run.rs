@@ -36,7 +36,7 @@ use crate::{
         keys::{KeyError, PrivateKey},
         lane::LegContext,
         legs::{self, LegHandle, Legs, Routes},
-        link::{self, LinkStartError, LinkTimes, PeerConfig},
+        link::{self, LinkCounters, LinkStartError, LinkTimes, PeerConfig},
         peer::{self, Peer, Report},
         store::{self, StoreError},
         tls::{self, Acceptor, ChainAndKey, Connector, Roots, ServerTrust, TlsError},
@@ -50,6 +50,9 @@ use crate::{
 
 /// For our server to close its streams after we have closed ours.
 const LEGS_DRAIN_MAX: Duration = Duration::from_secs(5);
+
+/// How often counters that others keep go to the metrics.
+const COUNT_EVERY: Duration = Duration::from_secs(1);
 
 #[derive(Debug, thiserror::Error)]
 enum RunError {
@@ -144,6 +147,7 @@ async fn assemble(config: Config) -> Result<(), RunError> {
     let peers: Vec<PeerConfig> = config.peers.iter().map(peer_config).collect::<Result<_, _>>()?;
     let listen = config.link.listen.as_ref().map(|listen| listen.0);
     let (link_listener, links) = link::start(listen, &key, &peers, times).await?;
+    background.spawn(count_refusals(Arc::clone(link_listener.counters())));
     for ((peer, opened), link) in config.peers.iter().zip(opened).zip(links) {
         let (events, legs) = mpsc::channel(legs::EVENTS_MAX);
         for domain in &peer.domains {
@@ -216,6 +220,21 @@ async fn assemble(config: Config) -> Result<(), RunError> {
     }
     drop(link_listener);
     result
+}
+
+/// Follows what the link's listener counts.
+async fn count_refusals(counters: Arc<LinkCounters>) {
+    let mut tick = tokio::time::interval(COUNT_EVERY);
+    loop {
+        tick.tick().await;
+        for (reason, counter) in [
+            ("unknown_key", &counters.refused_unknown_key),
+            ("handshake", &counters.refused_handshake),
+            ("busy", &counters.refused_busy),
+        ] {
+            metrics::LINK_REFUSED.follow(reason, counter.value());
+        }
+    }
 }
 
 fn says(alive: &AtomicBool) -> Result<(), String> {
@@ -352,7 +371,11 @@ fn open_store(config: &Config, peer: &config::Peer) -> Result<Opened, RunError> 
     let path = config.data_dir.join(format!("{}.sqlite", peer.name));
     // Unbounded, because the store's thread must not wait. The relay has one batch and two reads with it at a time.
     let (sender, answers) = mpsc::unbounded_channel();
-    let (store, opening) = store::open(&path, store::Options::default(), move |answer| {
+    let options = store::Options {
+        peer: peer.name.to_string(),
+        ..store::Options::default()
+    };
+    let (store, opening) = store::open(&path, options, move |answer| {
         // After the owner has gone nobody needs it.
         let _ = sender.send(answer);
     })?;
@@ -426,7 +449,7 @@ fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
         spool: QueueStatus {
             entries: levels.spool_entries,
             bytes: levels.spool_bytes,
-            oldest_seconds: (levels.spool_entries > 0).then(|| report.spool_oldest.as_secs_f64()),
+            oldest_seconds: (levels.spool_entries > 0).then_some(report.spool_oldest.as_secs_f64()),
         },
         inbox: QueueStatus {
             entries: levels.inbox_entries,

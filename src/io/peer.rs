@@ -127,6 +127,15 @@ struct Counted {
     tcp_received: u64,
 }
 
+impl Counted {
+    /// Bytes that TCP carried on this connection as well: sent (repeats too) and received.
+    fn with(&self, connection: Option<&LinkConnection>) -> (u64, u64) {
+        let now = connection.and_then(|connection| connection.writer.stats().ok());
+        let (sent, received) = now.map_or((0, 0), |now| (now.bytes_sent, now.bytes_received));
+        (self.tcp_sent + sent, self.tcp_received + received)
+    }
+}
+
 /// Runs until it is drained, or until the store fails: then nothing may be accepted any more.
 pub async fn run(peer: Peer) -> Result<(), StoreError> {
     let (lane_events, mut lane_inbox) = mpsc::channel(LANE_EVENTS_MAX);
@@ -325,7 +334,6 @@ impl Owner {
         match read {
             Ok(Some(bytes)) => {
                 self.heard = true;
-                self.counted.tcp_received += bytes.len() as u64;
                 self.handle(Input::LinkBytes(bytes));
             }
             Ok(None) => self.lose_link("closed_by_peer", "the peer closed the connection"),
@@ -340,7 +348,6 @@ impl Owner {
         if let Some(bytes) = self.relay.poll_transmit(self.clock.now())
             && let Some(connection) = self.connection.as_deref_mut()
         {
-            self.counted.tcp_sent += bytes.len() as u64;
             connection.writer.start(bytes);
         }
     }
@@ -462,9 +469,10 @@ impl Owner {
     }
 
     fn lose_link(&mut self, label: &'static str, why: &str) {
-        if self.connection.take().is_none() {
+        let Some(connection) = self.connection.take() else {
             return;
-        }
+        };
+        (self.counted.tcp_sent, self.counted.tcp_received) = self.counted.with(Some(&connection));
         debug!(peer = %self.name, reason = label, why, "The connection to the peer is gone.");
         self.last_error = Some(why.to_owned());
         m::LINK_CLOSED.increment((&self.name, label));
@@ -542,6 +550,9 @@ impl Owner {
 
         m::LINK_UP.set(peer, f64::from(u8::from(self.up)));
         m::LINK_RTT.set(peer, rtt.unwrap_or_default().as_secs_f64());
+        let (tcp_sent, tcp_received) = self.counted.with(self.connection.as_deref());
+        m::LINK_BYTES.follow((peer, Direction::Sent, Layer::Tcp), tcp_sent);
+        m::LINK_BYTES.follow((peer, Direction::Received, Layer::Tcp), tcp_received);
         for (direction, frames, wire, batches) in [
             (Direction::Sent, sums.frames_sent, sums.sent, sums.batches_sent),
             (
@@ -557,7 +568,7 @@ impl Owner {
         }
         m::ENTRIES.follow((peer, Direction::Sent), stats.entries_sent);
         m::ENTRIES.follow((peer, Direction::Received), stats.entries_received);
-        m::CASTS.follow((peer, Direction::Sent), stats.casts);
+        m::CASTS.follow((peer, Direction::Sent), stats.shared);
         m::COPIES.follow((peer, Direction::Sent), stats.copies_accepted);
         m::COPIES.follow((peer, Direction::Received), stats.copies_delivered);
         m::STANZA_BYTES.follow((peer, Direction::Sent), stats.copy_bytes_accepted);
@@ -586,8 +597,8 @@ impl Owner {
             levels,
             spool_oldest: oldest,
             relay: stats.clone(),
-            link_bytes_sent: sums.sent,
-            link_bytes_received: sums.received,
+            link_bytes_sent: tcp_sent,
+            link_bytes_received: tcp_received,
             lanes_up,
             unconfirmed,
         });

@@ -115,6 +115,8 @@ pub struct RelayStats {
     pub copy_bytes_accepted: u64,
     /// Slots that they became.
     pub casts: u64,
+    /// Of which have more than one recipient.
+    pub shared: u64,
     /// Stanzas that were refused because the spool was full. Not among the accepted ones.
     pub refused: u64,
     pub entries_sent: u64,
@@ -392,11 +394,11 @@ impl Relay {
             },
             Input::LinkDown => self.drop_link(),
             Input::Drain => {
-                self.outward.seal_all(self.batch.number, now);
+                self.outward.seal_all(self.batch.number, now, &mut self.stats);
                 self.inward.stop();
             }
             Input::Timeout => {
-                self.outward.handle_timeout(self.batch.number, now);
+                self.outward.handle_timeout(self.batch.number, now, &mut self.stats);
                 self.handle_session(session::Input::Timeout, now);
             }
         }
@@ -516,7 +518,8 @@ impl Relay {
 
     /// Gives a stanza its place in the spool.
     fn take_in(&mut self, stanza: &Stanza, now: Now) -> Result<Placed, Refusal> {
-        let placed = self.outward.handle_stanza(stanza, self.batch.number, now)?;
+        let (batch, stats) = (self.batch.number, &mut self.stats);
+        let placed = self.outward.handle_stanza(stanza, batch, now, stats)?;
         let uncommitted = self.uncommitted();
         uncommitted.spool_entries += u64::from(placed.new);
         uncommitted.spool_bytes += placed.bytes as u64;
@@ -757,7 +760,7 @@ impl Relay {
     }
 
     fn submit(&mut self, now: Now) {
-        self.outward.flush(self.batch.number, now);
+        self.outward.flush(self.batch.number, now, &mut self.stats);
         while let Some(output) = self.outward.poll_output() {
             // Flushing asks for no read.
             if let outward::Output::Change(change) = output {

@@ -112,31 +112,37 @@ impl Outward {
     }
 
     /// Takes in a stanza. `batch` is the one that gathers.
-    pub fn handle_stanza(&mut self, stanza: &Stanza, batch: u64, now: Now) -> Result<Placed, Refusal> {
+    pub fn handle_stanza(
+        &mut self,
+        stanza: &Stanza,
+        batch: u64,
+        now: Now,
+        stats: &mut RelayStats,
+    ) -> Result<Placed, Refusal> {
         let placed = self.collapse.handle_stanza(stanza, now)?;
         if placed.new {
             self.note_age(placed.seq, now);
             self.take_in_open();
         }
-        self.drain_collapse(batch, now);
+        self.drain_collapse(batch, now, stats);
         Ok(placed)
     }
 
     /// Writes what has grown: the batch is about to go to the disk.
-    pub fn flush(&mut self, batch: u64, now: Now) {
+    pub fn flush(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
         while let Some(output) = self.collapse.poll_output() {
-            self.handle_collapse(output, batch, now);
+            self.handle_collapse(output, batch, now, stats);
         }
     }
 
-    pub fn handle_timeout(&mut self, batch: u64, now: Now) {
+    pub fn handle_timeout(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
         self.collapse.handle_timeout(now);
-        self.drain_collapse(batch, now);
+        self.drain_collapse(batch, now, stats);
     }
 
-    pub fn seal_all(&mut self, batch: u64, now: Now) {
+    pub fn seal_all(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
         self.collapse.seal_all();
-        self.drain_collapse(batch, now);
+        self.drain_collapse(batch, now, stats);
     }
 
     /// The link is up and the peer holds what `received` says.
@@ -290,14 +296,14 @@ impl Outward {
         }
     }
 
-    fn drain_collapse(&mut self, batch: u64, now: Now) {
+    fn drain_collapse(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
         while let Some(output) = self.collapse.poll_sealed() {
-            self.handle_collapse(output, batch, now);
+            self.handle_collapse(output, batch, now, stats);
         }
         self.take_in_open();
     }
 
-    fn handle_collapse(&mut self, output: collapse::Output, batch: u64, now: Now) {
+    fn handle_collapse(&mut self, output: collapse::Output, batch: u64, now: Now, stats: &mut RelayStats) {
         match output {
             collapse::Output::Write { seq, cast } => {
                 self.written = self.written.max(seq);
@@ -306,6 +312,7 @@ impl Outward {
                 self.outputs.push_back(Output::Change(Change::PutSpool { seq, entry }));
             }
             collapse::Output::Sealed { seq, flow, cast } => {
+                stats.shared += u64::from(cast.recipients.len() > 1);
                 let batch = self.open_writes.remove(&seq).unwrap_or(batch);
                 if self.reading.as_ref().is_some_and(|reading| seq <= reading.upto) {
                     let (flow, cast) = (flow.clone(), cast.clone());

@@ -40,14 +40,14 @@ impl Half {
 
     fn say(&mut self, user: u32, body: &str, now: u64) {
         self.outward
-            .handle_stanza(&copy(user, body), self.batch, at(now))
+            .handle_stanza(&copy(user, body), self.batch, at(now), &mut self.stats)
             .unwrap();
         self.write(now);
     }
 
     /// Gives what there is to the disk, and gives the reads that were asked for.
     fn write(&mut self, now: u64) -> Vec<(Seq, usize)> {
-        self.outward.flush(self.batch, at(now));
+        self.outward.flush(self.batch, at(now), &mut self.stats);
         let (mut changes, mut reads) = (Vec::new(), Vec::new());
         while let Some(output) = self.outward.poll_output() {
             match output {
@@ -95,7 +95,7 @@ fn an_open_group_is_not_taken_from_the_disk() {
     let mut half = Half::new(1);
     half.say(1, "closed", 0);
     half.say(2, "closed", 0);
-    half.outward.handle_timeout(1, at(50));
+    half.outward.handle_timeout(1, at(50), &mut half.stats);
     half.say(1, "open", 60);
     half.outward.link_up(&Received::default());
     half.outward.advance();
@@ -113,7 +113,7 @@ fn what_the_peer_has_is_not_read_again() {
     for n in 1..=4 {
         half.say(1, &n.to_string(), 0);
     }
-    half.outward.handle_timeout(1, at(50));
+    half.outward.handle_timeout(1, at(50), &mut half.stats);
     half.write(50);
     half.outward.link_up(&Received {
         beyond: vec![Seq(2), Seq(4)],
@@ -136,7 +136,7 @@ fn a_gap_that_nobody_can_fill_is_filled_with_voids() {
     for n in 1..=4 {
         half.say(1, &n.to_string(), 0);
     }
-    half.outward.handle_timeout(1, at(50));
+    half.outward.handle_timeout(1, at(50), &mut half.stats);
     let had = Received {
         beyond: vec![Seq(2), Seq(4)],
         ..Received::default()

@@ -26,3 +26,6 @@ pub const BIDI: &str = "urn:xmpp:bidi";
 pub const BIDI_FEATURE: &str = "urn:xmpp:features:bidi";
 /// XEP-0045
 pub const MUC_USER: &str = "http://jabber.org/protocol/muc#user";
+
+/// XEP-0203
+pub const DELAY: &str = "urn:xmpp:delay";

@@ -127,6 +127,55 @@ impl Stanza {
         .is_some_and(|found| found)
     }
 
+    /// Whether a room may say this to one session alone, when it enters: old messages (XEP-0045 §7.2.14, with a delay) and the
+    /// subject (§7.2.16: a `subject`, and no `body`).
+    pub fn is_for_newcomers(&self) -> bool {
+        // As below: few have either, and a look through the bytes is cheaper than parsing.
+        if !contains(&self.bytes, ns::DELAY.as_bytes()) && !contains(&self.bytes, b"subject") {
+            return false;
+        }
+        self.children().is_some_and(|children| {
+            let has =
+                |namespace: &str, name: &str| children.iter().any(|child| child.0 == namespace && child.1 == name);
+            has(ns::DELAY, "delay") || has(ns::SERVER, "subject") && !has(ns::SERVER, "body")
+        })
+    }
+
+    /// Namespace and name of each child element.
+    fn children(&self) -> Option<Vec<(String, String)>> {
+        let mut reader = self.reader()?;
+        let mut depth = 0_usize;
+        let mut children = Vec::new();
+        loop {
+            let (namespace, event) = reader.read_resolved_event().ok()?;
+            let (tag, opens) = match event {
+                Event::Start(tag) => (tag, true),
+                Event::Empty(tag) => (tag, false),
+                Event::End(_) => {
+                    depth = depth.saturating_sub(1);
+                    continue;
+                }
+                Event::Eof => return Some(children),
+                _ => continue,
+            };
+            if depth == 1
+                && let ResolveResult::Bound(Namespace(namespace)) = namespace
+            {
+                children.push((namespace.to_owned(), tag.local_name().into_inner().to_owned()));
+            }
+            depth += usize::from(opens);
+        }
+    }
+
+    /// A reader that resolves namespaces as on a stream between servers.
+    fn reader(&self) -> Option<NsReader<&[u8]>> {
+        let mut reader = NsReader::from_str(str::from_utf8(&self.bytes).ok()?);
+        reader.resolver_mut().set_max_namespace_bindings(usize::MAX);
+        let default = (PrefixDeclaration::Default, Namespace(ns::SERVER));
+        reader.resolver_mut().add(default.0, default.1).ok()?;
+        Some(reader)
+    }
+
     /// Whether it has a child `x` in `muc#user`, as room traffic other than plain group messages has.
     pub(super) fn has_muc_user(&self) -> bool {
         self.muc_user_children(|_| false).is_some()
@@ -139,10 +188,7 @@ impl Stanza {
         if !contains(&self.bytes, ns::MUC_USER.as_bytes()) {
             return None;
         }
-        let mut reader = NsReader::from_str(str::from_utf8(&self.bytes).ok()?);
-        reader.resolver_mut().set_max_namespace_bindings(usize::MAX);
-        let default = (PrefixDeclaration::Default, Namespace(ns::SERVER));
-        reader.resolver_mut().add(default.0, default.1).ok()?;
+        let mut reader = self.reader()?;
         let mut depth = 0_usize;
         let mut inside = false;
         let mut seen = None;

@@ -1,7 +1,9 @@
 //! The real binary between real servers, in network namespaces of their own.
 //!
-//! Needs root and the packages of `tests/setup`; without them a test fails and says so. One world stands at a time: two cores
-//! do not carry eight servers.
+//! Needs root and the packages of `tests/setup`; without them a test fails and says so. A world that measures stands alone;
+//! others may stand beside each other, as many as there are test threads.
 
 mod acts;
+mod one_copy;
+mod recordings;
 mod stage;

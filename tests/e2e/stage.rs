@@ -1,25 +1,53 @@
 //! Worlds as the tests need them.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use narrows_lab::{Layout, Limits, Profile, ServerSpec, SidecarSpec, World, scenario::accounts};
 
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+/// Held for writing by a test that measures, or that nothing may disturb; for reading by all others.
+static COMPANY: RwLock<()> = RwLock::new(());
 
-/// A world, and the right to have one.
+/// Four servers starting at once would time out on two cores.
+static STARTING: Mutex<()> = Mutex::new(());
+
+/// A world, and the right to be the only one.
 pub struct Stand {
     pub world: World,
-    _alone: MutexGuard<'static, ()>,
+    _alone: RwLockWriteGuard<'static, ()>,
 }
 
 /// The pair between two servers.
 pub fn pair() -> Layout {
-    Layout::Sidecar(SidecarSpec::new(env!("CARGO_BIN_EXE_narrows")))
+    pair_with(&[])
 }
 
+/// The pair, with lines added to sections of both configurations.
+pub fn pair_with(settings: &[(&str, &str)]) -> Layout {
+    let spec = SidecarSpec::new(env!("CARGO_BIN_EXE_narrows"));
+    Layout::Sidecar(
+        settings
+            .iter()
+            .fold(spec, |spec, (section, line)| spec.yaml(section, line)),
+    )
+}
+
+/// A world that stands alone.
 pub fn stand(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: usize, layout: Layout) -> Stand {
-    let alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let world = World::builder(name)
+    let alone = COMPANY.write().unwrap_or_else(PoisonError::into_inner);
+    let world = world(name, profile, a, b, crowd, layout);
+    Stand { world, _alone: alone }
+}
+
+/// For tests that mostly wait for one answer after the other: others of this kind may play at the same time. To be taken
+/// once in a test, before its worlds.
+pub fn in_company() -> RwLockReadGuard<'static, ()> {
+    COMPANY.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A world; the caller has the right to it.
+pub fn world(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: usize, layout: Layout) -> World {
+    let _one_at_a_time = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
+    World::builder(name)
         .link(profile)
         .site_a(a.limits(Limits::ServersOnly))
         .site_b(b.limits(Limits::ServersOnly))
@@ -27,8 +55,7 @@ pub fn stand(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: 
         .users_b(accounts(crowd))
         .layout(layout)
         .start()
-        .expect("the world starts");
-    Stand { world, _alone: alone }
+        .expect("the world starts")
 }
 
 /// What both sites say for themselves, for the message of a failed test.

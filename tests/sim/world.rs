@@ -399,6 +399,8 @@ impl World {
             let mut done = false;
             for site in 0..2 {
                 done |= self.write_leg(site);
+                // Also before the disk: so that what it finishes must wake the link by itself.
+                done |= self.carry(site);
                 done |= self.finish_disk(site);
                 if self.wire.take_up(site) {
                     self.handle(site, Input::LinkUp);

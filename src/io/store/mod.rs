@@ -51,6 +51,7 @@ use self::database::Database;
 pub use self::error::{Fault, StoreError};
 use crate::{
     codec::position::Seq,
+    metrics::STORE_COMMIT,
     queue::journal::{Batch, Change, Levels, Opening, Slot},
 };
 
@@ -111,6 +112,8 @@ pub enum Answer {
 /// How a store is kept.
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Options {
+    /// The peer whose link this is, for the metrics.
+    pub peer: String,
     /// The file does not grow beyond (the log beside it adds some MiB); reaching it is [`Fault::Full`]. A last line of defence: the relay
     /// counts bytes and refuses long before. Default: none.
     pub file_bytes_max: Option<u64>,
@@ -188,6 +191,7 @@ pub fn open(
         database,
         answers,
         stats: Arc::clone(&stats),
+        commit_seconds: STORE_COMMIT.handle(&options.peer),
         group: Group::Empty,
     };
     let thread = thread::Builder::new()
@@ -244,6 +248,7 @@ struct Writer<F> {
     database: Database,
     answers: F,
     stats: Arc<Stats>,
+    commit_seconds: metrics::Histogram,
     group: Group,
 }
 
@@ -397,7 +402,9 @@ impl<F: Fn(Answer)> Writer<F> {
         }
         let begun = Instant::now();
         self.database.commit()?;
-        let took = u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let took = begun.elapsed();
+        self.commit_seconds.record(took);
+        let took = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
         self.stats.commits.fetch_add(1, Ordering::Relaxed);
         self.stats.commit_nanos.fetch_add(took, Ordering::Relaxed);
         match group {

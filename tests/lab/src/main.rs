@@ -1,5 +1,5 @@
-//! Tries the lab by hand: `narrows-lab up` makes a world to look around in, `narrows-lab link`
-//! measures the emulated link against its own settings in real time.
+//! Tries the lab by hand: `narrows-lab demo` shows what narrows does, `narrows-lab up` makes a world to look around in,
+//! `narrows-lab link` measures the emulated link against its own settings in real time.
 //!
 //! The link's logic is tested exactly, without a clock, in `emulator.rs`. What only real time shows
 //! (timers, devices, throughput) is printed here rather than asserted in a test on a busy machine.
@@ -9,17 +9,21 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
+mod demo;
+
 use narrows_lab::{Direction, Ejabberd, Layout, Profile, Prosody, ServerSpec, SidecarSpec, Way, World};
 
 const USAGE: &str = "\
 usage: narrows-lab up [a=prosody|ejabberd|none] [b=...] [link=lan|sat9600|vsat128k|rtt600] [sidecar=BINARY]
-       narrows-lab link";
+       narrows-lab link
+       narrows-lab demo [people=20] [talk=30] [cut=25]";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let done = match args.first().map(String::as_str) {
         Some("up") => up(&args[1..]),
         Some("link") => measure_link(),
+        Some("demo") => demo::run(&args[1..]),
         _ => {
             eprintln!("{USAGE}");
             return ExitCode::from(2);

@@ -13,6 +13,7 @@ const SID: &str = "urn:xmpp:sid:0";
 const MAM: &str = "urn:xmpp:mam:2";
 const MAM_TMP: &str = "urn:xmpp:mam:tmp";
 const RSM: &str = "http://jabber.org/protocol/rsm";
+const FORMS: &str = "jabber:x:data";
 const OCCUPANT_ID: &str = "urn:xmpp:occupant-id:0";
 const DELAY: &str = "urn:xmpp:delay";
 const PUBSUB: &str = "http://jabber.org/protocol/pubsub";
@@ -87,7 +88,8 @@ fn below(element: &mut Element, values: &mut Vec<(Volatile, String)>) {
     // Sets come in the order of a server's hash table.
     match element.ns.as_str() {
         MUC_USER | MUC_ADMIN | DISCO_ITEMS | ROSTER => sort(&mut element.children, |child| child.name == "item"),
-        DISCO_INFO => sort(&mut element.children, |_| true),
+        FORMS => sort(&mut element.children, |child| child.name == "field"),
+        DISCO_INFO | RSM => sort(&mut element.children, |_| true),
         _ => {}
     }
     for node in &mut element.children {
