@@ -27,6 +27,8 @@
 //! | a read of the inbox counts for what came after it began | `bad_link` and others |
 //! | the inbox is read only below half of a memory of nothing | `few_words` and others |
 //! | a position is committed in an earlier batch than its entries | `killed_processes` |
+//! | a finished commit does not wake the link | `few_words` |
+//! | what was sealed during a read crosses before its last write is on disk | `drained_processes` |
 //! | an open group is taken from the disk as if it were whole | `relay::tests` |
 //! | a slow broadcast makes a room forget half of its sessions | `queue::collapse::tests` |
 //!
