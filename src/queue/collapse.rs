@@ -572,6 +572,41 @@ mod tests {
         assert_eq!(sealed(&mut collapse), [(4, 4)]);
     }
 
+    /// What a room plays back to a newcomer does not make it forget the others: its next message is one cast again.
+    ///
+    /// Three are known, a fourth enters and is sent old messages and the subject, then the room speaks.
+    #[test]
+    fn a_newcomers_history_and_subject_are_not_the_whole_room() {
+        let newcomer = "b3@b.example/r";
+        let playback = [
+            format!(
+                "<message from='r@c.example/n' to='{newcomer}' type='groupchat'><body>old</body>\
+                 <delay xmlns='urn:xmpp:delay' stamp='2026-01-01T12:00:00Z'/></message>"
+            ),
+            format!("<message from='r@c.example' to='{newcomer}' type='groupchat'><subject/></message>"),
+        ];
+        for playback in playback {
+            let mut collapse = Collapse::new(Seq(0), WINDOW);
+            let take_in = |collapse: &mut Collapse, stanza: &Stanza, now| {
+                collapse.handle_stanza(stanza, at(now)).unwrap();
+            };
+            for n in 0..3 {
+                let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), "one");
+                take_in(&mut collapse, &copy, 0);
+            }
+            collapse.handle_timeout(at(100));
+            take_in(&mut collapse, &own_presence("r@c.example", newcomer), 200);
+            take_in(&mut collapse, &stanza(&playback), 200);
+            collapse.handle_timeout(at(300));
+            assert_eq!(sealed(&mut collapse), [(1, 3), (2, 1), (3, 1)]);
+            for n in (0..4).rev() {
+                let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), "two");
+                take_in(&mut collapse, &copy, 400);
+            }
+            assert_eq!(sealed(&mut collapse), [(4, 4)]);
+        }
+    }
+
     /// A broadcast that the server was slow to write is several casts; the next one, written at once, is one again.
     #[test]
     fn a_slow_broadcast_does_not_split_the_next() {
@@ -598,42 +633,6 @@ mod tests {
             assert_eq!(sealed(&mut collapse).is_empty(), waits);
             collapse.handle_timeout(at(300 * seq + 50));
             sealed(&mut collapse);
-        }
-    }
-
-    /// What a room plays back to a newcomer does not make it forget the others: its next message is one cast again.
-    ///
-    /// Three are known, a fourth enters and is sent old messages and the subject, then the room speaks.
-    #[test]
-    fn a_newcomers_history_and_subject_are_not_the_whole_room() {
-        let newcomer = "b3@b.example/r";
-        let playback = [
-            format!(
-                "<message from='r@c.example/n' to='{newcomer}' type='groupchat'><body>old</body>\
-                 <delay xmlns='urn:xmpp:delay' stamp='2026-01-01T12:00:00Z'/></message>"
-            ),
-            format!("<message from='r@c.example' to='{newcomer}' type='groupchat'><subject/></message>"),
-        ];
-        for playback in playback {
-            let mut collapse = Collapse::new(Seq(0), WINDOW);
-            for n in 0..3 {
-                collapse
-                    .handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "one"), at(0))
-                    .unwrap();
-            }
-            collapse.handle_timeout(at(100));
-            collapse
-                .handle_stanza(&own_presence("r@c.example", newcomer), at(200))
-                .unwrap();
-            collapse.handle_stanza(&stanza(&playback), at(200)).unwrap();
-            collapse.handle_timeout(at(300));
-            assert_eq!(sealed(&mut collapse), [(1, 3), (2, 1), (3, 1)]);
-            for n in (0..4).rev() {
-                collapse
-                    .handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "two"), at(400))
-                    .unwrap();
-            }
-            assert_eq!(sealed(&mut collapse), [(4, 4)]);
         }
     }
 
@@ -681,29 +680,35 @@ mod tests {
     }
 
     /// No cast is larger than an entry may be: a recipient that would make it so begins another, and a stanza that fits into none
-    /// gets no number. Shown for the largest stanza, with the shortest addresses (whose lengths cost most) and the longest.
+    /// gets no number. Shown for a stanza near the limit, and for one that is small with addresses that are long.
     #[test]
     fn every_cast_fits_into_an_entry() {
-        let mut collapse = Collapse::new(Seq(0), WINDOW);
-        let largest = "x".repeat(512 * 1024 - 100);
-        for n in 0..40_000 {
-            collapse
-                .handle_stanza(&message("r@c/n", &format!("{n}@b/r"), &largest), at(0))
-                .unwrap();
-        }
-        assert_eq!(collapse.last(), Seq(3));
-        collapse.seal_all();
-        while let Some(output) = collapse.poll_output() {
-            if let Output::Sealed { cast, .. } = output {
-                cast.check().unwrap();
+        for body_bytes in [ENTRY_BYTES_MAX - 100_000, 10] {
+            let mut collapse = Collapse::new(Seq(0), WINDOW);
+            let body = "x".repeat(body_bytes);
+            for n in 0..40 {
+                let to = format!("b{n}@b.example/{}", "r".repeat(18_000));
+                collapse
+                    .handle_stanza(&message("r@c.example/n", &to, &body), at(0))
+                    .unwrap();
             }
+            collapse.seal_all();
+            let mut casts = 0;
+            while let Some(output) = collapse.poll_output() {
+                if let Output::Sealed { cast, .. } = output {
+                    cast.check().unwrap();
+                    casts += 1;
+                }
+            }
+            assert!((2..20).contains(&casts), "{casts}");
         }
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
         let padded = |spaces: usize| stanza(&format!("<message from='r@c/n'{}to='b@b/r'/>", " ".repeat(spaces)));
         assert!(collapse.handle_stanza(&padded(18_000), at(0)).is_ok());
         assert_eq!(collapse.handle_stanza(&padded(20_000), at(0)), Err(Refusal::TooLarge));
         let huge = message("r@c/n", "b@b/r", &"x".repeat(ENTRY_BYTES_MAX));
         assert_eq!(collapse.handle_stanza(&huge, at(0)), Err(Refusal::TooLarge));
-        assert_eq!(collapse.last(), Seq(4));
+        assert_eq!(collapse.last(), Seq(1));
     }
 
     /// Who was written to long ago is forgotten, although the sender never pauses.

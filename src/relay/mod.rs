@@ -394,11 +394,11 @@ impl Relay {
             },
             Input::LinkDown => self.drop_link(),
             Input::Drain => {
-                self.outward.seal_all(self.batch.number, now);
+                self.outward.seal_all(self.batch.number, now, &mut self.stats);
                 self.inward.stop();
             }
             Input::Timeout => {
-                self.outward.handle_timeout(self.batch.number, now);
+                self.outward.handle_timeout(self.batch.number, now, &mut self.stats);
                 self.handle_session(session::Input::Timeout, now);
             }
         }
@@ -524,7 +524,8 @@ impl Relay {
 
     /// Gives a stanza its place in the spool.
     fn take_in(&mut self, stanza: &Stanza, now: Now) -> Result<Placed, Refusal> {
-        let placed = self.outward.handle_stanza(stanza, self.batch.number, now)?;
+        let (batch, stats) = (self.batch.number, &mut self.stats);
+        let placed = self.outward.handle_stanza(stanza, batch, now, stats)?;
         let uncommitted = self.uncommitted();
         uncommitted.spool_entries += u64::from(placed.new);
         uncommitted.spool_bytes += placed.bytes as u64;
@@ -704,7 +705,6 @@ impl Relay {
 
     /// Carries on whatever the last input made possible.
     fn settle(&mut self, now: Now) {
-        self.stats.shared = self.outward.shared();
         self.inward.advance(now, &mut self.stats);
         let mut reads = Vec::new();
         self.gather(&mut reads, now);
@@ -766,7 +766,7 @@ impl Relay {
     }
 
     fn submit(&mut self, now: Now) {
-        self.outward.flush(self.batch.number, now);
+        self.outward.flush(self.batch.number, now, &mut self.stats);
         while let Some(output) = self.outward.poll_output() {
             // Flushing asks for no read.
             if let outward::Output::Change(change) = output {
@@ -821,3 +821,6 @@ fn answer(session: &mut LinkSession, stats: &mut RelayStats, offer: Offer<'_>, n
         },
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -80,8 +80,6 @@ pub struct Outward {
     ages: VecDeque<(Seq, Mono)>,
     /// Of those, when the ones were given out that have been acknowledged since this was last asked.
     delivered: Vec<Mono>,
-    /// Sealed with more than one recipient.
-    shared: u64,
     outputs: VecDeque<Output>,
 }
 
@@ -104,7 +102,6 @@ impl Outward {
             sealed_while_reading: BTreeMap::new(),
             ages,
             delivered: Vec::new(),
-            shared: 0,
             outputs: VecDeque::new(),
         }
     }
@@ -118,31 +115,37 @@ impl Outward {
     }
 
     /// Takes in a stanza. `batch` is the one that gathers.
-    pub fn handle_stanza(&mut self, stanza: &Stanza, batch: u64, now: Now) -> Result<Placed, Refusal> {
+    pub fn handle_stanza(
+        &mut self,
+        stanza: &Stanza,
+        batch: u64,
+        now: Now,
+        stats: &mut RelayStats,
+    ) -> Result<Placed, Refusal> {
         let placed = self.collapse.handle_stanza(stanza, now)?;
         if placed.new {
             self.note_age(placed.seq, now);
             self.take_in_open();
         }
-        self.drain_collapse(batch, now);
+        self.drain_collapse(batch, now, stats);
         Ok(placed)
     }
 
     /// Writes what has grown: the batch is about to go to the disk.
-    pub fn flush(&mut self, batch: u64, now: Now) {
+    pub fn flush(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
         while let Some(output) = self.collapse.poll_output() {
-            self.handle_collapse(output, batch, now);
+            self.handle_collapse(output, batch, now, stats);
         }
     }
 
-    pub fn handle_timeout(&mut self, batch: u64, now: Now) {
+    pub fn handle_timeout(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
         self.collapse.handle_timeout(now);
-        self.drain_collapse(batch, now);
+        self.drain_collapse(batch, now, stats);
     }
 
-    pub fn seal_all(&mut self, batch: u64, now: Now) {
+    pub fn seal_all(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
         self.collapse.seal_all();
-        self.drain_collapse(batch, now);
+        self.drain_collapse(batch, now, stats);
     }
 
     /// The link is up and the peer holds what `received` says.
@@ -282,11 +285,6 @@ impl Outward {
         self.collapse.poll_timeout()
     }
 
-    /// How many entries were sealed with more than one recipient.
-    pub fn shared(&self) -> u64 {
-        self.shared
-    }
-
     /// How long entries took until the peer acknowledged them: one a second is watched.
     pub fn take_delivered(&mut self, now: Now) -> Vec<Duration> {
         let since = std::mem::take(&mut self.delivered);
@@ -310,14 +308,14 @@ impl Outward {
         }
     }
 
-    fn drain_collapse(&mut self, batch: u64, now: Now) {
+    fn drain_collapse(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
         while let Some(output) = self.collapse.poll_sealed() {
-            self.handle_collapse(output, batch, now);
+            self.handle_collapse(output, batch, now, stats);
         }
         self.take_in_open();
     }
 
-    fn handle_collapse(&mut self, output: collapse::Output, batch: u64, now: Now) {
+    fn handle_collapse(&mut self, output: collapse::Output, batch: u64, now: Now, stats: &mut RelayStats) {
         match output {
             collapse::Output::Write { seq, cast } => {
                 self.written = self.written.max(seq);
@@ -326,7 +324,7 @@ impl Outward {
                 self.outputs.push_back(Output::Change(Change::PutSpool { seq, entry }));
             }
             collapse::Output::Sealed { seq, flow, cast } => {
-                self.shared += u64::from(cast.recipients.len() > 1);
+                stats.shared += u64::from(cast.recipients.len() > 1);
                 let batch = self.open_writes.remove(&seq).unwrap_or(batch);
                 if self.reading.as_ref().is_some_and(|reading| seq <= reading.upto) {
                     let (flow, cast) = (flow.clone(), cast.clone());

@@ -7,6 +7,34 @@
 //! many it was for (P2); who is told of a failure, and who never is (P5); what a dishonest peer sends is dropped and counted
 //! (P6); and no queue was ever over its limit (P9).
 //!
+//! # Planted and found on 2026-11-20
+//!
+//! One line each, put into the relay, the queue or the directions by hand; 100 seeds found them, or the unit test that is named.
+//!
+//! | planted | found by |
+//! | --- | --- |
+//! | the place of the address in an entry is not checked | `dishonest_peer` |
+//! | a number that the disk has not is passed over, not sent as a void | `replaced_disks` |
+//! | what is sealed during a read is forgotten, so the slot's last write is missed | `bad_link` and others |
+//! | what a slow disk has not finished does not count against the limit | `full_queues` |
+//! | a sealed group waits for the batch that gathers, which may stay empty | `few_words` and others |
+//! | a broken lane does not unmark what it had not confirmed | `everything_fails` |
+//! | a lane is written to before the mark is on disk | `killed_processes` |
+//! | an entry is sent before it is on disk | `few_words` and others |
+//! | a leg is told at once, not after the commit | `killed_processes` |
+//! | what the server refuses is tried for ever | `poisonous_stanzas` |
+//! | the hello is said while arrivals are on their way to the disk | `bad_link` |
+//! | a read of the inbox counts for what came after it began | `bad_link` and others |
+//! | the inbox is read only below half of a memory of nothing | `few_words` and others |
+//! | a position is committed in an earlier batch than its entries | `killed_processes` |
+//! | a finished commit does not wake the link | `few_words` |
+//! | what was sealed during a read crosses before its last write is on disk | `drained_processes` |
+//! | an open group is taken from the disk as if it were whole | `relay::tests` |
+//! | a slow broadcast makes a room forget half of its sessions | `queue::collapse::tests` |
+//!
+//! Not found, because something else stands in for it: letting duplicates in (the session does not give them out), and events of a
+//! lane's earlier life (here they come at once).
+//!
 //! `NARROWS_SIM_SEEDS=10000 cargo test --release --test sim` runs more seeds; `NARROWS_SIM_SEED=n` replays one.
 
 mod check;
