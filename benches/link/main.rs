@@ -88,8 +88,12 @@ fn main() -> ExitCode {
                 if way == Way::Tunnel && tunnel::missing().is_some() {
                     continue;
                 }
-                converse(&plan, *host, way, &lines, &mut measured)
-                    .map_err(|Failure(why)| Failure(format!("room on {}, {}: {why}", host.name(), way.name())))?;
+                let failed = |Failure(why)| Failure(format!("room on {}, {}: {why}", host.name(), way.name()));
+                match converse(&plan, *host, way, &lines, &mut measured).map_err(failed) {
+                    // What others do is only for comparison: what was measured is shown.
+                    Err(Failure(why)) if way != Way::Pair => eprintln!("{why}"),
+                    result => result?,
+                }
             }
         }
         Ok(measured)
@@ -110,7 +114,7 @@ fn main() -> ExitCode {
 fn plan() -> Outcome<Plan> {
     let mut plan = Plan {
         occupants: vec![1, 10, 50, 100],
-        lines: 60,
+        lines: 40,
         hosts: vec![Kind::Prosody, Kind::Ejabberd],
     };
     for word in std::env::args().skip(1) {
