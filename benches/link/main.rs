@@ -117,7 +117,8 @@ fn plan() -> Outcome<Plan> {
         lines: 40,
         hosts: vec![Kind::Prosody, Kind::Ejabberd],
     };
-    for word in std::env::args().skip(1) {
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
         match word.as_str() {
             // Cargo's own.
             "--bench" => {}
@@ -128,7 +129,16 @@ fn plan() -> Outcome<Plan> {
             }
             "--prosody" => plan.hosts = vec![Kind::Prosody],
             "--ejabberd" => plan.hosts = vec![Kind::Ejabberd],
-            other => return Err(Failure(format!("{other}: known are --quick, --prosody, --ejabberd"))),
+            "--occupants" => {
+                let list = words.next().unwrap_or_default();
+                let numbers = list.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>();
+                plan.occupants = numbers.map_err(|error| Failure(format!("--occupants {list}: {error}")))?;
+            }
+            other => {
+                return Err(Failure(format!(
+                    "{other}: known are --quick, --prosody, --ejabberd, --occupants 1,50"
+                )));
+            }
         }
     }
     Ok(plan)
