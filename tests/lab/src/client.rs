@@ -486,6 +486,11 @@ impl Client {
         self.shared.received().stanzas.get(first..).unwrap_or_default().to_vec()
     }
 
+    /// When [`Stanza::at`] was zero.
+    pub fn connected_at(&self) -> Instant {
+        self.shared.start
+    }
+
     /// How many stanzas came.
     pub fn received(&self) -> usize {
         self.shared.received().stanzas.len()
