@@ -379,7 +379,7 @@ declare! {
     QUEUE_LIMIT_BYTES: Gauge<> = "narrows_queue_limit_bytes", "The configured limit of each spool and each inbox.";
     QUEUE_LIMIT_ENTRIES: Gauge<> = "narrows_queue_limit_entries", "As narrows_queue_limit_bytes, in entries.";
     DELIVERY: Histogram(DELIVERY_BOUNDS)<Peer> = "narrows_delivery_seconds",
-        "From when an entry was accepted until the peer said that it is stored there.";
+        "From when an entry was accepted until the peer said that it is stored there, which it may do up to link.ack_delay later. One entry a second is watched.";
 
     STANZAS: Counter<Peer, Leg, StanzaKind> = "narrows_stanzas_total",
         "Stanzas on the streams with the local server, by who opened the stream and by kind.";

@@ -43,7 +43,7 @@ use crate::{
     },
     link::session::SessionConfig,
     metrics,
-    relay::{Relay, Settings},
+    relay::{self, Relay, Settings},
     stanza::Domain,
     stream::{Site, dialback::Secret},
 };
@@ -397,6 +397,7 @@ fn settings(config: &Config, peer: &config::Peer) -> Settings {
         queue_bytes_max: config.queue.bytes_max.0,
         queue_entries_max: config.queue.entries_max,
         lanes_per_pair: config.legs.lanes,
+        memory_bytes: relay::MEMORY_BYTES,
         batch_bytes: usize::try_from(link.batch_bytes.0).unwrap_or(usize::MAX),
         compress: link.compression == Compression::Zstd,
         site: Some(config.site.to_string()),

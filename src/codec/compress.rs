@@ -25,15 +25,19 @@ const WINDOW_LOG_MAX: u32 = 21;
 /// Which coder a stream uses. Both ends choose the same from their hellos.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Coder {
+    /// Nothing is compressed: one of the two does not want it.
+    Plain,
     /// Without a dictionary, if the two do not have the same.
     Zstd,
     ZstdWithDictionary,
 }
 
 impl Coder {
-    /// The coder for two ends that name these dictionaries.
+    /// The coder for two ends that name these dictionaries, or [`NO_COMPRESSION`].
     pub fn agreed(ours: u64, theirs: u64) -> Self {
-        if ours == theirs {
+        if ours == NO_COMPRESSION || theirs == NO_COMPRESSION {
+            Self::Plain
+        } else if ours == theirs {
             Self::ZstdWithDictionary
         } else {
             Self::Zstd
@@ -42,11 +46,14 @@ impl Coder {
 
     fn dictionary(self) -> &'static [u8] {
         match self {
-            Self::Zstd => &[],
+            Self::Plain | Self::Zstd => &[],
             Self::ZstdWithDictionary => &DICTIONARY,
         }
     }
 }
+
+/// Stands in a hello in place of a dictionary's name.
+pub const NO_COMPRESSION: u64 = 0;
 
 /// Names the dictionary in a hello. FNV-1a: it tells versions apart, nobody gains by a forged one.
 pub fn dictionary_id() -> u64 {
@@ -56,11 +63,15 @@ pub fn dictionary_id() -> u64 {
 }
 
 pub struct Compressor {
-    context: CCtx<'static>,
+    /// None for [`Coder::Plain`].
+    context: Option<CCtx<'static>>,
 }
 
 impl Compressor {
     pub fn new(coder: Coder) -> Result<Self, CompressError> {
+        if coder == Coder::Plain {
+            return Ok(Self { context: None });
+        }
         let mut context = CCtx::try_create().ok_or(CompressError::Memory)?;
         let parameters = [
             // The magic number, content size and checksum are TLS's business or nobody's.
@@ -87,19 +98,22 @@ impl Compressor {
         context
             .load_dictionary(coder.dictionary())
             .map_err(CompressError::zstd)?;
-        Ok(Self { context })
+        Ok(Self { context: Some(context) })
     }
 
     /// Appends what the other end needs to read `input`, all of it.
     pub fn compress(&mut self, input: &[u8], out: &mut Vec<u8>) -> Result<(), CompressError> {
+        let Some(context) = &mut self.context else {
+            out.extend_from_slice(input);
+            return Ok(());
+        };
         let mut input = InBuffer::around(input);
         loop {
             // One block's worst case is its length and a few bytes; a loop takes care of the rest.
             out.reserve(input.src.len() - input.pos + 256);
             let start = out.len();
             let mut output = OutBuffer::around_pos(out, start);
-            let left = self
-                .context
+            let left = context
                 .compress_stream2(&mut output, &mut input, ZSTD_EndDirective::ZSTD_e_flush)
                 .map_err(CompressError::zstd)?;
             if left == 0 && input.pos == input.src.len() {
@@ -116,11 +130,15 @@ impl fmt::Debug for Compressor {
 }
 
 pub struct Decompressor {
-    context: DCtx<'static>,
+    /// None for [`Coder::Plain`].
+    context: Option<DCtx<'static>>,
 }
 
 impl Decompressor {
     pub fn new(coder: Coder) -> Result<Self, CompressError> {
+        if coder == Coder::Plain {
+            return Ok(Self { context: None });
+        }
         let mut context = DCtx::try_create().ok_or(CompressError::Memory)?;
         context
             .set_parameter(DParameter::Format(FrameFormat::Magicless))
@@ -131,11 +149,17 @@ impl Decompressor {
         context
             .load_dictionary(coder.dictionary())
             .map_err(CompressError::zstd)?;
-        Ok(Self { context })
+        Ok(Self { context: Some(context) })
     }
 
     /// The bytes of one batch, at most `bytes_max` of them. After an error the stream is lost.
     pub fn decompress(&mut self, input: &[u8], bytes_max: usize) -> Result<Vec<u8>, CompressError> {
+        let Some(context) = &mut self.context else {
+            return match input.len() {
+                bytes if bytes > bytes_max => Err(CompressError::Bomb { bytes_max }),
+                _ => Ok(input.to_vec()),
+            };
+        };
         let mut input = InBuffer::around(input);
         let mut out = Vec::new();
         loop {
@@ -146,7 +170,7 @@ impl Decompressor {
             let mut step = vec![0; room];
             let mut output = OutBuffer::around(step.as_mut_slice());
             let consumed = input.pos;
-            self.context
+            context
                 .decompress_stream(&mut output, &mut input)
                 .map_err(CompressError::zstd)?;
             let produced = output.pos();
@@ -207,9 +231,10 @@ mod tests {
         /// Every batch can be read as soon as it is there, with and without a dictionary.
         #[test]
         fn batches_round_trip(
-            batches in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..3000), 1..10), dictionary: bool
+            batches in proptest::collection::vec(proptest::collection::vec(any::<u8>(), 0..3000), 1..10),
+            coder in prop::sample::select(vec![Coder::Plain, Coder::Zstd, Coder::ZstdWithDictionary]),
         ) {
-            let (mut compressor, mut decompressor) = pair(if dictionary { Coder::ZstdWithDictionary } else { Coder::Zstd });
+            let (mut compressor, mut decompressor) = pair(coder);
             for batch in batches {
                 let mut wire = Vec::new();
                 compressor.compress(&batch, &mut wire).unwrap();
@@ -240,6 +265,23 @@ mod tests {
         );
         let (_, mut decompressor) = pair(Coder::Zstd);
         assert_eq!(decompressor.decompress(&wire, 100_000).unwrap().len(), 100_000);
+        let (_, mut decompressor) = pair(Coder::Plain);
+        assert!(decompressor.decompress(&[0; 100], 100).is_ok());
+        assert_eq!(
+            decompressor.decompress(&[0; 100], 99),
+            Err(CompressError::Bomb { bytes_max: 99 })
+        );
+    }
+
+    /// `compression: off` at either end is obeyed, also if it is said at both; different dictionaries are none.
+    #[test]
+    fn off_is_off() {
+        assert_eq!(Coder::agreed(7, 7), Coder::ZstdWithDictionary);
+        assert_eq!(Coder::agreed(7, 8), Coder::Zstd);
+        for (ours, theirs) in [(0, 0), (0, 7), (7, 0)] {
+            assert_eq!(Coder::agreed(ours, theirs), Coder::Plain);
+        }
+        assert_ne!(dictionary_id(), NO_COMPRESSION);
     }
 
     /// A connection's two contexts stay within what the documentation promises.
@@ -257,16 +299,9 @@ mod tests {
             compressor.compress(&batch, &mut wire).unwrap();
             assert!(decompressor.decompress(&wire, batch.len()).unwrap() == batch);
         }
-        assert!(
-            compressor.context.sizeof() <= 5 << 20,
-            "{}",
-            compressor.context.sizeof()
-        );
-        assert!(
-            decompressor.context.sizeof() <= 3 << 20,
-            "{}",
-            decompressor.context.sizeof()
-        );
+        let (compressor, decompressor) = (compressor.context.unwrap(), decompressor.context.unwrap());
+        assert!(compressor.sizeof() <= 5 << 20, "{}", compressor.sizeof());
+        assert!(decompressor.sizeof() <= 3 << 20, "{}", decompressor.sizeof());
     }
 
     /// A stream that asks for a larger window than agreed is refused before memory is taken.

@@ -42,6 +42,9 @@ pub enum Entry {
 }
 
 impl Cast {
+    /// The length before each address: below 2^32, so five bytes at most.
+    pub const RECIPIENT_BESIDE: usize = 5;
+
     /// The stanza for the k-th recipient, byte for byte as it came. `None` if there are not as many.
     pub fn copy(&self, k: usize) -> Option<Bytes> {
         let attribute = self.recipients.get(k)?;
@@ -69,9 +72,14 @@ impl Cast {
 
     /// An upper bound of the encoded size, without encoding.
     pub fn encoded_bytes(&self) -> usize {
+        let attributes = self.recipients.iter().map(Bytes::len).sum();
+        Self::encoded_bytes_of(&self.template, self.recipients.len(), attributes)
+    }
+
+    /// The same for so many recipients whose attributes take so many bytes together.
+    pub fn encoded_bytes_of(template: &[u8], recipients: usize, attributes: usize) -> usize {
         // Version, kind and three numbers of at most five bytes (all are below 2^32).
-        let recipients: usize = self.recipients.iter().map(|attribute| attribute.len() + 5).sum();
-        17 + recipients + self.template.len()
+        17 + template.len() + recipients * Self::RECIPIENT_BESIDE + attributes
     }
 }
 

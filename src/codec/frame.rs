@@ -128,7 +128,8 @@ pub struct Hello {
     pub last: Seq,
     /// For logs only; who it is was proven by TLS.
     pub site: Option<String>,
-    /// Names the dictionary, see [`crate::codec::compress`]. Without agreement none is used.
+    /// Names the dictionary, see [`crate::codec::compress`]. Without agreement none is used, and nothing is compressed unless both
+    /// name one.
     pub dictionary: u64,
     /// The largest encoded entry that the sender of this takes.
     pub entry_bytes_max: u64,

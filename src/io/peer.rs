@@ -408,6 +408,9 @@ impl Owner {
                 Output::CloseLink(why) => self.close_link(&why),
             }
         }
+        for took in self.relay.take_delivered(self.clock.now()) {
+            m::DELIVERY.record_period(&self.name, took);
+        }
         let up = self.relay.is_linked();
         if up != self.up {
             self.up = up;

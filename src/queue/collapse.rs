@@ -24,6 +24,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    hash::{DefaultHasher, Hash, Hasher},
     sync::Arc,
     time::Duration,
 };
@@ -31,8 +32,11 @@ use std::{
 use bytes::Bytes;
 
 use crate::{
-    codec::{entry::Cast, position::Seq},
-    stanza::{Kind, Stanza, bare, domain_of},
+    codec::{
+        entry::{self, Cast, ENTRY_BYTES_MAX},
+        position::Seq,
+    },
+    stanza::{Kind, Stanza, bare, domain_of, resource_of},
     time::{Deadline, Mono, Now},
 };
 
@@ -50,6 +54,16 @@ const OPEN_MAX: usize = 1024;
 /// ([`crate::codec::entry::ENTRY_BYTES_MAX`]). About 6,000 recipients; more make a second cast.
 const RECIPIENT_BYTES_MAX: usize = 256 * 1024;
 
+/// What an entry holds beside each address, see [`Cast::encoded_bytes`].
+const RECIPIENT_BESIDE: usize = Cast::RECIPIENT_BESIDE;
+
+/// A session that so many messages to everybody passed by in a row is not in the room any more. Not the first one: of a broadcast that
+/// the server could not write within one window, the first group lacks what the later ones have.
+const MISSED_MAX: u32 = 2;
+
+/// Recipients of one flow that are remembered before it is asked whether they still matter.
+const LATEST_MIN: usize = 1024;
+
 /// Sessions that are remembered, over all rooms. Beyond it everything is forgotten and learned again, which costs
 /// one window of delay for each room.
 const SESSIONS_MAX: usize = 100_000;
@@ -60,6 +74,25 @@ pub enum Output {
     Write { seq: Seq, cast: Cast },
     /// Nothing will be added any more. Follows the last `Write` of the group.
     Sealed { seq: Seq, flow: Flow, cast: Cast },
+}
+
+/// Where a stanza went.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Placed {
+    pub seq: Seq,
+    /// Whether the slot is new.
+    pub new: bool,
+    /// What it adds to the slot.
+    pub bytes: usize,
+}
+
+/// Why a stanza is not taken in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Refusal {
+    /// It lacks an address.
+    NoAddress,
+    /// No entry can hold it: its address is longer than an address can be, or it is too large.
+    TooLarge,
 }
 
 /// What makes copies one cast.
@@ -79,16 +112,38 @@ struct Group {
     /// The attribute that each address was written in: quotes and escapes may differ, and are kept.
     recipients: BTreeMap<Address, Bytes>,
     recipient_bytes: usize,
+    /// At most, see [`Cast::encoded_bytes`].
+    encoded_bytes: usize,
     closes_at: Mono,
     /// Whether a whole room is addressed, so that its recipients tell who is in it.
     to_everybody: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct FlowState {
     open: BTreeSet<Seq>,
     /// For each recipient the latest number it stands in, kept while a group is open.
     latest: BTreeMap<Address, Seq>,
+    /// At this size it is looked through for what is of no use any more.
+    prune_at: usize,
+}
+
+impl Default for FlowState {
+    fn default() -> Self {
+        Self {
+            open: BTreeSet::new(),
+            latest: BTreeMap::new(),
+            prune_at: LATEST_MIN,
+        }
+    }
+}
+
+#[derive(Debug, Default)]
+struct Room {
+    /// The far sessions that it is known to have, and how many messages to everybody have passed each by.
+    sessions: BTreeMap<Address, u32>,
+    /// The hash of the last message to everybody whose window ended.
+    last: u64,
 }
 
 #[derive(Debug)]
@@ -98,8 +153,8 @@ pub struct Collapse {
     groups: BTreeMap<Seq, Group>,
     by_key: BTreeMap<Key, Seq>,
     flows: BTreeMap<Flow, FlowState>,
-    /// The far sessions each room is known to have.
-    sessions: BTreeMap<Flow, BTreeSet<Address>>,
+    rooms: BTreeMap<Flow, Room>,
+    /// Over all rooms.
     sessions_total: usize,
     changed: BTreeSet<Seq>,
     outputs: VecDeque<Output>,
@@ -114,7 +169,7 @@ impl Collapse {
             groups: BTreeMap::new(),
             by_key: BTreeMap::new(),
             flows: BTreeMap::new(),
-            sessions: BTreeMap::new(),
+            rooms: BTreeMap::new(),
             sessions_total: 0,
             changed: BTreeSet::new(),
             outputs: VecDeque::new(),
@@ -131,10 +186,21 @@ impl Collapse {
         self.groups.get(&seq).map(|group| group.flow.clone())
     }
 
-    /// Takes in a stanza, which must have `from` and `to`, and returns the number of the slot it is in and whether it is a new slot.
-    pub fn handle_stanza(&mut self, stanza: &Stanza, now: Now) -> Option<(Seq, bool)> {
-        let (template, to_at, to_attribute) = stanza.split_to()?;
-        let (from, to) = (stanza.from()?, stanza.to()?);
+    /// Takes in a stanza, which must have `from` and `to`.
+    pub fn handle_stanza(&mut self, stanza: &Stanza, now: Now) -> Result<Placed, Refusal> {
+        let (Some((template, to_at, to_attribute)), Some(from), Some(to)) =
+            (stanza.split_to(), stanza.from(), stanza.to())
+        else {
+            return Err(Refusal::NoAddress);
+        };
+        let (empty_bytes, bytes) = (
+            Cast::encoded_bytes_of(&template, 0, 0),
+            to_attribute.len() + RECIPIENT_BESIDE,
+        );
+        // What the other end would not take must not take a number here.
+        if to_attribute.len() > entry::RECIPIENT_BYTES_MAX || empty_bytes + bytes > ENTRY_BYTES_MAX {
+            return Err(Refusal::TooLarge);
+        }
         let flow: Flow = bare(&from).into();
         let key = Key {
             template,
@@ -142,7 +208,12 @@ impl Collapse {
             to_domain: domain_of(&to).to_owned(),
         };
         let stanza_type = stanza.stanza_type();
-        let mut spread = Spread::of(stanza.kind(), stanza_type.as_deref(), self.sessions.contains_key(&flow));
+        let mut spread = Spread::of(
+            stanza.kind(),
+            stanza_type.as_deref(),
+            &to,
+            self.rooms.contains_key(&flow),
+        );
         if spread == Spread::Room && stanza.is_for_newcomers() {
             // It tells nothing of who else is in the room.
             spread = Spread::Some;
@@ -156,7 +227,7 @@ impl Collapse {
             if self.admits(seq, &to, to_attribute.len()) {
                 self.add(seq, to, to_attribute);
                 self.seal_if_complete(seq);
-                return Some((seq, false));
+                return Ok(Placed { seq, new: false, bytes });
             }
             self.seal(seq);
         }
@@ -167,6 +238,7 @@ impl Collapse {
                 event: (from.into_owned(), stanza.kind()),
                 recipients: BTreeMap::new(),
                 recipient_bytes: 0,
+                encoded_bytes: empty_bytes,
                 closes_at: now.mono + self.window,
                 to_everybody: spread == Spread::Room,
             },
@@ -178,7 +250,8 @@ impl Collapse {
         } else {
             self.seal_if_complete(seq);
         }
-        Some((seq, true))
+        let bytes = empty_bytes + bytes;
+        Ok(Placed { seq, new: true, bytes })
     }
 
     pub fn handle_timeout(&mut self, now: Now) {
@@ -187,9 +260,10 @@ impl Collapse {
             && group.closes_at <= now.mono
         {
             if group.to_everybody {
-                // The room did not address everybody we thought it would, so what it addressed is what we know.
                 let (flow, reached) = (group.flow.clone(), group.recipients.keys().cloned().collect());
-                self.set_sessions(flow, reached);
+                let mut hasher = DefaultHasher::new();
+                group.key.template.hash(&mut hasher);
+                self.set_sessions(flow, hasher.finish(), &reached);
             }
             self.seal(seq);
         }
@@ -210,6 +284,13 @@ impl Collapse {
         })
     }
 
+    /// What cannot wait: groups that are sealed, with their last writes.
+    pub fn poll_sealed(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    /// All there is, the writes of groups that have grown included: to be asked when a batch is about to go to the disk, so that
+    /// a hundred copies that came while it was busy are one write.
     pub fn poll_output(&mut self) -> Option<Output> {
         if let Some(output) = self.outputs.pop_front() {
             return Some(output);
@@ -224,7 +305,9 @@ impl Collapse {
     fn admits(&self, seq: Seq, to: &Address, attribute_bytes: usize) -> bool {
         let group = &self.groups[&seq];
         let latest = self.flows.get(&group.flow).and_then(|flow| flow.latest.get(to));
-        latest.is_none_or(|&latest| latest < seq) && group.recipient_bytes + attribute_bytes <= RECIPIENT_BYTES_MAX
+        latest.is_none_or(|&latest| latest < seq)
+            && group.recipient_bytes + attribute_bytes <= RECIPIENT_BYTES_MAX
+            && group.encoded_bytes + attribute_bytes + RECIPIENT_BESIDE <= ENTRY_BYTES_MAX
     }
 
     fn open(&mut self, group: Group, to: Address, attribute: Bytes) -> Seq {
@@ -250,6 +333,7 @@ impl Collapse {
             flow.latest.insert(to.clone(), seq);
         }
         group.recipient_bytes += attribute.len();
+        group.encoded_bytes += attribute.len() + RECIPIENT_BESIDE;
         group.recipients.insert(to, attribute);
         self.changed.insert(seq);
     }
@@ -270,8 +354,16 @@ impl Collapse {
         }
         if let Some(flow) = self.flows.get_mut(&group.flow) {
             flow.open.remove(&seq);
-            if flow.open.is_empty() {
-                self.flows.remove(&group.flow);
+            match flow.open.first() {
+                None => {
+                    self.flows.remove(&group.flow);
+                }
+                // A sender that never pauses would make this grow for ever. What came before all open groups matters no more.
+                Some(&first) if flow.latest.len() >= flow.prune_at => {
+                    flow.latest.retain(|_, seq| *seq >= first);
+                    flow.prune_at = (2 * flow.latest.len()).max(LATEST_MIN);
+                }
+                Some(_) => {}
             }
         }
         let flow = group.flow;
@@ -281,7 +373,8 @@ impl Collapse {
     /// Seals the groups of this group's event if together they reach every session of the room.
     fn seal_if_complete(&mut self, seq: Seq) {
         let Some(group) = self.groups.get(&seq) else { return };
-        let (Some(sessions), Some(flow)) = (self.sessions.get(&group.flow), self.flows.get(&group.flow)) else {
+        let (Some(Room { sessions, .. }), Some(flow)) = (self.rooms.get(&group.flow), self.flows.get(&group.flow))
+        else {
             return;
         };
         let event: Vec<Seq> = flow
@@ -292,7 +385,7 @@ impl Collapse {
             .collect();
         let reached: usize = event.iter().map(|seq| self.groups[seq].recipients.len()).sum();
         let complete = reached >= sessions.len()
-            && sessions.iter().all(|session| {
+            && sessions.keys().all(|session| {
                 event
                     .iter()
                     .any(|seq| self.groups[seq].recipients.contains_key(session))
@@ -308,16 +401,16 @@ impl Collapse {
     /// and by messages to everybody. A room gets known by a message to everybody whose window has ended; before that,
     /// some of its sessions may have joined before we were started.
     fn learn(&mut self, flow: &Flow, stanza: &Stanza, stanza_type: Option<&str>, to: &Address) {
-        let Some(sessions) = self.sessions.get_mut(flow) else {
+        let Some(Room { sessions, .. }) = self.rooms.get_mut(flow) else {
             return;
         };
         let before = sessions.len();
         match (stanza.kind(), stanza_type) {
             (Kind::Message, Some("groupchat")) => {
-                sessions.insert(to.clone());
+                sessions.insert(to.clone(), 0);
             }
             (Kind::Presence, None) if stanza.has_muc_status("110") => {
-                sessions.insert(to.clone());
+                sessions.insert(to.clone(), 0);
             }
             (Kind::Presence, Some("unavailable")) if stanza.has_muc_status("110") => {
                 sessions.remove(to);
@@ -326,19 +419,34 @@ impl Collapse {
         }
         self.sessions_total = self.sessions_total + sessions.len() - before;
         if sessions.is_empty() {
-            self.sessions.remove(flow);
+            self.rooms.remove(flow);
+        }
+        if self.sessions_total > SESSIONS_MAX {
+            self.forget_sessions();
         }
     }
 
-    fn set_sessions(&mut self, flow: Flow, sessions: BTreeSet<Address>) {
-        if self.sessions_total >= SESSIONS_MAX {
-            self.sessions.clear();
-            self.sessions_total = 0;
+    /// A message to everybody has reached these within its window. The others may have left the room without our knowledge; or the
+    /// server was slow, and their copies are still to come, in another group of the same message.
+    fn set_sessions(&mut self, flow: Flow, message: u64, reached: &BTreeSet<Address>) {
+        let Room { sessions, last } = self.rooms.entry(flow).or_default();
+        let before = sessions.len();
+        if std::mem::replace(last, message) != message {
+            sessions.retain(|session, missed| {
+                *missed += u32::from(!reached.contains(session));
+                *missed < MISSED_MAX
+            });
         }
-        self.sessions_total += sessions.len();
-        if let Some(before) = self.sessions.insert(flow, sessions) {
-            self.sessions_total -= before.len();
+        sessions.extend(reached.iter().map(|session| (session.clone(), 0)));
+        self.sessions_total = self.sessions_total + sessions.len() - before;
+        if self.sessions_total > SESSIONS_MAX {
+            self.forget_sessions();
         }
+    }
+
+    fn forget_sessions(&mut self) {
+        self.rooms.clear();
+        self.sessions_total = 0;
     }
 }
 
@@ -354,8 +462,10 @@ enum Spread {
 }
 
 impl Spread {
-    fn of(kind: Kind, stanza_type: Option<&str>, from_room: bool) -> Self {
+    fn of(kind: Kind, stanza_type: Option<&str>, to: &str, from_room: bool) -> Self {
         match (kind, stanza_type) {
+            // A user's words to a room (XEP-0045 §7.4). Rooms themselves write to full addresses.
+            (Kind::Message, Some("groupchat")) if resource_of(to).is_none() => Self::One,
             (Kind::Message, Some("groupchat")) => Self::Room,
             (Kind::Message, None | Some("normal" | "headline")) => Self::Some,
             // A private message goes to every session behind a nick (XEP-0045 §7.5).
@@ -425,7 +535,8 @@ mod tests {
     fn equal_copies_are_one_cast() {
         let mut collapse = Collapse::new(Seq(0), WINDOW);
         for n in 0..5 {
-            collapse.handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "hi"), at(n));
+            let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), "hi");
+            collapse.handle_stanza(&copy, at(n)).unwrap();
         }
         assert_eq!(sealed(&mut collapse), []);
         collapse.handle_timeout(at(49));
@@ -441,7 +552,8 @@ mod tests {
         let mut collapse = Collapse::new(Seq(0), WINDOW);
         let say = |collapse: &mut Collapse, users: std::ops::Range<u32>, body: &str, now| {
             for n in users {
-                collapse.handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), body), at(now));
+                let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), body);
+                collapse.handle_stanza(&copy, at(now)).unwrap();
             }
         };
         say(&mut collapse, 0..3, "who is there?", 0);
@@ -450,13 +562,43 @@ mod tests {
         say(&mut collapse, 0..3, "hi", 200);
         assert_eq!(sealed(&mut collapse), [(2, 3)]);
         // One more comes in: it is waited for at once.
-        collapse.handle_stanza(&own_presence("r@c.example", "b3@b.example/r"), at(300));
+        let presence = own_presence("r@c.example", "b3@b.example/r");
+        collapse.handle_stanza(&presence, at(300)).unwrap();
         collapse.handle_timeout(at(400));
         assert_eq!(sealed(&mut collapse), [(3, 1)]);
         say(&mut collapse, 0..3, "welcome", 500);
         assert_eq!(sealed(&mut collapse), []);
         say(&mut collapse, 3..4, "welcome", 501);
         assert_eq!(sealed(&mut collapse), [(4, 4)]);
+    }
+
+    /// A broadcast that the server was slow to write is several casts; the next one, written at once, is one again.
+    #[test]
+    fn a_slow_broadcast_does_not_split_the_next() {
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
+        let say = |collapse: &mut Collapse, users: &[u32], body: &str, now| {
+            collapse.handle_timeout(at(now));
+            for n in users {
+                let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), body);
+                collapse.handle_stanza(&copy, at(now)).unwrap();
+            }
+        };
+        say(&mut collapse, &[0, 1], "slow", 0);
+        say(&mut collapse, &[2], "slow", 60);
+        say(&mut collapse, &[3], "slow", 120);
+        collapse.handle_timeout(at(200));
+        assert_eq!(sealed(&mut collapse), [(1, 2), (2, 1), (3, 1)]);
+        for (seq, users) in [(4, [2, 3, 0, 1]), (5, [0, 1, 2, 3])] {
+            say(&mut collapse, &users, &format!("quick {seq}"), 300 * seq);
+            assert_eq!(sealed(&mut collapse), [(seq, 4)]);
+        }
+        // Two of them have left behind our back: they are waited for twice, and then no more.
+        for (seq, waits) in [(6, true), (7, true), (8, false)] {
+            say(&mut collapse, &[0, 1], &format!("left {seq}"), 300 * seq);
+            assert_eq!(sealed(&mut collapse).is_empty(), waits);
+            collapse.handle_timeout(at(300 * seq + 50));
+            sealed(&mut collapse);
+        }
     }
 
     /// What a room plays back to a newcomer does not make it forget the others: its next message is one cast again.
@@ -475,15 +617,21 @@ mod tests {
         for playback in playback {
             let mut collapse = Collapse::new(Seq(0), WINDOW);
             for n in 0..3 {
-                collapse.handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "one"), at(0));
+                collapse
+                    .handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "one"), at(0))
+                    .unwrap();
             }
             collapse.handle_timeout(at(100));
-            collapse.handle_stanza(&own_presence("r@c.example", newcomer), at(200));
-            collapse.handle_stanza(&stanza(&playback), at(200));
+            collapse
+                .handle_stanza(&own_presence("r@c.example", newcomer), at(200))
+                .unwrap();
+            collapse.handle_stanza(&stanza(&playback), at(200)).unwrap();
             collapse.handle_timeout(at(300));
             assert_eq!(sealed(&mut collapse), [(1, 3), (2, 1), (3, 1)]);
             for n in (0..4).rev() {
-                collapse.handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "two"), at(400));
+                collapse
+                    .handle_stanza(&message("r@c.example/n", &format!("b{n}@b.example/r"), "two"), at(400))
+                    .unwrap();
             }
             assert_eq!(sealed(&mut collapse), [(4, 4)]);
         }
@@ -496,7 +644,7 @@ mod tests {
         let seqs: Vec<u64> = ["b1", "b2", "b1", "b2"]
             .iter()
             .map(|user| message("r@c.example/n", &format!("{user}@b.example/r"), "ok"))
-            .map(|stanza| collapse.handle_stanza(&stanza, at(0)).unwrap().0.0)
+            .map(|stanza| collapse.handle_stanza(&stanza, at(0)).unwrap().seq.0)
             .collect();
         assert_eq!(seqs, [1, 1, 2, 2]);
     }
@@ -509,28 +657,65 @@ mod tests {
         for user in ["b1", "b2"] {
             for body in ["one", "two"] {
                 let copy = message("r@c.example/n", &format!("{user}@b.example/r"), body);
-                seqs.push(collapse.handle_stanza(&copy, at(0)).unwrap().0.0);
+                seqs.push(collapse.handle_stanza(&copy, at(0)).unwrap().seq.0);
             }
         }
         assert_eq!(seqs, [1, 2, 1, 2]);
         // Now b2 gets "one" again after "two": it must not join a group before its "two".
         let again = message("r@c.example/n", "b2@b.example/r", "one");
-        assert_eq!(collapse.handle_stanza(&again, at(0)).unwrap().0.0, 3);
+        assert_eq!(collapse.handle_stanza(&again, at(0)).unwrap().seq.0, 3);
     }
 
     /// A chat line between two users and an IQ are never broadcasts: they do not wait for a window.
     #[test]
     fn what_is_addressed_once_does_not_wait() {
         let mut collapse = Collapse::new(Seq(7), WINDOW);
-        collapse.handle_stanza(
-            &stanza("<message type='chat' from='a@a.example/x' to='b@b.example'/>"),
-            at(0),
-        );
-        collapse.handle_stanza(
-            &stanza("<iq type='get' id='1' from='a@a.example/x' to='b.example'/>"),
-            at(0),
-        );
-        assert_eq!(sealed(&mut collapse), [(8, 1), (9, 1)]);
+        for text in [
+            "<message type='chat' from='a@a.example/x' to='b@b.example'/>",
+            "<message type='groupchat' from='a@a.example/x' to='room@b.example'/>",
+            "<iq type='get' id='1' from='a@a.example/x' to='b.example'/>",
+        ] {
+            collapse.handle_stanza(&stanza(text), at(0)).unwrap();
+        }
+        assert_eq!(sealed(&mut collapse), [(8, 1), (9, 1), (10, 1)]);
+    }
+
+    /// No cast is larger than an entry may be: a recipient that would make it so begins another, and a stanza that fits into none
+    /// gets no number. Shown for the largest stanza, with the shortest addresses (whose lengths cost most) and the longest.
+    #[test]
+    fn every_cast_fits_into_an_entry() {
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
+        let largest = "x".repeat(512 * 1024 - 100);
+        for n in 0..40_000 {
+            collapse
+                .handle_stanza(&message("r@c/n", &format!("{n}@b/r"), &largest), at(0))
+                .unwrap();
+        }
+        assert_eq!(collapse.last(), Seq(3));
+        collapse.seal_all();
+        while let Some(output) = collapse.poll_output() {
+            if let Output::Sealed { cast, .. } = output {
+                cast.check().unwrap();
+            }
+        }
+        let padded = |spaces: usize| stanza(&format!("<message from='r@c/n'{}to='b@b/r'/>", " ".repeat(spaces)));
+        assert!(collapse.handle_stanza(&padded(18_000), at(0)).is_ok());
+        assert_eq!(collapse.handle_stanza(&padded(20_000), at(0)), Err(Refusal::TooLarge));
+        let huge = message("r@c/n", "b@b/r", &"x".repeat(ENTRY_BYTES_MAX));
+        assert_eq!(collapse.handle_stanza(&huge, at(0)), Err(Refusal::TooLarge));
+        assert_eq!(collapse.last(), Seq(4));
+    }
+
+    /// Who was written to long ago is forgotten, although the sender never pauses.
+    #[test]
+    fn a_sender_that_never_pauses_is_bounded() {
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
+        for n in 0..20_000 {
+            let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), &n.to_string());
+            collapse.handle_timeout(at(n));
+            collapse.handle_stanza(&copy, at(n)).unwrap();
+        }
+        assert!(collapse.flows["r@c.example"].latest.len() <= 2 * LATEST_MIN);
     }
 
     /// The number of rooms that may speak at once is bounded; the oldest group gives way, whole.
@@ -538,7 +723,8 @@ mod tests {
     fn open_groups_are_bounded() {
         let mut collapse = Collapse::new(Seq(0), WINDOW);
         for n in 0..=OPEN_MAX {
-            collapse.handle_stanza(&message(&format!("r{n}@c.example/n"), "b@b.example/r", "hi"), at(0));
+            let copy = message(&format!("r{n}@c.example/n"), "b@b.example/r", "hi");
+            collapse.handle_stanza(&copy, at(0)).unwrap();
         }
         assert_eq!(sealed(&mut collapse), [(1, 1)]);
     }
@@ -575,7 +761,7 @@ mod tests {
                 let (from, to) = (format!("r{room}@c.example/n"), format!("b{user}@b.example/r"));
                 let stanza = if presence { own_presence(&format!("r{room}@c.example"), &to) } else { message(&from, &to, &body.to_string()) };
                 sent.entry((format!("r{room}"), to)).or_default().push(stanza.bytes().clone());
-                collapse.handle_stanza(&stanza, at(now));
+                collapse.handle_stanza(&stanza, at(now)).unwrap();
                 drain(&mut collapse);
             }
             collapse.seal_all();

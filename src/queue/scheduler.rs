@@ -118,21 +118,17 @@ impl Scheduler {
     /// Fills a reserved place. Without one the entry stays on disk for now.
     pub fn fill(&mut self, flow: &Flow, seq: Seq, entry: Entry, batch: u64, accepted: Mono) {
         let Some(slots) = self.flows.get_mut(flow) else { return };
-        if let Some((_, slot)) = slots.iter_mut().find(|(at, _)| *at == seq) {
+        // A flow's slots ascend, and a room's backlog may be long.
+        if let Ok(at) = slots.binary_search_by_key(&seq, |(at, _)| *at) {
             self.bytes += size(&entry);
-            *slot = Slot::Ready { entry, batch, accepted };
+            slots[at].1 = Slot::Ready { entry, batch, accepted };
         }
     }
 
-    /// Takes in the wanted number as read back from the disk.
-    pub fn load(&mut self, flow: Flow, seq: Seq, entry: Entry, accepted: Mono) {
+    /// Takes in the wanted number as read back from the disk. `batch` is the one with its last write.
+    pub fn load(&mut self, flow: Flow, seq: Seq, entry: Entry, batch: u64, accepted: Mono) {
         self.bytes += size(&entry);
-        let slot = Slot::Ready {
-            entry,
-            batch: 0,
-            accepted,
-        };
-        self.push(flow, seq, slot);
+        self.push(flow, seq, Slot::Ready { entry, batch, accepted });
     }
 
     fn push(&mut self, flow: Flow, seq: Seq, slot: Slot) {
@@ -236,7 +232,8 @@ fn offer_first(
 fn size(entry: &Entry) -> usize {
     match entry {
         Entry::Cast(cast) => cast.template.len() + cast.recipients.iter().map(|to| to.len() + 2).sum::<usize>(),
-        Entry::Void => 0,
+        // Its place in the queue.
+        Entry::Void => size_of::<(Seq, Slot)>(),
     }
 }
 
@@ -280,9 +277,9 @@ mod tests {
     #[test]
     fn a_large_entry_does_not_hold_up_another_flow() {
         let mut scheduler = scheduler();
-        scheduler.load("big".into(), Seq(1), entry(2500), Mono::default());
+        scheduler.load("big".into(), Seq(1), entry(2500), 0, Mono::default());
         for seq in 2..=4 {
-            scheduler.load("room".into(), Seq(seq), entry(10), Mono::default());
+            scheduler.load("room".into(), Seq(seq), entry(10), 0, Mono::default());
         }
         assert_eq!(seqs(&mut scheduler, 0), [1, 2, 1, 3, 1, 4]);
     }
@@ -291,8 +288,8 @@ mod tests {
     #[test]
     fn nothing_overtakes_within_a_flow() {
         let mut scheduler = scheduler();
-        scheduler.load("room".into(), Seq(1), entry(2500), Mono::default());
-        scheduler.load("room".into(), Seq(2), entry(10), Mono::default());
+        scheduler.load("room".into(), Seq(1), entry(2500), 0, Mono::default());
+        scheduler.load("room".into(), Seq(2), entry(10), 0, Mono::default());
         assert_eq!(seqs(&mut scheduler, 0), [1, 1, 1, 2]);
     }
 
@@ -302,7 +299,7 @@ mod tests {
         let mut scheduler = scheduler();
         let room: Flow = "room".into();
         scheduler.reserve(room.clone(), Seq(1));
-        scheduler.load("other".into(), Seq(2), entry(10), Mono::default());
+        scheduler.load("other".into(), Seq(2), entry(10), 0, Mono::default());
         assert_eq!(seqs(&mut scheduler, 0), [2]);
         scheduler.fill(&room, Seq(1), entry(10), 7, Mono::default());
         assert!(seqs(&mut scheduler, 6).is_empty());
@@ -313,8 +310,8 @@ mod tests {
     #[test]
     fn a_refused_offer_stays_in_its_place() {
         let mut scheduler = scheduler();
-        scheduler.load("one".into(), Seq(1), entry(10), Mono::default());
-        scheduler.load("two".into(), Seq(2), entry(10), Mono::default());
+        scheduler.load("one".into(), Seq(1), entry(10), 0, Mono::default());
+        scheduler.load("two".into(), Seq(2), entry(10), 0, Mono::default());
         assert!(!scheduler.offer(0, |_| Answer::Full));
         let mut offered = Vec::new();
         assert!(scheduler.offer(0, |offer| match offer {
@@ -332,9 +329,9 @@ mod tests {
     #[test]
     fn memory_is_counted() {
         let mut scheduler = Scheduler::new(3000);
-        scheduler.load("one".into(), Seq(1), entry(2000), Mono::default());
+        scheduler.load("one".into(), Seq(1), entry(2000), 0, Mono::default());
         assert!(scheduler.has_room());
-        scheduler.load("two".into(), Seq(2), entry(2000), Mono::default());
+        scheduler.load("two".into(), Seq(2), entry(2000), 0, Mono::default());
         assert!(!scheduler.has_room());
         seqs(&mut scheduler, 0);
         assert_eq!(scheduler.bytes, 0);

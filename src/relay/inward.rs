@@ -15,7 +15,7 @@
 //! written before the kill, so it is not written again, and counted.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     time::Duration,
 };
 
@@ -36,9 +36,6 @@ use crate::{
 /// What may be written to a lane and not yet be confirmed. Prosody reads 30 kB/s as shipped: two seconds of it.
 const IN_FLIGHT_BYTES_MAX: usize = 64 * 1024;
 
-/// Entries in memory, by bytes of their templates and addresses; the rest waits on disk.
-const MEMORY_BYTES_MAX: usize = 4 * 1024 * 1024;
-
 /// Slots asked for in one read.
 const READ_ENTRIES_MAX: usize = 512;
 
@@ -50,8 +47,9 @@ const RETRY_MAX: Duration = Duration::from_secs(15);
 /// A stanza on which this many lives of a lane ended in a row is set aside: everything behind it would wait for ever.
 const STRIKES_MAX: u32 = 3;
 
-/// Checked recipients that are remembered; some hundred bytes each.
+/// Checked recipients that are remembered, and how long each may be: some megabytes, also if the peer wants to fill them.
 const RECIPIENTS_MAX: usize = 10_000;
+const RECIPIENT_BYTES_MAX: usize = 512;
 
 /// Answers of our own that wait for a lane. They are not durable; beyond this the newest is dropped and counted.
 const OWN_MAX: usize = 1024;
@@ -126,10 +124,13 @@ enum LaneState {
 struct Lane {
     state: LaneState,
     queue: VecDeque<Copy>,
+    /// Of them, answers of our own.
+    own: usize,
     in_flight: VecDeque<(Copy, usize)>,
     in_flight_bytes: usize,
     failures: u32,
-    /// The copy that stood first when the lane last broke, and how often in a row it did.
+    /// The copy that stood first when the server last refused what we sent, and how often in a row it did. While there is one, stanzas
+    /// go one at a time, so that it is clear which one the server does not like, and those before it are not sent again.
     suspect: Option<(Copy, u32)>,
 }
 
@@ -138,6 +139,8 @@ pub struct Inward {
     local: Vec<Domain>,
     far: Vec<Domain>,
     lanes_per_pair: u8,
+    /// What may be in memory, by bytes of templates and addresses; the rest waits on disk.
+    memory_bytes: usize,
     lanes: BTreeMap<LaneKey, Lane>,
     items: BTreeMap<Seq, Item>,
     bytes: usize,
@@ -155,11 +158,12 @@ pub struct Inward {
 }
 
 impl Inward {
-    pub fn new(local: Vec<Domain>, far: Vec<Domain>, lanes_per_pair: u8, last: Seq) -> Self {
+    pub fn new(local: Vec<Domain>, far: Vec<Domain>, lanes_per_pair: u8, memory_bytes: usize, last: Seq) -> Self {
         Self {
             local,
             far,
             lanes_per_pair: lanes_per_pair.max(1),
+            memory_bytes,
             lanes: BTreeMap::new(),
             items: BTreeMap::new(),
             bytes: 0,
@@ -173,22 +177,26 @@ impl Inward {
         }
     }
 
-    /// Takes in an entry that has crossed. What may not be delivered is dropped and counted, never stored.
-    pub fn handle_entry(&mut self, encoded: Bytes, stats: &mut RelayStats) {
+    /// Takes in an entry that has crossed, and says whether it is to be stored. What may not be delivered is dropped and counted.
+    pub fn handle_entry(&mut self, encoded: Bytes, stats: &mut RelayStats) -> bool {
         let (pair, cast) = match self.admit(&encoded) {
             Ok(Some(admitted)) => admitted,
-            Ok(None) => return,
-            Err(drop) => return stats.dropped(drop),
+            Ok(None) => return false,
+            Err(drop) => {
+                stats.dropped(drop);
+                return false;
+            }
         };
         let all_in_memory = self.taken == self.last;
         let seq = Seq(self.last.0 + 1);
         self.last = seq;
         self.outputs
             .push_back(Output::Change(Change::PutInbox { seq, entry: encoded }));
-        if all_in_memory && self.bytes < MEMORY_BYTES_MAX {
+        if all_in_memory && self.bytes < self.memory_bytes {
             self.taken = seq;
             self.enqueue(seq, &pair, cast, Bits::default());
         }
+        true
     }
 
     pub fn handle_read(&mut self, slots: Vec<Slot>, end: bool, stats: &mut RelayStats) {
@@ -289,14 +297,16 @@ impl Inward {
         }
         let again: Vec<Copy> = lane.in_flight.drain(..).map(|(copy, _)| copy).collect();
         lane.in_flight_bytes = 0;
+        let mut unmarked = BTreeSet::new();
         for copy in again.into_iter().rev() {
-            if let Copy::Of { seq, index } = &copy
-                && let Some(item) = self.items.get_mut(seq)
-            {
-                item.given.clear(*index);
-                let given = item.given.0.clone();
-                self.outputs
-                    .push_back(Output::Change(Change::MarkInbox { seq: *seq, given }));
+            match &copy {
+                Copy::Of { seq, index } => {
+                    if let Some(item) = self.items.get_mut(seq) {
+                        item.given.clear(*index);
+                        unmarked.insert(*seq);
+                    }
+                }
+                Copy::Own(_) => lane.own += 1,
             }
             lane.queue.push_front(copy);
         }
@@ -308,9 +318,37 @@ impl Inward {
             lane.failures += 1;
             LaneState::Waiting { until: now.mono + wait }
         };
+        self.mark(unmarked);
         if let Some(poison) = poison {
             stats.dropped(Drop::RefusedByServer);
+            let text = "The receiving server refused this stanza.";
+            if let Copy::Of { seq, index } = &poison
+                && let Some(bytes) = self.items.get(seq).and_then(|item| item.cast.copy(*index))
+            {
+                self.answer(bytes, text);
+            }
             self.done(&poison);
+        }
+    }
+
+    /// Writes down which copies of these are given.
+    fn mark(&mut self, seqs: BTreeSet<Seq>) {
+        for seq in seqs {
+            if let Some(item) = self.items.get(&seq) {
+                let given = item.given.0.clone();
+                self.outputs.push_back(Output::Change(Change::MarkInbox { seq, given }));
+            }
+        }
+    }
+
+    /// Tells the far sender that our server does not take this, if it may be told.
+    fn answer(&mut self, bytes: Bytes, text: &str) {
+        if let Some(answer) = Stanza::parse(bytes)
+            .ok()
+            .and_then(|stanza| bounce(&stanza, ErrorType::Modify, Condition::PolicyViolation, text))
+            .and_then(|answer| Stanza::parse(answer).ok())
+        {
+            self.outputs.push_back(Output::Answer(answer));
         }
     }
 
@@ -318,9 +356,10 @@ impl Inward {
     pub fn send_own(&mut self, pair: DomainPair, stanza: Bytes, stats: &mut RelayStats) {
         let key = LaneKey { pair, lane: 0 };
         let lane = self.lanes.entry(key).or_insert_with(Lane::new);
-        if lane.queue.len() >= OWN_MAX {
+        if lane.own >= OWN_MAX {
             return stats.dropped(Drop::AnswerQueueFull);
         }
+        lane.own += 1;
         lane.queue.push_back(Copy::Own(stanza));
     }
 
@@ -334,15 +373,15 @@ impl Inward {
         if self.stopped {
             return;
         }
-        if self.reading.is_none() && self.bytes < MEMORY_BYTES_MAX / 2 && self.taken < self.last {
+        if self.reading.is_none() && self.bytes <= self.memory_bytes / 2 && self.taken < self.last {
             self.reading = Some(self.last);
             self.outputs.push_back(Output::Read {
                 from: Seq(self.taken.0 + 1),
                 entries_max: READ_ENTRIES_MAX,
-                bytes_max: MEMORY_BYTES_MAX / 2,
+                bytes_max: self.memory_bytes / 2,
             });
         }
-        let mut marked = BTreeMap::new();
+        let mut marked = BTreeSet::new();
         let mut writes = Vec::new();
         let mut oversize = Vec::new();
         for (key, lane) in &mut self.lanes {
@@ -365,20 +404,25 @@ impl Inward {
                 } => {
                     let mut stanzas = Vec::new();
                     while lane.in_flight_bytes < IN_FLIGHT_BYTES_MAX
+                        && (lane.suspect.is_none() || lane.in_flight.is_empty())
                         && let Some(copy) = lane.queue.pop_front()
                     {
                         let bytes = match &copy {
-                            Copy::Own(bytes) => bytes.clone(),
+                            Copy::Own(bytes) => {
+                                lane.own -= 1;
+                                bytes.clone()
+                            }
                             Copy::Of { seq, index } => {
                                 // Queued copies have their item: it goes only when all are confirmed.
                                 let Some(item) = self.items.get_mut(seq) else { continue };
                                 let Some(bytes) = item.cast.copy(*index) else { continue };
+                                // Marked also if it is answered instead: it must not be answered again after a restart.
+                                item.given.set(*index);
+                                marked.insert(*seq);
                                 if bytes.len() > stanza_bytes_max {
                                     oversize.push((copy, bytes));
                                     continue;
                                 }
-                                item.given.set(*index);
-                                marked.insert(*seq, ());
                                 bytes
                             }
                         };
@@ -396,24 +440,12 @@ impl Inward {
                 }
             }
         }
-        for seq in marked.into_keys() {
-            let given = self.items[&seq].given.0.clone();
-            self.outputs.push_back(Output::Change(Change::MarkInbox { seq, given }));
-        }
+        self.mark(marked);
         self.outputs.extend(writes);
         for (copy, bytes) in oversize {
             stats.dropped(Drop::OverServerLimit);
             self.done(&copy);
-            if let Some(answer) = Stanza::parse(bytes)
-                .ok()
-                .and_then(|stanza| {
-                    let text = "The receiving server takes no stanza of this size.";
-                    bounce(&stanza, ErrorType::Modify, Condition::PolicyViolation, text)
-                })
-                .and_then(|answer| Stanza::parse(answer).ok())
-            {
-                self.outputs.push_back(Output::Answer(answer));
-            }
+            self.answer(bytes, "The receiving server takes no stanza of this size.");
         }
     }
 
@@ -422,6 +454,9 @@ impl Inward {
     }
 
     pub fn poll_timeout(&self) -> Option<Deadline> {
+        if self.stopped {
+            return None;
+        }
         let until = self.lanes.values().filter_map(|lane| match lane.state {
             LaneState::Waiting { until } if !lane.queue.is_empty() => Some(until),
             LaneState::Closed | LaneState::Waiting { .. } | LaneState::Opening { .. } | LaneState::Up { .. } => None,
@@ -499,6 +534,11 @@ impl Inward {
         };
         let first = cast.copy(0).ok_or(Drop::Malformed)?;
         let stanza = check::stanza(&first).map_err(|_| Drop::Malformed)?;
+        // The address that is checked below must be the one that the server will read: not a text in the body, beside another `to`.
+        let (_, to_at, attribute) = stanza.split_to().ok_or(Drop::Malformed)?;
+        if to_at != cast.to_at as usize || attribute != cast.recipients[0] {
+            return Err(Drop::Malformed);
+        }
         let from = stanza.from().ok_or(Drop::Malformed)?;
         let far = Domain::new(domain_of(&from)).map_err(|_| Drop::Malformed)?;
         if !self.far.contains(&far) {
@@ -528,9 +568,11 @@ impl Inward {
         if self.recipients.len() >= RECIPIENTS_MAX {
             self.recipients.clear();
         }
-        // A copy: a slice would keep the whole entry in memory.
-        self.recipients
-            .insert(Bytes::copy_from_slice(attribute), recipient.clone());
+        if attribute.len() <= RECIPIENT_BYTES_MAX {
+            // A copy: a slice would keep the whole entry in memory.
+            self.recipients
+                .insert(Bytes::copy_from_slice(attribute), recipient.clone());
+        }
         Ok(recipient)
     }
 }
@@ -540,6 +582,7 @@ impl Lane {
         Self {
             state: LaneState::Closed,
             queue: VecDeque::new(),
+            own: 0,
             in_flight: VecDeque::new(),
             in_flight_bytes: 0,
             failures: 0,

@@ -37,6 +37,7 @@ use crate::{
     },
     link::session::{self, LinkError, LinkSession, Sent, SessionConfig},
     queue::{
+        collapse::{Placed, Refusal},
         journal::{Batch, Change, Levels, Opening, Slot},
         scheduler::{Answer, Offer},
     },
@@ -116,7 +117,7 @@ pub struct RelayStats {
     pub casts: u64,
     /// Of which have more than one recipient.
     pub shared: u64,
-    /// Stanzas that were refused because the spool was full.
+    /// Stanzas that were refused because the spool was full. Not among the accepted ones.
     pub refused: u64,
     pub entries_sent: u64,
     pub entries_received: u64,
@@ -125,7 +126,8 @@ pub struct RelayStats {
     pub missing: u64,
     pub copies_delivered: u64,
     pub copy_bytes_delivered: u64,
-    /// Copies whose delivery is unknown: the leg has no acks and broke, or we were killed in between.
+    /// Copies whose delivery may be unknown: the leg has no acks and broke, or we were killed in between. After a kill, copies of
+    /// the same cast that were known to be delivered are among them: the disk does not tell them apart.
     pub in_doubt: u64,
     pub link_ups: u64,
     dropped: BTreeMap<Drop, u64>,
@@ -153,6 +155,8 @@ pub struct Settings {
     pub queue_bytes_max: u64,
     pub queue_entries_max: u64,
     pub lanes_per_pair: u8,
+    /// What may be in memory in each direction, by bytes of entries; the rest waits on disk.
+    pub memory_bytes: usize,
     /// Bytes of frames that go into one batch, before compression.
     pub batch_bytes: usize,
     /// Whether a dictionary and zstd are offered to the peer.
@@ -291,6 +295,10 @@ impl Link {
     }
 }
 
+/// What [`Settings::memory_bytes`] is outside tests: some thousand chat lines, so that the disk is read in large steps, and little
+/// beside what compression takes.
+pub const MEMORY_BYTES: usize = 4 * 1024 * 1024;
+
 /// Pieces of the peer's hello that are kept while the disk is busy. It is one segment, and nothing follows it before ours.
 const WAITING_PIECES_MAX: usize = 64;
 
@@ -310,6 +318,8 @@ pub struct Relay {
     submitted: u64,
     committed: u64,
     levels: Levels,
+    /// What was taken in since then, by the batch that it goes with: a slow disk must not let more in than the limit.
+    uncommitted: VecDeque<(u64, Levels)>,
     stats: RelayStats,
     transmit_due: bool,
     outputs: VecDeque<Output>,
@@ -320,11 +330,18 @@ impl Relay {
         let acked = opening.spool_first.map_or(opening.spool_last, |first| Seq(first.0 - 1));
         let mut relay = Self {
             epoch: opening.epoch,
-            outward: Outward::new(acked, opening.spool_last, settings.collapse_window, now),
+            outward: Outward::new(
+                acked,
+                opening.spool_last,
+                settings.collapse_window,
+                settings.memory_bytes,
+                now,
+            ),
             inward: Inward::new(
                 settings.local.clone(),
                 settings.far.clone(),
                 settings.lanes_per_pair,
+                settings.memory_bytes,
                 opening.inbox_last,
             ),
             link: Link::Down,
@@ -338,6 +355,7 @@ impl Relay {
             submitted: 0,
             committed: 0,
             levels: opening.levels,
+            uncommitted: VecDeque::new(),
             stats: RelayStats::default(),
             transmit_due: false,
             outputs: VecDeque::new(),
@@ -352,7 +370,7 @@ impl Relay {
         match input {
             Input::Stanza { leg, n, pair, stanza } => self.handle_stanza(leg, n, pair, &stanza, now),
             Input::Committed { batch, levels } => self.handle_committed(batch, levels, now),
-            Input::SpoolRead { slots, end: _ } => self.outward.handle_read(slots, now, &mut self.stats),
+            Input::SpoolRead { slots, end } => self.outward.handle_read(slots, end, now, &mut self.stats),
             Input::InboxRead { slots, end } => self.inward.handle_read(slots, end, &mut self.stats),
             Input::LaneUp {
                 lane,
@@ -376,11 +394,11 @@ impl Relay {
             },
             Input::LinkDown => self.drop_link(),
             Input::Drain => {
-                self.outward.seal_all(self.batch.number, now, &mut self.stats);
+                self.outward.seal_all(self.batch.number, now);
                 self.inward.stop();
             }
             Input::Timeout => {
-                self.outward.handle_timeout(self.batch.number, now, &mut self.stats);
+                self.outward.handle_timeout(self.batch.number, now);
                 self.handle_session(session::Input::Timeout, now);
             }
         }
@@ -402,7 +420,6 @@ impl Relay {
         {}
         let transmit = session.poll_transmit(now);
         self.transmit_due = transmit.is_some();
-        self.outward.advance();
         self.settle(now);
         transmit
     }
@@ -451,6 +468,12 @@ impl Relay {
         self.inward.lanes_up()
     }
 
+    /// How long entries took, that have been acknowledged since this was last asked, from when they were accepted: one a second
+    /// is watched. The peer may keep an acknowledgement back (`ack_delay`).
+    pub fn take_delivered(&mut self, now: Now) -> Vec<Duration> {
+        self.outward.take_delivered(now)
+    }
+
     /// How long the oldest entry in the spool has waited.
     pub fn oldest(&self, now: Now) -> Duration {
         self.outward.oldest(now)
@@ -461,28 +484,68 @@ impl Relay {
         self.committed == self.submitted && self.batch.changes.is_empty() && self.waiting.is_empty()
     }
 
+    /// Whether everything received is with our server.
+    pub fn is_delivered(&self) -> bool {
+        self.inward.is_quiet()
+    }
+
     /// Whether nothing waits anywhere: everything accepted is with the peer, everything received with our server.
     pub fn is_quiet(&self) -> bool {
         self.is_settled() && self.outward.acked() == self.outward.last() && self.inward.is_quiet()
     }
 
     fn handle_stanza(&mut self, leg: LegId, n: u64, pair: DomainPair, stanza: &Stanza, now: Now) {
-        if self.is_full(self.levels.spool_bytes, self.levels.spool_entries) {
+        if self.is_spool_full() {
             self.stats.refused += 1;
             let text = "The queue for this destination is full. Try again later.";
             if let Some(answer) = bounce(stanza, ErrorType::Wait, Condition::ResourceConstraint, text) {
                 self.inward.send_own(pair, answer, &mut self.stats);
             }
         } else {
-            self.outward
-                .handle_stanza(stanza, self.batch.number, now, &mut self.stats);
+            match self.take_in(stanza, now) {
+                Ok(placed) => {
+                    self.stats.casts += u64::from(placed.new);
+                    self.stats.copies_accepted += 1;
+                    self.stats.copy_bytes_accepted += stanza.bytes().len() as u64;
+                }
+                // The streams let nothing through without both addresses.
+                Err(Refusal::NoAddress) => self.stats.dropped(Drop::Malformed),
+                Err(Refusal::TooLarge) => {
+                    self.stats.dropped(Drop::OverPeerLimit);
+                    let text = "The stanza or its address is too long.";
+                    if let Some(answer) = bounce(stanza, ErrorType::Modify, Condition::PolicyViolation, text) {
+                        self.inward.send_own(pair, answer, &mut self.stats);
+                    }
+                }
+            }
         }
         self.wait(Waiting::Accept { leg, n });
+    }
+
+    /// Gives a stanza its place in the spool.
+    fn take_in(&mut self, stanza: &Stanza, now: Now) -> Result<Placed, Refusal> {
+        let placed = self.outward.handle_stanza(stanza, self.batch.number, now)?;
+        let uncommitted = self.uncommitted();
+        uncommitted.spool_entries += u64::from(placed.new);
+        uncommitted.spool_bytes += placed.bytes as u64;
+        Ok(placed)
+    }
+
+    /// Of the batch that gathers.
+    fn uncommitted(&mut self) -> &mut Levels {
+        let number = self.batch.number;
+        if self.uncommitted.back().is_none_or(|(batch, _)| *batch != number) {
+            self.uncommitted.push_back((number, Levels::default()));
+        }
+        // One was just made, if there was none.
+        let last = self.uncommitted.len() - 1;
+        &mut self.uncommitted[last].1
     }
 
     fn handle_committed(&mut self, batch: u64, levels: Levels, now: Now) {
         self.committed = self.committed.max(batch);
         self.levels = levels;
+        self.uncommitted.retain(|(batch, _)| *batch > self.committed);
         let later = self.waiting.split_off(&(self.committed + 1));
         let done = std::mem::replace(&mut self.waiting, later);
         for waiting in done.into_values().flatten() {
@@ -502,7 +565,7 @@ impl Relay {
 
     fn handle_link_up(&mut self, now: Now) {
         self.drop_link();
-        if self.is_full(self.levels.inbox_bytes, self.levels.inbox_entries) {
+        if self.is_inbox_full() {
             return self.close_link(LinkClose::InboxFull);
         }
         self.stats.link_ups += 1;
@@ -530,7 +593,7 @@ impl Relay {
             dictionary: if self.settings.compress {
                 compress::dictionary_id()
             } else {
-                0
+                compress::NO_COMPRESSION
             },
             entry_bytes_max: ENTRY_BYTES_MAX as u64,
             ack_delay_ms: u64::try_from(self.settings.session.ack_delay.as_millis()).unwrap_or(u64::MAX),
@@ -598,9 +661,14 @@ impl Relay {
             return;
         }
         self.stats.entries_received += 1;
-        self.inward.handle_entry(entry, &mut self.stats);
+        let bytes = entry.len() as u64;
+        if self.inward.handle_entry(entry, &mut self.stats) {
+            let uncommitted = self.uncommitted();
+            uncommitted.inbox_entries += 1;
+            uncommitted.inbox_bytes += bytes;
+        }
         self.note_received();
-        if self.is_full(self.levels.inbox_bytes, self.levels.inbox_entries) {
+        if self.is_inbox_full() {
             self.close_link(LinkClose::InboxFull);
         }
     }
@@ -616,7 +684,17 @@ impl Relay {
         waiting.push(Waiting::Stored(self.received.clone()));
     }
 
-    fn is_full(&self, bytes: u64, entries: u64) -> bool {
+    fn is_spool_full(&self) -> bool {
+        let waiting = || self.uncommitted.iter().map(|(_, levels)| levels);
+        let bytes = waiting().map(|levels| levels.spool_bytes).sum::<u64>() + self.levels.spool_bytes;
+        let entries = waiting().map(|levels| levels.spool_entries).sum::<u64>() + self.levels.spool_entries;
+        bytes >= self.settings.queue_bytes_max || entries >= self.settings.queue_entries_max
+    }
+
+    fn is_inbox_full(&self) -> bool {
+        let waiting = || self.uncommitted.iter().map(|(_, levels)| levels);
+        let bytes = waiting().map(|levels| levels.inbox_bytes).sum::<u64>() + self.levels.inbox_bytes;
+        let entries = waiting().map(|levels| levels.inbox_entries).sum::<u64>() + self.levels.inbox_entries;
         bytes >= self.settings.queue_bytes_max || entries >= self.settings.queue_entries_max
     }
 
@@ -626,9 +704,23 @@ impl Relay {
 
     /// Carries on whatever the last input made possible.
     fn settle(&mut self, now: Now) {
-        self.outward.advance();
+        self.stats.shared = self.outward.shared();
         self.inward.advance(now, &mut self.stats);
         let mut reads = Vec::new();
+        self.gather(&mut reads, now);
+        // After everything has its number: what this reads is looked at with that in mind.
+        self.outward.advance();
+        self.gather(&mut reads, now);
+        // A batch is only ever given away here, when everything that belongs together is in it: a position without its
+        // entries would lose them. A read must see what was written before it.
+        if self.submitted == self.committed || !reads.is_empty() {
+            self.submit(now);
+        }
+        self.outputs.extend(reads);
+    }
+
+    /// Puts what the two directions have to say where it belongs.
+    fn gather(&mut self, reads: &mut Vec<Output>, now: Now) {
         loop {
             if let Some(output) = self.outward.poll_output() {
                 match output {
@@ -662,23 +754,25 @@ impl Relay {
                         });
                     }
                     inward::Output::Answer(stanza) => {
-                        self.outward
-                            .handle_stanza(&stanza, self.batch.number, now, &mut self.stats);
+                        // It answers what was too large, and leaves its contents out.
+                        let taken = self.take_in(&stanza, now);
+                        debug_assert!(taken.is_ok());
                     }
                 }
             } else {
                 break;
             }
         }
-        // A batch is only ever given away here, when everything that belongs together is in it: a position without its
-        // entries would lose them. A read must see what was written before it.
-        if self.submitted == self.committed || !reads.is_empty() {
-            self.submit();
-        }
-        self.outputs.extend(reads);
     }
 
-    fn submit(&mut self) {
+    fn submit(&mut self, now: Now) {
+        self.outward.flush(self.batch.number, now);
+        while let Some(output) = self.outward.poll_output() {
+            // Flushing asks for no read.
+            if let outward::Output::Change(change) = output {
+                self.batch.changes.push(change);
+            }
+        }
         if self.batch.changes.is_empty() && !self.waiting.contains_key(&self.batch.number) {
             return;
         }
@@ -705,13 +799,13 @@ fn answer(session: &mut LinkSession, stats: &mut RelayStats, offer: Offer<'_>, n
             Sent::NeedsFragments => Answer::InParts,
             Sent::BatchFull => Answer::Full,
             Sent::Blocked => Answer::Blocked,
-            Sent::Refused => {
-                stats.dropped(Drop::OverPeerLimit);
-                match session.send(seq, &Entry::Void, Duration::ZERO) {
-                    Sent::Whole => Answer::Takes(0),
-                    _ => Answer::Full,
+            Sent::Refused => match session.send(seq, &Entry::Void, Duration::ZERO) {
+                Sent::Whole => {
+                    stats.dropped(Drop::OverPeerLimit);
+                    Answer::Takes(0)
                 }
-            }
+                _ => Answer::Full,
+            },
         },
         Offer::Part {
             seq,

@@ -18,16 +18,13 @@ use crate::{
         position::{Received, Seq},
     },
     queue::{
-        collapse::{self, Collapse, Flow},
+        collapse::{self, Collapse, Flow, Placed, Refusal},
         journal::{Change, Slot},
         scheduler::{Answer, Offer, Scheduler},
     },
     stanza::{Stanza, bare},
     time::{Deadline, Mono, Now},
 };
-
-/// The part of the spool that is in memory.
-const MEMORY_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// Slots asked for in one read.
 const READ_ENTRIES_MAX: usize = 512;
@@ -46,36 +43,58 @@ pub enum Output {
 }
 
 #[derive(Debug)]
+struct Reading {
+    from: Seq,
+    /// The last number that there was when the read began.
+    upto: Seq,
+}
+
+/// A cast that was sealed while a read was under way.
+#[derive(Debug)]
+struct Sealed {
+    flow: Flow,
+    cast: Cast,
+    /// The batch with its last write.
+    batch: u64,
+}
+
+#[derive(Debug)]
 pub struct Outward {
+    /// The part of the spool that may be in memory.
+    memory_bytes: usize,
     collapse: Collapse,
     scheduler: Scheduler,
     /// Whether entries may cross: the peer has said what it holds.
     open: bool,
     acked: Seq,
-    /// Beyond `acked`, these are with the peer too.
+    /// Beyond `acked`, these are with the peer too, and not on our disk any more.
     beyond: BTreeSet<Seq>,
     /// The last number whose slot has been given to the store.
     written: Seq,
     /// The batch with the last write of each open group. A group may be sealed long after it, in a batch that stays empty.
     open_writes: BTreeMap<Seq, u64>,
-    /// While a read is under way: from where.
-    reading: Option<Seq>,
-    /// Sealed while a read was under way, which may have seen the slot before its last write.
-    sealed_while_reading: BTreeMap<Seq, (Flow, Cast)>,
+    reading: Option<Reading>,
+    /// Groups that the read under way may have seen before their last write: at most those that were open when it began.
+    sealed_while_reading: BTreeMap<Seq, Sealed>,
     /// When numbers were given out, for the age of what waits.
     ages: VecDeque<(Seq, Mono)>,
+    /// Of those, when the ones were given out that have been acknowledged since this was last asked.
+    delivered: Vec<Mono>,
+    /// Sealed with more than one recipient.
+    shared: u64,
     outputs: VecDeque<Output>,
 }
 
 impl Outward {
-    pub fn new(acked: Seq, last: Seq, window: Duration, now: Now) -> Self {
+    pub fn new(acked: Seq, last: Seq, window: Duration, memory_bytes: usize, now: Now) -> Self {
         let mut ages = VecDeque::new();
         if acked < last {
             ages.push_back((last, now.mono));
         }
         Self {
+            memory_bytes,
             collapse: Collapse::new(last, window),
-            scheduler: Scheduler::new(MEMORY_BYTES_MAX),
+            scheduler: Scheduler::new(memory_bytes),
             open: false,
             acked,
             beyond: BTreeSet::new(),
@@ -84,6 +103,8 @@ impl Outward {
             reading: None,
             sealed_while_reading: BTreeMap::new(),
             ages,
+            delivered: Vec::new(),
+            shared: 0,
             outputs: VecDeque::new(),
         }
     }
@@ -96,36 +117,44 @@ impl Outward {
         self.collapse.last()
     }
 
-    /// Takes in a stanza. `batch` is the one that its slot will be written with.
-    pub fn handle_stanza(&mut self, stanza: &Stanza, batch: u64, now: Now, stats: &mut RelayStats) {
-        stats.copies_accepted += 1;
-        stats.copy_bytes_accepted += stanza.bytes().len() as u64;
-        match self.collapse.handle_stanza(stanza, now) {
-            // The streams let nothing through without both addresses.
-            None => stats.dropped(Drop::Malformed),
-            Some((seq, true)) => {
-                stats.casts += 1;
-                self.note_age(seq, now);
-                self.take_in_open();
-            }
-            Some((_, false)) => {}
+    /// Takes in a stanza. `batch` is the one that gathers.
+    pub fn handle_stanza(&mut self, stanza: &Stanza, batch: u64, now: Now) -> Result<Placed, Refusal> {
+        let placed = self.collapse.handle_stanza(stanza, now)?;
+        if placed.new {
+            self.note_age(placed.seq, now);
+            self.take_in_open();
         }
-        self.drain_collapse(batch, now, stats);
+        self.drain_collapse(batch, now);
+        Ok(placed)
     }
 
-    pub fn handle_timeout(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
+    /// Writes what has grown: the batch is about to go to the disk.
+    pub fn flush(&mut self, batch: u64, now: Now) {
+        while let Some(output) = self.collapse.poll_output() {
+            self.handle_collapse(output, batch, now);
+        }
+    }
+
+    pub fn handle_timeout(&mut self, batch: u64, now: Now) {
         self.collapse.handle_timeout(now);
-        self.drain_collapse(batch, now, stats);
+        self.drain_collapse(batch, now);
     }
 
-    pub fn seal_all(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
+    pub fn seal_all(&mut self, batch: u64, now: Now) {
         self.collapse.seal_all();
-        self.drain_collapse(batch, now, stats);
+        self.drain_collapse(batch, now);
     }
 
     /// The link is up and the peer holds what `received` says.
     pub fn link_up(&mut self, received: &Received) {
         self.handle_acked(received);
+        // A peer that lost its disk no longer has what it had acknowledged.
+        self.beyond = received
+            .beyond
+            .iter()
+            .copied()
+            .filter(|seq| *seq > self.acked)
+            .collect();
         self.scheduler.restart(self.acked);
         self.open = true;
         self.take_in_open();
@@ -145,8 +174,11 @@ impl Outward {
         self.acked = self.acked.max(upto);
         self.beyond.extend(beyond.iter().copied());
         self.beyond = self.beyond.split_off(&Seq(self.acked.0 + 1));
-        while self.ages.front().is_some_and(|(seq, _)| *seq <= self.acked) {
+        while let Some(&(seq, since)) = self.ages.front()
+            && seq <= self.acked
+        {
             self.ages.pop_front();
+            self.delivered.push(since);
         }
         self.outputs.push_back(Output::Change(Change::DropSpool {
             upto,
@@ -154,52 +186,85 @@ impl Outward {
         }));
     }
 
-    pub fn handle_read(&mut self, slots: Vec<Slot>, now: Now, stats: &mut RelayStats) {
+    /// Takes in what was read; `end` says that nothing followed it.
+    pub fn handle_read(&mut self, slots: Vec<Slot>, end: bool, now: Now, stats: &mut RelayStats) {
         let sealed = std::mem::take(&mut self.sealed_while_reading);
-        let from = self.reading.take();
+        let Some(Reading { from, upto }) = self.reading.take() else {
+            return;
+        };
         // The link may have begun anew since, further back: what lies before this read would be passed over.
-        if !self.open || from.is_none_or(|from| self.scheduler.wants() < from) {
+        if !self.open || self.scheduler.wants() < from {
             return;
         }
         for slot in slots {
-            // What is missing between two slots has been acknowledged and dropped.
-            while self.scheduler.wants() < slot.seq && self.collapse.open_flow(self.scheduler.wants()).is_none() {
-                self.scheduler.skip(self.scheduler.wants());
-            }
-            self.take_in_open();
-            if self.scheduler.wants() != slot.seq {
+            self.pass_missing(slot.seq, now);
+            let wants = self.scheduler.wants();
+            if wants > slot.seq {
                 continue;
+            }
+            // There is no room before it, or it grows still and there is none for it: what was read may not be its last write.
+            if wants < slot.seq || self.collapse.open_flow(wants).is_some() {
+                return;
             }
             if self.beyond.contains(&slot.seq) {
                 self.scheduler.skip(slot.seq);
                 continue;
             }
-            let (flow, entry) = match sealed.get(&slot.seq) {
-                Some((flow, cast)) => (flow.clone(), Entry::Cast(cast.clone())),
+            let (flow, entry, batch) = match sealed.get(&slot.seq) {
+                Some(sealed) => (sealed.flow.clone(), Entry::Cast(sealed.cast.clone()), sealed.batch),
                 None => match flow_of(&slot.entry) {
-                    Some(read) => read,
+                    Some((flow, entry)) => (flow, entry, 0),
                     None => {
                         // Our own disk gave us something that we did not write. The peer counts it, so it crosses as void.
                         stats.dropped(Drop::Malformed);
-                        (Flow::from(""), Entry::Void)
+                        (Flow::from(""), Entry::Void, 0)
                     }
                 },
             };
-            self.scheduler.load(flow, slot.seq, entry, now.mono);
+            self.scheduler.load(flow, slot.seq, entry, batch, now.mono);
+        }
+        if end {
+            self.pass_missing(Seq(upto.0 + 1), now);
         }
         self.take_in_open();
     }
 
-    /// Asks the disk for what comes next, if there is room for it.
+    /// Takes in the numbers before this one that the disk does not have any more: an earlier peer's disk had them. If the present
+    /// one's has not, a void takes the number's place, because an open gap would stop the link.
+    fn pass_missing(&mut self, before: Seq, now: Now) {
+        loop {
+            self.take_in_open();
+            let wants = self.scheduler.wants();
+            if wants >= before || self.collapse.open_flow(wants).is_some() {
+                return;
+            }
+            if self.beyond.contains(&wants) {
+                self.scheduler.skip(wants);
+            } else if self.scheduler.has_room() {
+                self.scheduler.load(Flow::from(""), wants, Entry::Void, 0, now.mono);
+            } else {
+                return;
+            }
+        }
+    }
+
+    /// Asks the disk for what comes next, if there is room for it. The batch that gathers goes to the disk before the read does.
     pub fn advance(&mut self) {
         self.take_in_open();
+        while self.open && self.beyond.contains(&self.scheduler.wants()) {
+            self.scheduler.skip(self.scheduler.wants());
+            self.take_in_open();
+        }
         let wants = self.scheduler.wants();
         if self.open && self.reading.is_none() && self.scheduler.has_room() && wants <= self.written {
-            self.reading = Some(wants);
+            self.reading = Some(Reading {
+                from: wants,
+                upto: self.collapse.last(),
+            });
             self.outputs.push_back(Output::Read {
                 from: wants,
                 entries_max: READ_ENTRIES_MAX,
-                bytes_max: MEMORY_BYTES_MAX / 2,
+                bytes_max: self.memory_bytes / 2,
             });
         }
     }
@@ -215,6 +280,17 @@ impl Outward {
 
     pub fn poll_timeout(&self) -> Option<Deadline> {
         self.collapse.poll_timeout()
+    }
+
+    /// How many entries were sealed with more than one recipient.
+    pub fn shared(&self) -> u64 {
+        self.shared
+    }
+
+    /// How long entries took until the peer acknowledged them: one a second is watched.
+    pub fn take_delivered(&mut self, now: Now) -> Vec<Duration> {
+        let since = std::mem::take(&mut self.delivered);
+        since.into_iter().map(|since| now.mono.since(since)).collect()
     }
 
     /// How long the oldest entry has waited, to the second.
@@ -234,29 +310,34 @@ impl Outward {
         }
     }
 
-    fn drain_collapse(&mut self, batch: u64, now: Now, stats: &mut RelayStats) {
-        while let Some(output) = self.collapse.poll_output() {
-            match output {
-                collapse::Output::Write { seq, cast } => {
-                    self.written = self.written.max(seq);
-                    self.open_writes.insert(seq, batch);
-                    let entry = Entry::Cast(cast).encode();
-                    self.outputs.push_back(Output::Change(Change::PutSpool { seq, entry }));
-                }
-                collapse::Output::Sealed { seq, flow, cast } => {
-                    stats.shared += u64::from(cast.recipients.len() > 1);
-                    if self.reading.is_some() {
-                        self.sealed_while_reading.insert(seq, (flow.clone(), cast.clone()));
-                    }
-                    if self.open && self.scheduler.wants() == seq && self.scheduler.has_room() {
-                        self.scheduler.reserve(flow.clone(), seq);
-                    }
-                    let written = self.open_writes.remove(&seq).unwrap_or(batch);
-                    self.scheduler.fill(&flow, seq, Entry::Cast(cast), written, now.mono);
-                }
-            }
+    fn drain_collapse(&mut self, batch: u64, now: Now) {
+        while let Some(output) = self.collapse.poll_sealed() {
+            self.handle_collapse(output, batch, now);
         }
         self.take_in_open();
+    }
+
+    fn handle_collapse(&mut self, output: collapse::Output, batch: u64, now: Now) {
+        match output {
+            collapse::Output::Write { seq, cast } => {
+                self.written = self.written.max(seq);
+                self.open_writes.insert(seq, batch);
+                let entry = Entry::Cast(cast).encode();
+                self.outputs.push_back(Output::Change(Change::PutSpool { seq, entry }));
+            }
+            collapse::Output::Sealed { seq, flow, cast } => {
+                self.shared += u64::from(cast.recipients.len() > 1);
+                let batch = self.open_writes.remove(&seq).unwrap_or(batch);
+                if self.reading.as_ref().is_some_and(|reading| seq <= reading.upto) {
+                    let (flow, cast) = (flow.clone(), cast.clone());
+                    self.sealed_while_reading.insert(seq, Sealed { flow, cast, batch });
+                }
+                if self.open && self.scheduler.wants() == seq && self.scheduler.has_room() {
+                    self.scheduler.reserve(flow.clone(), seq);
+                }
+                self.scheduler.fill(&flow, seq, Entry::Cast(cast), batch, now.mono);
+            }
+        }
     }
 
     fn note_age(&mut self, seq: Seq, now: Now) {

@@ -3,6 +3,7 @@
 use std::{borrow::Cow, ops::Range, str};
 
 use bytes::Bytes;
+use memchr::memmem;
 use quick_xml::{
     NsReader, Reader, XmlVersion,
     events::{BytesStart, Event, attributes::Attribute},
@@ -131,7 +132,8 @@ impl Stanza {
     /// subject (§7.2.16: a `subject`, and no `body`).
     pub fn is_for_newcomers(&self) -> bool {
         // As below: few have either, and a look through the bytes is cheaper than parsing.
-        if !contains(&self.bytes, ns::DELAY.as_bytes()) && !contains(&self.bytes, b"subject") {
+        if memmem::find(&self.bytes, ns::DELAY.as_bytes()).is_none() && memmem::find(&self.bytes, b"subject").is_none()
+        {
             return false;
         }
         self.children().is_some_and(|children| {
@@ -185,7 +187,7 @@ impl Stanza {
     fn muc_user_children(&self, fits: impl Fn(&BytesStart<'_>) -> bool) -> Option<bool> {
         // Most stanzas have none, and a look through the bytes is far cheaper than parsing them. A namespace
         // written with escapes would be missed; no server writes that.
-        if !contains(&self.bytes, ns::MUC_USER.as_bytes()) {
+        if memmem::find(&self.bytes, ns::MUC_USER.as_bytes()).is_none() {
             return None;
         }
         let mut reader = self.reader()?;
@@ -293,10 +295,6 @@ fn place_in(text: &str, part: &str) -> Option<Range<usize>> {
 fn is_quoted(bytes: &[u8], value: &Range<usize>) -> bool {
     let before = value.start.checked_sub(1).and_then(|at| bytes.get(at));
     matches!(before, Some(b'\'' | b'"')) && before == bytes.get(value.end)
-}
-
-fn contains(bytes: &[u8], wanted: &[u8]) -> bool {
-    bytes.windows(wanted.len()).any(|window| window == wanted)
 }
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]

@@ -7,111 +7,44 @@ use std::{
 
 use bytes::Bytes;
 use narrows::{
-    codec::position::Epoch,
-    link::session::SessionConfig,
-    queue::journal::{Batch, Model},
-    relay::{Input, LaneFault, LaneKey, LegId, Output, Relay, Settings},
-    stanza::{Domain, DomainPair, Stanza},
+    codec::position::{Epoch, Seq},
+    link::session::{LinkError, SessionConfig},
+    queue::journal::{Batch, Change, Model},
+    relay::{Drop, Input, LaneFault, LaneKey, LegId, LinkClose, Output, Relay, Settings},
+    stanza::{Domain, DomainPair, Stanza, domain_of},
     time::{Mono, Now, Wall},
 };
 
-#[derive(Clone, Copy, Debug)]
+use crate::{
+    check::Tally,
+    random::Random,
+    said::{self, Copy, Members, What},
+    wire::Wire,
+};
+
+/// What goes wrong in a world.
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Faults {
+    /// The link comes and goes, with what is in flight lost; connections replace each other.
     pub link: bool,
+    /// Servers close streams.
     pub lanes: bool,
+    /// Processes are killed, and what their disks had not finished is torn off.
     pub kills: bool,
-}
-
-impl Faults {
-    pub const NONE: Self = Self {
-        link: false,
-        lanes: false,
-        kills: false,
-    };
-}
-
-/// What happened, so that a run which tested nothing is noticed.
-#[derive(Clone, Debug, Default)]
-pub struct Tally {
-    said: u64,
-    copies: u64,
-    casts: u64,
-    cuts: u64,
-    lane_breaks: u64,
-    kills: u64,
-    unaccepted_lost: u64,
-    in_doubt_lost: u64,
-    parts: u64,
-}
-
-impl Tally {
-    pub fn add(&mut self, other: &Self) {
-        self.said += other.said;
-        self.copies += other.copies;
-        self.casts += other.casts;
-        self.cuts += other.cuts;
-        self.lane_breaks += other.lane_breaks;
-        self.kills += other.kills;
-        self.unaccepted_lost += other.unaccepted_lost;
-        self.in_doubt_lost += other.in_doubt_lost;
-        self.parts += other.parts;
-    }
-
-    pub fn assert_covers(&self, faults: Faults) {
-        assert!(
-            self.said > 0 && self.copies > self.casts && self.parts > 0,
-            "too little was said"
-        );
-        assert_eq!(self.cuts > 0, faults.link);
-        assert_eq!(self.lane_breaks > 0, faults.lanes);
-        assert_eq!(self.kills > 0, faults.kills);
-        if !faults.kills {
-            assert_eq!((self.unaccepted_lost, self.in_doubt_lost), (0, 0));
-        }
-    }
-}
-
-/// SplitMix64 (Steele, Lea and Flood 2014): small, and the same everywhere.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n
-    }
-
-    fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-}
-
-/// What one copy is known by: who sent it, to whom, and its bytes (which hold a number that never repeats).
-#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
-struct Copy {
-    flow: String,
-    to: String,
-    number: u64,
-    bytes: Bytes,
-}
-
-impl Copy {
-    fn read(bytes: &Bytes) -> Self {
-        let stanza = Stanza::parse(bytes.clone()).expect("what arrives is a stanza");
-        let from = stanza.from().expect("has from").into_owned();
-        Self {
-            flow: from.split('/').next().expect("never empty").to_owned(),
-            to: stanza.to().expect("has to").into_owned(),
-            number: stanza.id().expect("has id").parse().expect("ids are numbers"),
-            bytes: bytes.clone(),
-        }
-    }
+    /// Processes end in good order and begin again.
+    pub drains: bool,
+    /// A disk is lost, and an empty one put in its place.
+    pub replaced: bool,
+    /// Servers refuse some stanzas with a stream error.
+    pub poison: bool,
+    /// Servers take no large stanzas.
+    pub oversize: bool,
+    /// Queues are small, and servers slow.
+    pub small_queues: bool,
+    /// The peer at site 0 sends what it may not.
+    pub forged: bool,
+    /// A few words, and then nothing.
+    pub few_words: bool,
 }
 
 /// A lane as the server sees it.
@@ -122,53 +55,86 @@ struct LaneEnd {
     /// Written to the kernel, not yet read by the server.
     written: VecDeque<Bytes>,
     read: u64,
-    confirmed: u64,
+    told: u64,
 }
 
-struct Site {
-    name: char,
-    relay: Relay,
+impl LaneEnd {
+    /// Without acks: what the kernel has taken.
+    fn confirmed(&self) -> u64 {
+        if self.acks {
+            self.read
+        } else {
+            self.read + self.written.len() as u64
+        }
+    }
+}
+
+pub struct Site {
+    pub name: char,
+    pub relay: Relay,
     settings: Settings,
-    disk: Model,
+    pub disk: Model,
     /// Given to the disk and not yet finished.
     batches: VecDeque<Batch>,
     reads: VecDeque<Input>,
-    /// Copies that the server has written and we have not said to be on disk, by leg and number.
-    unaccepted: BTreeMap<(LegId, u64), Copy>,
+    /// The place of the last read of the spool that found nothing, to notice one that is asked for again and again.
+    empty_read: Option<Seq>,
+    /// Copies that the server has written and we have not said to be on disk, by leg and number; and whether they were refused.
+    unaccepted: BTreeMap<(LegId, u64), (Copy, bool)>,
     leg: u64,
     leg_count: u64,
     lanes: BTreeMap<LaneKey, LaneEnd>,
     acks: bool,
+    stanza_bytes_max: Option<usize>,
+    rooms: Vec<Members>,
     /// Accepted from this site's server, in order.
-    accepted: Vec<Copy>,
+    pub accepted: Vec<Copy>,
+    /// Refused because the queue was full.
+    pub refused: Vec<Copy>,
     /// Not accepted when the process was killed: they may arrive once, or never.
-    abandoned: BTreeSet<Copy>,
+    pub abandoned: BTreeSet<Copy>,
     /// What this site's server has read.
-    heard: Vec<Copy>,
-    /// Marked as given by a batch that the disk finished, but never written, because the process was killed in between.
-    doubtful: u64,
+    pub heard: Vec<Copy>,
+    /// Marked as given on the disk when the process was killed, and not read by the server then.
+    pub doubtful: BTreeSet<Copy>,
+    /// Copies for this site's server that went with this or the other site's disk.
+    pub gone_with_disk: BTreeSet<Copy>,
+    /// Copies that were stored here, on a disk that is gone, and that the other had not been told about.
+    pub told_again: BTreeMap<Copy, u64>,
+    /// Casts that what was said must have become.
+    pub casts_due: u64,
+    pub casts: u64,
+    pub in_doubt: u64,
+    pub dropped: BTreeMap<Drop, u64>,
+    /// When the first copy of the broadcast being written came, as long as its group is open.
+    group_opened: BTreeMap<u64, Mono>,
+    window: Duration,
 }
 
 pub struct World {
-    random: Random,
-    faults: Faults,
-    now: Now,
-    sites: [Site; 2],
-    link: bool,
-    /// Bytes on their way to site 0 and to site 1.
-    pipes: [VecDeque<Bytes>; 2],
+    pub random: Random,
+    pub faults: Faults,
+    pub now: Now,
+    pub sites: [Site; 2],
+    wire: Wire,
     /// Stanzas that the servers still want to write: interleaved copies.
     to_say: [VecDeque<Bytes>; 2],
     numbers: u64,
-    casts_before: u64,
-    tally: Tally,
+    /// How often a process has ended at either site.
+    pub ends: [u64; 2],
+    pub tally: Tally,
 }
 
 fn domain(text: &str) -> Domain {
     Domain::new(text).expect("a domain")
 }
 
-fn settings(name: char, other: char, random: &mut Random) -> Settings {
+fn settings(name: char, other: char, faults: Faults, random: &mut Random) -> Settings {
+    let (queue_bytes_max, queue_entries_max) = match faults.small_queues {
+        // One large stanza does not fill it.
+        true => (8000 + random.below(10_000), 3 + random.below(12)),
+        false => (1 << 30, 1 << 30),
+    };
     Settings {
         local: vec![
             domain(&format!("{name}.example")),
@@ -178,117 +144,287 @@ fn settings(name: char, other: char, random: &mut Random) -> Settings {
             domain(&format!("{other}.example")),
             domain(&format!("conference.{other}.example")),
         ],
-        collapse_window: Duration::from_millis(50),
-        queue_bytes_max: 1 << 30,
-        queue_entries_max: 1 << 30,
-        lanes_per_pair: 1 + (random.below(3) as u8),
-        batch_bytes: 4096,
-        compress: true,
+        collapse_window: Duration::from_millis(random.pick(&[50, 50, 50, 10, 0])),
+        queue_bytes_max,
+        queue_entries_max,
+        lanes_per_pair: random.pick(&[1, 2, 3]),
+        memory_bytes: random.pick(&[1, 300, 2000, 10_000, 1 << 20]),
+        batch_bytes: random.pick(&[1, 300, 4096]),
+        // The compressor costs more than all the rest of a world, and has tests of its own.
+        compress: random.one_in(16),
         site: None,
-        session: SessionConfig::default(),
+        session: SessionConfig {
+            ack_delay: Duration::from_millis(random.pick(&[0, 20, 1000, 5000])),
+            ack_entries_max: random.pick(&[1, 3, 64]),
+            fragment_bytes_max: random.pick(&[100, 1024]),
+            ..SessionConfig::default()
+        },
     }
 }
 
 impl Site {
-    fn new(name: char, other: char, random: &mut Random, now: Now) -> Self {
-        let settings = settings(name, other, random);
-        let disk = Model::new(Epoch(random.next()));
+    fn new(name: char, other: char, faults: Faults, random: &mut Random, now: Now) -> Self {
+        let settings = settings(name, other, faults, random);
+        let mut disk = Model::new(Epoch(random.next()));
+        if faults.forged && name == 'a' {
+            let forged = said::forged(name, other).into_iter().zip(1..);
+            let changes = forged
+                .map(|(entry, seq)| Change::PutSpool { seq: Seq(seq), entry })
+                .collect();
+            disk.apply(Batch { number: 1, changes });
+            disk.commit(1);
+        }
         Self {
             name,
             relay: Relay::new(settings.clone(), &disk.opening(), now),
+            window: settings.collapse_window,
             settings,
             disk,
             batches: VecDeque::new(),
             reads: VecDeque::new(),
+            empty_read: None,
             unaccepted: BTreeMap::new(),
             leg: 1,
             leg_count: 0,
             lanes: BTreeMap::new(),
-            acks: random.one_in(2),
+            // A server without acks does not say which stanza it refused: what is behind it in the kernel is TCP's.
+            acks: faults.poison || random.one_in(2),
+            stanza_bytes_max: faults.oversize.then_some(2000),
+            rooms: (0..2).map(|_| 1 + random.below(31)).collect(),
             accepted: Vec::new(),
+            refused: Vec::new(),
             abandoned: BTreeSet::new(),
             heard: Vec::new(),
-            doubtful: 0,
+            doubtful: BTreeSet::new(),
+            gone_with_disk: BTreeSet::new(),
+            told_again: BTreeMap::new(),
+            casts_due: 0,
+            casts: 0,
+            in_doubt: 0,
+            dropped: BTreeMap::new(),
+            group_opened: BTreeMap::new(),
         }
+    }
+
+    pub fn is_over_limit(&self, copy: &Copy) -> bool {
+        self.stanza_bytes_max.is_some_and(|max| copy.bytes.len() > max)
+    }
+
+    /// What the relay has counted outlives it.
+    pub fn keep_counts(&mut self) {
+        let stats = self.relay.stats();
+        self.casts += stats.casts;
+        self.in_doubt += stats.in_doubt;
+        for drop in Drop::ALL {
+            *self.dropped.entry(drop).or_default() += stats.dropped_total(drop);
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.batches.is_empty() && self.reads.is_empty() && self.relay.is_quiet() && self.unaccepted.is_empty()
     }
 }
 
+/// Steps of a life: some twenty things are said, and cross while more is said and fails.
+const STEPS: usize = 500;
+
+/// After the last fault everything must have been delivered within this: a lane that was refused is tried again after 15 s, and one
+/// end of the link that closed it for want of room waits 10 s. And each must know of the other that it has it:
+/// acknowledgements wait 5 s.
+const DELIVERED_AFTER_MAX: Duration = Duration::from_secs(30);
+const QUIET_AFTER_MAX: Duration = Duration::from_secs(45);
+
+/// How long a shell waits before it dials again.
+const REDIAL: Duration = Duration::from_secs(10);
+
 impl World {
     pub fn new(seed: u64, faults: Faults) -> Self {
-        let mut random = Random(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ 0x6e61_7272_6f77_7321);
+        let mut random = Random::new(seed);
         let now = Now {
             mono: Mono::from_start(Duration::ZERO),
             wall: Wall(1_800_000_000_000),
         };
         let sites = [
-            Site::new('a', 'b', &mut random, now),
-            Site::new('b', 'a', &mut random, now),
+            Site::new('a', 'b', faults, &mut random, now),
+            Site::new('b', 'a', faults, &mut random, now),
         ];
         Self {
             random,
             faults,
             now,
             sites,
-            link: false,
-            pipes: [VecDeque::new(), VecDeque::new()],
+            wire: Wire::default(),
             to_say: [VecDeque::new(), VecDeque::new()],
             numbers: 0,
-            casts_before: 0,
+            ends: [0; 2],
             tally: Tally::default(),
         }
     }
 
-    pub fn tally(&self) -> Tally {
-        self.tally.clone()
-    }
-
-    /// Some hundred steps of life, then rest.
     pub fn run(&mut self) {
-        for _ in 0..400 {
-            self.step();
+        if self.faults.few_words {
+            self.say_a_few_words();
+        } else {
+            for _ in 0..STEPS {
+                self.step();
+            }
         }
         self.rest();
+        for site in &mut self.sites {
+            site.keep_counts();
+        }
     }
 
     fn step(&mut self) {
         let site = self.random.below(2) as usize;
-        match self.random.below(16) {
+        match self.random.below(26) {
             0 => self.say(site),
-            1..=4 => self.write_leg(site),
-            5..=6 => self.finish_disk(site),
-            7..=9 => self.carry(site),
-            10 => self.read_lane(site),
-            11 => self.pass(40),
-            12 => self.raise_link(),
-            13 if self.faults.link && self.random.one_in(3) => self.cut_link(),
-            14 if self.faults.lanes && self.random.one_in(2) => self.break_lane(site),
-            15 if self.faults.kills && self.random.one_in(4) => self.kill(site),
+            1..=4 => drop(self.write_leg(site)),
+            5..=8 => {
+                for _ in 0..1 + self.random.below(3) {
+                    self.finish_disk(site);
+                }
+            }
+            9..=13 => {
+                for _ in 0..1 + self.random.below(6) {
+                    self.carry(site);
+                }
+            }
+            14..=16 if !self.faults.small_queues || self.random.one_in(8) => drop(self.read_lanes(site, false)),
+            17 => self.pass(40),
+            18..=19 => {
+                if self.wire.take_up(site) {
+                    self.handle(site, Input::LinkUp);
+                } else if !self.wire.is_up() || self.faults.link && self.random.one_in(4) {
+                    self.wire.dial();
+                }
+            }
+            20 if self.faults.link && self.random.one_in(4) => {
+                self.tally.cuts += 1;
+                self.wire.cut();
+            }
+            21 if self.faults.lanes && self.random.one_in(2) => self.break_lane(site),
+            22 if self.faults.kills && self.random.one_in(5) => self.kill(site),
+            23 if self.faults.drains && self.random.one_in(8) => self.drain_and_restart(site),
+            24 if self.faults.replaced && self.random.one_in(16) => self.replace_disk(site),
             _ => self.pass(10),
         }
     }
 
-    /// No more faults, until nothing is left to do.
-    fn rest(&mut self) {
-        for round in 0.. {
-            assert!(round < 20_000, "never comes to rest: {}", self.unrest());
-            for site in 0..2 {
+    /// One to three stanzas with pauses, on a link that is up or comes up later, and nothing after them: each is there as soon as its
+    /// window has ended.
+    fn say_a_few_words(&mut self) {
+        if self.random.one_in(2) {
+            self.rest();
+        }
+        let mut due = self.now.mono;
+        for _ in 0..1 + self.random.below(3) {
+            let site = self.random.below(2) as usize;
+            self.say(site);
+            while !self.to_say[site].is_empty() {
                 self.write_leg(site);
-                self.finish_disk(site);
-                self.carry(site);
-                self.read_lane(site);
+                due = due.max(self.now.mono + self.sites[site].window);
+                match self.random.below(4) {
+                    0 => drop(self.finish_disk(site)),
+                    1 => self.pass(30),
+                    2 => self.come_to_a_stop(),
+                    _ => {}
+                }
             }
-            self.raise_link();
-            self.pass(50);
-            let quiet = (0..2).all(|site| {
-                self.to_say[site].is_empty()
-                    && self.sites[site].relay.is_quiet()
-                    && self.sites[site].unaccepted.is_empty()
-                    && self.sites[site].lanes.values().all(|lane| lane.written.is_empty())
-            });
-            if quiet {
+            if self.random.one_in(3) {
+                continue;
+            }
+            if !self.wire.is_up() {
+                self.wire.dial();
+            }
+            self.come_to_a_stop();
+            self.pass_until(due);
+            self.come_to_a_stop();
+            assert!(
+                self.is_delivered(),
+                "not delivered when the window had ended: {}",
+                self.unrest()
+            );
+        }
+    }
+
+    /// No more faults, and nothing more is said. Whatever can be done is done at once, and time passes only when nothing can: to the
+    /// moment that a relay has asked for.
+    pub fn rest(&mut self) {
+        let begun = self.now.mono;
+        if !self.wire.is_up() {
+            self.wire.dial();
+        }
+        loop {
+            self.come_to_a_stop();
+            let idle = self.sites.iter().all(Site::is_idle);
+            if idle {
+                assert!(self.is_delivered(), "idle, but not delivered: {}", self.unrest());
+                return;
+            }
+            let deadline = self.sites.iter().filter_map(|site| site.relay.poll_timeout()).min();
+            let at = match deadline {
+                Some(deadline) if self.wire.is_up() => deadline.at,
+                _ => {
+                    let redial = self.now.mono + REDIAL;
+                    deadline.map_or(redial, |deadline| deadline.at.min(redial))
+                }
+            };
+            // Where queues are small each of them may fill up again, and the link waits.
+            let waited = at.since(begun) / if self.faults.small_queues { 10 } else { 1 };
+            assert!(
+                waited <= QUIET_AFTER_MAX,
+                "never comes to rest: {deadline:?}, {}",
+                self.unrest()
+            );
+            assert!(
+                waited <= DELIVERED_AFTER_MAX || self.is_delivered(),
+                "not delivered: {deadline:?}, {}",
+                self.unrest()
+            );
+            self.pass_until(at);
+            if !self.wire.is_up() {
+                self.wire.dial();
+            }
+        }
+    }
+
+    /// Does what can be done without time passing.
+    fn come_to_a_stop(&mut self) {
+        for round in 0.. {
+            assert!(round < 100_000, "goes round in circles: {}", self.unrest());
+            let mut done = false;
+            for site in 0..2 {
+                done |= self.write_leg(site);
+                done |= self.finish_disk(site);
+                if self.wire.take_up(site) {
+                    self.handle(site, Input::LinkUp);
+                    done = true;
+                }
+                done |= self.carry(site);
+                done |= self.read_lanes(site, true);
+            }
+            if !done {
                 return;
             }
         }
+    }
+
+    /// Whether everything that was accepted is with the servers.
+    fn is_delivered(&self) -> bool {
+        (0..2).all(|site| {
+            self.to_say[site].is_empty()
+                && self.sites[site].unaccepted.is_empty()
+                && self.sites[site].relay.is_delivered()
+                && self.sites[site].disk.opening().levels.inbox_entries == 0
+                && self.crossed(site)
+        })
+    }
+
+    /// Whether what this site's spool holds is with the other.
+    fn crossed(&self, site: usize) -> bool {
+        let (here, there) = (self.sites[site].disk.opening(), self.sites[1 - site].disk.opening());
+        here.spool_first.is_none() || there.received.epoch == here.epoch && there.received.upto >= here.spool_last
     }
 
     fn unrest(&self) -> String {
@@ -311,165 +447,170 @@ impl World {
     fn say(&mut self, site: usize) {
         let (here, there) = (self.sites[site].name, self.sites[1 - site].name);
         self.numbers += 1;
-        let number = self.numbers;
-        let room = self.random.below(2);
-        let size = if self.random.one_in(12) {
-            3000 + self.random.below(4000)
-        } else {
-            self.random.below(80)
-        };
-        let body: String = (0..size)
-            .map(|_| char::from(b'a' + self.random.below(26) as u8))
-            .collect();
-        let reached = 1 + self.random.below(5);
-        let copies = (0..reached).map(|user| match number % 3 {
-            0 => format!(
-                "<presence to='u{user}@{there}.example/r' from='r{room}@conference.{here}.example/n{number}' id='{number}'>\
-                 <status>{body}</status></presence>"
-            ),
-            1 => format!(
-                "<message from='r{room}@conference.{here}.example/n' id='{number}' type=\"groupchat\" \
-                 to=\"u{user}@{there}.example/r\"><body>{body}</body></message>"
-            ),
-            _ => format!("<iq id='{number}' type='get' from='r{room}@conference.{here}.example/n' to='u{user}@{there}.example/r'/>"),
-        });
-        let copies: Vec<Bytes> = copies.map(Bytes::from).collect();
         self.tally.said += 1;
-        // Another room's copies come in between (server-behaviour: ejabberd), never the same room's.
-        let same_room = |bytes: &Bytes| Copy::read(bytes).flow == format!("r{room}@conference.{here}.example");
-        let mut at = self.to_say[site].iter().rposition(same_room).map_or(0, |last| last + 1);
+        let poison = self.faults.poison && self.random.one_in(8);
+        let rooms = &self.sites[site].rooms;
+        let copies = said::say(self.numbers, here, there, rooms, poison, &mut self.random);
+        let flow = Copy::read(&copies[0]).flow;
+        // Another sender's copies come in between (server-behaviour: ejabberd), never the same one's.
+        let to_say = &mut self.to_say[site];
+        let same = to_say.iter().rposition(|bytes| Copy::read(bytes).flow == flow);
+        let mut at = same.map_or(0, |last| last + 1);
         for copy in copies {
-            let left = self.to_say[site].len() - at;
-            at += self.random.below(left as u64 + 1) as usize;
-            self.to_say[site].insert(at, copy);
+            at += self.random.below((to_say.len() - at) as u64 + 1) as usize;
+            to_say.insert(at, copy);
             at += 1;
         }
     }
 
-    fn write_leg(&mut self, index: usize) {
+    fn write_leg(&mut self, index: usize) -> bool {
         let Some(bytes) = self.to_say[index].pop_front() else {
-            return;
+            return false;
         };
+        let copy = Copy::read(&bytes);
         let site = &mut self.sites[index];
         site.leg_count += 1;
         let (leg, n) = (LegId(site.leg), site.leg_count);
-        site.unaccepted.insert((leg, n), Copy::read(&bytes));
         self.tally.copies += 1;
-        let other = self.sites[1 - index].name;
         let pair = DomainPair {
-            local: domain(&format!("conference.{}.example", self.sites[index].name)),
-            far: domain(&format!("{other}.example")),
+            local: domain(domain_of(&copy.flow)),
+            far: domain(domain_of(&copy.to)),
         };
         let stanza = Stanza::parse(bytes).expect("a stanza");
-        self.handle(index, Input::Stanza { leg, n, pair, stanza });
+        let refused_before = site.relay.stats().refused;
+        site.relay.handle(Input::Stanza { leg, n, pair, stanza }, self.now);
+        let refused = site.relay.stats().refused > refused_before;
+        if !refused {
+            site.note_cast(&copy, self.now.mono);
+        }
+        site.unaccepted.insert((leg, n), (copy, refused));
+        self.drain(index);
+        true
     }
 
-    fn finish_disk(&mut self, index: usize) {
+    fn finish_disk(&mut self, index: usize) -> bool {
         let site = &mut self.sites[index];
         if let Some(batch) = site.batches.pop_front() {
-            site.disk.commit(batch.number);
+            // What only trims may be answered before it is on disk, and come undone.
+            if batch.matters() || self.random.one_in(2) {
+                site.disk.commit(batch.number);
+            }
             let levels = site.disk.opening().levels;
-            self.handle(
-                index,
-                Input::Committed {
-                    batch: batch.number,
-                    levels,
-                },
+            let limits = &site.settings;
+            // Answers to what the server does not take come instead of what was in the inbox.
+            let answers = u64::from(self.faults.poison || self.faults.oversize) * 1000;
+            assert!(
+                levels.spool_entries <= answers + limits.queue_entries_max,
+                "the spool is over its limit"
             );
+            assert!(
+                levels.inbox_entries <= limits.queue_entries_max,
+                "the inbox is over its limit"
+            );
+            // The one that goes over it is the last: 7,000 bytes at most here.
+            assert!(
+                levels.spool_bytes <= limits.queue_bytes_max + 8000 + answers * 1000,
+                "the spool is over its limit"
+            );
+            assert!(
+                levels.inbox_bytes <= limits.queue_bytes_max + 8000,
+                "the inbox is over its limit"
+            );
+            let batch = batch.number;
+            self.handle(index, Input::Committed { batch, levels });
         } else if let Some(read) = site.reads.pop_front() {
             self.handle(index, read);
+        } else {
+            return false;
         }
+        true
     }
 
     /// Lets the socket take something, and some of what is under way arrive.
-    fn carry(&mut self, index: usize) {
-        if !self.link {
-            return;
-        }
-        if self.pipes[1 - index].len() < 4
+    fn carry(&mut self, index: usize) -> bool {
+        let mut done = false;
+        if self.wire.is_held(index)
+            && self.wire.has_room(index)
+            && self.sites[index].relay.wants_transmit()
             && let Some(bytes) = self.sites[index].relay.poll_transmit(self.now)
         {
-            self.pipes[1 - index].push_back(bytes);
+            self.wire.write(index, bytes);
+            done = true;
         }
         self.drain(index);
-        if let Some(mut bytes) = self.pipes[index].pop_front() {
-            let cut = self.random.below(bytes.len() as u64 + 1) as usize;
+        if let Some(pipe) = self.wire.incoming(index)
+            && let Some(mut bytes) = pipe.pop_front()
+        {
+            let all = bytes.len() as u64;
+            let cut = if self.random.one_in(4) {
+                self.random.below(all + 1)
+            } else {
+                all
+            } as usize;
             let first = bytes.split_to(cut);
             if !bytes.is_empty() {
-                self.pipes[index].push_front(bytes);
+                pipe.push_front(bytes);
             }
             self.handle(index, Input::LinkBytes(first));
+            done = true;
         }
+        if self.wire.is_over(index) {
+            self.wire.leave(index);
+            self.handle(index, Input::LinkDown);
+            done = true;
+        }
+        done
     }
 
-    fn raise_link(&mut self) {
-        if !self.link {
-            self.link = true;
-            self.pipes = [VecDeque::new(), VecDeque::new()];
-            for site in 0..2 {
-                self.handle(site, Input::LinkUp);
-            }
-        }
-    }
-
-    fn cut_link(&mut self) {
-        if self.link {
-            self.tally.cuts += 1;
-            self.drop_link();
-        }
-    }
-
-    fn drop_link(&mut self) {
-        self.link = false;
-        self.pipes = [VecDeque::new(), VecDeque::new()];
-        for site in 0..2 {
-            self.handle(site, Input::LinkDown);
-        }
-    }
-
-    /// The server reads some of what a lane has brought, and acknowledges some of it.
-    fn read_lane(&mut self, index: usize) {
-        let site = &mut self.sites[index];
-        let keys: Vec<LaneKey> = site.lanes.keys().cloned().collect();
-        for key in keys {
-            let end = self.sites[index].lanes.get_mut(&key).expect("the key was just read");
+    /// The server reads what lanes have brought, all of it or some, and acknowledges it.
+    fn read_lanes(&mut self, index: usize, all: bool) -> bool {
+        let mut done = false;
+        let keys: Vec<LaneKey> = self.sites[index].lanes.keys().cloned().collect();
+        for lane in keys {
+            let site = &mut self.sites[index];
+            let (acks, stanza_bytes_max) = (site.acks, site.stanza_bytes_max);
+            let Some(end) = site.lanes.get_mut(&lane) else { continue };
             let life = end.life;
             if !end.up {
                 end.up = true;
-                let acks = end.acks;
-                self.handle(
-                    index,
-                    Input::LaneUp {
-                        lane: key,
-                        life,
-                        acks,
-                        stanza_bytes_max: None,
-                    },
-                );
+                let up = Input::LaneUp {
+                    lane,
+                    life,
+                    acks,
+                    stanza_bytes_max,
+                };
+                self.handle(index, up);
+                done = true;
                 continue;
             }
-            let some = self.random.below(end.written.len() as u64 + 1);
-            if some > 0 {
-                let bytes = end.written.pop_front().expect("counted above");
-                end.read += 1;
-                self.sites[index].heard.push(Copy::read(&bytes));
-                let site = &mut self.sites[index];
-                let end = site.lanes.get_mut(&key).expect("still there");
-                if end.acks {
-                    end.confirmed = end.read;
+            let some = if all { u64::MAX } else { self.random.below(8) };
+            let mut poisoned = false;
+            for _ in 0..some {
+                let Some(bytes) = end.written.pop_front() else { break };
+                let copy = Copy::read(&bytes);
+                if copy.is_poison() {
+                    poisoned = true;
+                    break;
                 }
+                end.read += 1;
+                site.heard.push(copy);
             }
-            let end = self.sites[index].lanes.get_mut(&key).expect("still there");
-            let stanzas = end.confirmed;
-            self.handle(
-                index,
-                Input::LaneConfirmed {
-                    lane: key,
-                    life,
-                    stanzas,
-                },
-            );
+            let stanzas = end.confirmed();
+            if stanzas > end.told && (all || poisoned || self.random.one_in(2)) {
+                end.told = stanzas;
+                let lane = lane.clone();
+                self.handle(index, Input::LaneConfirmed { lane, life, stanzas });
+                done = true;
+            }
+            if poisoned {
+                self.tally.refusals += 1;
+                self.sites[index].lanes.remove(&lane);
+                let fault = LaneFault::Refused;
+                self.handle(index, Input::LaneDown { lane, life, fault });
+                done = true;
+            }
         }
+        done
     }
 
     /// The server closes a lane in good order: what it has read it has acknowledged, if it does that at all; the rest is not read.
@@ -477,83 +618,165 @@ impl World {
     fn break_lane(&mut self, index: usize) {
         let site = &mut self.sites[index];
         let pick = self.random.below(site.lanes.len().max(1) as u64) as usize;
-        let Some(key) = site.lanes.keys().nth(pick).cloned() else {
+        let Some(lane) = site.lanes.keys().nth(pick).cloned() else {
             return;
         };
-        let mut end = site.lanes.remove(&key).expect("picked from the keys");
+        let mut end = site.lanes.remove(&lane).expect("picked from the keys");
+        let (life, stanzas) = (end.life, end.confirmed());
         if !end.acks {
-            for bytes in end.written.drain(..) {
-                site.heard.push(Copy::read(&bytes));
-            }
+            site.heard.extend(end.written.drain(..).map(|bytes| Copy::read(&bytes)));
         }
         self.tally.lane_breaks += 1;
-        let (life, confirmed) = (end.life, end.confirmed);
         if end.up {
-            self.handle(
-                index,
-                Input::LaneConfirmed {
-                    lane: key.clone(),
-                    life,
-                    stanzas: confirmed,
-                },
-            );
+            let lane = lane.clone();
+            self.handle(index, Input::LaneConfirmed { lane, life, stanzas });
         }
         let fault = LaneFault::Gone;
-        self.handle(index, Input::LaneDown { lane: key, life, fault });
+        self.handle(index, Input::LaneDown { lane, life, fault });
     }
 
-    /// kill -9, in the midst of a write to disk: of the unfinished batches some are on disk, whole, in order.
+    /// kill -9, in the midst of a write to disk: of the unfinished batches some are on disk, whole, in order. The next life may end
+    /// as early.
     fn kill(&mut self, index: usize) {
-        self.tally.kills += 1;
-        if self.link {
-            self.drop_link();
+        loop {
+            self.tally.kills += 1;
+            self.wire.leave(index);
+            self.end_process(index);
+            self.start_process(index);
+            if !self.random.one_in(3) {
+                return;
+            }
+            self.finish_disk(index);
         }
+    }
+
+    /// What is left when a process is no more.
+    fn end_process(&mut self, index: usize) {
         let site = &mut self.sites[index];
         let finished = self.random.below(site.batches.len() as u64 + 1) as usize;
         for batch in site.batches.drain(..).take(finished) {
             site.disk.commit(batch.number);
         }
-        site.batches.clear();
         site.reads.clear();
         site.disk.crash();
         // The kernel still delivers what was written before.
-        for (_, mut end) in std::mem::take(&mut site.lanes) {
-            for bytes in end.written.drain(..) {
-                site.heard.push(Copy::read(&bytes));
+        for (_, end) in std::mem::take(&mut site.lanes) {
+            for copy in end.written.iter().map(Copy::read) {
+                // The server closes the stream here. What is behind it is marked, and will be missed.
+                if copy.is_poison() {
+                    break;
+                }
+                site.heard.push(copy);
             }
         }
+        let lost = std::mem::take(&mut site.unaccepted).into_values();
         site.abandoned
-            .extend(std::mem::take(&mut site.unaccepted).into_values());
+            .extend(lost.filter(|(_, refused)| !refused).map(|(copy, _)| copy));
+        let heard: BTreeSet<&Copy> = site.heard.iter().collect();
+        let doubtful = said::marked(&site.disk)
+            .into_iter()
+            .filter(|copy| !heard.contains(copy));
+        site.doubtful.extend(doubtful.collect::<Vec<_>>());
+    }
+
+    fn start_process(&mut self, index: usize) {
+        let site = &mut self.sites[index];
         // A server without XEP-0198 does not know what it lost; the rest it still has to say goes to a new stream.
         site.leg += 1;
         site.leg_count = 0;
-        self.casts_before += site.relay.stats().casts;
-        let opening = site.disk.opening();
-        site.doubtful += marked(&site.disk);
-        site.relay = Relay::new(site.settings.clone(), &opening, self.now);
+        site.group_opened.clear();
+        site.keep_counts();
+        site.relay = Relay::new(site.settings.clone(), &site.disk.opening(), self.now);
+        site.empty_read = None;
+        self.ends[index] += 1;
         self.drain(index);
+    }
+
+    /// SIGTERM: everything that has come in is on disk, everything that is with a lane is confirmed, then the process ends.
+    fn drain_and_restart(&mut self, index: usize) {
+        self.tally.drains += 1;
+        self.handle(index, Input::Drain);
+        for round in 0.. {
+            assert!(round < 10_000, "does not drain: {}", self.unrest());
+            let done = self.finish_disk(index) | self.read_lanes(index, true);
+            if self.sites[index].relay.is_settled() && self.sites[index].relay.lanes_up().1 == 0 {
+                break;
+            }
+            assert!(done, "does not drain: {}", self.unrest());
+            self.pass(2);
+        }
+        let site = &mut self.sites[index];
+        assert!(site.unaccepted.is_empty(), "drained, but not accepted");
+        site.relay.say_goodbye();
+        while self.wire.is_held(index)
+            && self.sites[index].relay.wants_transmit()
+            && let Some(bytes) = self.sites[index].relay.poll_transmit(self.now)
+        {
+            self.wire.write(index, bytes);
+        }
+        self.drain(index);
+        self.wire.leave(index);
+        let before = self.sites[index].doubtful.clone();
+        let site = &mut self.sites[index];
+        for batch in site.batches.drain(..) {
+            site.disk.commit(batch.number);
+        }
+        self.end_process(index);
+        assert_eq!(before, self.sites[index].doubtful, "in doubt after a drain");
+        self.start_process(index);
+    }
+
+    /// The process is killed, and its disk is gone with all that was on it.
+    fn replace_disk(&mut self, index: usize) {
+        self.tally.disks_replaced += 1;
+        self.wire.leave(index);
+        let (here, there) = (&self.sites[index], &self.sites[1 - index]);
+        let (old, other) = (here.disk.opening(), there.disk.opening());
+        let crossed =
+            |to: &narrows::codec::position::Received, epoch: Epoch, seq: Seq| to.epoch == epoch && to.contains(seq);
+        let lost_inbox = said::in_inbox(&here.disk);
+        let lost_spool: Vec<Copy> = said::in_spool(&here.disk)
+            .into_iter()
+            .filter(|(seq, _)| !crossed(&other.received, old.epoch, *seq))
+            .flat_map(|(_, copies)| copies)
+            .collect();
+        // Stored here, and held there still: it is sent once more.
+        let again: Vec<Copy> = said::in_spool(&there.disk)
+            .into_iter()
+            .filter(|(seq, _)| crossed(&old.received, other.epoch, *seq))
+            .flat_map(|(_, copies)| copies)
+            .collect();
+        self.end_process(index);
+        for copy in again {
+            *self.sites[index].told_again.entry(copy).or_default() += 1;
+        }
+        self.sites[index].gone_with_disk.extend(lost_inbox);
+        self.sites[1 - index].gone_with_disk.extend(lost_spool);
+        self.sites[index].disk = Model::new(Epoch(self.random.next()));
+        self.start_process(index);
     }
 
     /// Up to so many milliseconds go by.
     fn pass(&mut self, ms_max: u64) {
         let time = Duration::from_millis(1 + self.random.below(ms_max));
-        let until = self.now.mono + time;
-        for index in 0..2 {
-            while let Some(deadline) = self.sites[index].relay.poll_timeout()
-                && deadline.at <= until
-            {
-                self.now.mono = self.now.mono.max(deadline.at);
-                let before = deadline;
-                self.handle(index, Input::Timeout);
-                assert_ne!(
-                    self.sites[index].relay.poll_timeout(),
-                    Some(before),
-                    "a timeout must do something"
-                );
-            }
+        self.pass_until(self.now.mono + time);
+    }
+
+    fn pass_until(&mut self, until: Mono) {
+        let before = self.now.mono;
+        loop {
+            let due = (0..2)
+                .filter_map(|index| Some((self.sites[index].relay.poll_timeout()?, index)))
+                .filter(|(deadline, _)| deadline.at <= until)
+                .min();
+            let Some((deadline, index)) = due else { break };
+            self.now.mono = self.now.mono.max(deadline.at);
+            self.handle(index, Input::Timeout);
+            let next = self.sites[index].relay.poll_timeout();
+            assert_ne!(next, Some(deadline), "a timeout must do something");
         }
-        self.now.mono = until;
-        self.now.wall = Wall(self.now.wall.0 + time.as_millis() as u64);
+        self.now.mono = self.now.mono.max(until);
+        self.now.wall = Wall(self.now.wall.0 + self.now.mono.since(before).as_millis() as u64);
     }
 
     fn handle(&mut self, index: usize, input: Input) {
@@ -563,122 +786,109 @@ impl World {
 
     fn drain(&mut self, index: usize) {
         while let Some(output) = self.sites[index].relay.poll_output() {
-            let site = &mut self.sites[index];
-            match output {
-                Output::Commit(batch) => {
-                    site.disk.apply(batch.clone());
-                    site.batches.push_back(batch);
-                }
-                Output::ReadSpool {
-                    from,
-                    entries_max,
-                    bytes_max,
-                } => {
-                    let (slots, end) = site.disk.read_spool(from, entries_max.min(3), bytes_max);
-                    site.reads.push_back(Input::SpoolRead { slots, end });
-                }
-                Output::ReadInbox {
-                    from,
-                    entries_max,
-                    bytes_max,
-                } => {
-                    let (slots, end) = site.disk.read_inbox(from, entries_max.min(3), bytes_max);
-                    site.reads.push_back(Input::InboxRead { slots, end });
-                }
-                Output::Accepted { leg, n } => {
-                    let copy = site
-                        .unaccepted
-                        .remove(&(leg, n))
-                        .expect("accepted once, and only what was written");
-                    site.accepted.push(copy);
-                }
-                Output::OpenLane { lane, life } => {
-                    let end = LaneEnd {
-                        life,
-                        up: false,
-                        acks: site.acks,
-                        written: VecDeque::new(),
-                        read: 0,
-                        confirmed: 0,
-                    };
-                    assert!(
-                        site.lanes.insert(lane, end).is_none(),
-                        "one stream for a lane at a time"
-                    );
-                }
-                Output::WriteLane { lane, life, stanzas } => {
-                    if let Some(end) = site.lanes.get_mut(&lane)
-                        && end.life == life
-                    {
-                        assert!(end.up);
-                        if !end.acks {
-                            end.confirmed += stanzas.len() as u64;
-                        }
-                        end.written.extend(stanzas);
+            self.carry_out(index, output);
+        }
+    }
+
+    fn carry_out(&mut self, index: usize, output: Output) {
+        let [a, b] = &mut self.sites;
+        let (site, other) = if index == 0 { (a, b) } else { (b, a) };
+        match output {
+            Output::Commit(batch) => {
+                for change in &batch.changes {
+                    if let Change::PutInbox { entry, .. } = change {
+                        other.assert_accepted(entry);
                     }
                 }
-                Output::LinkQuiet(_) => {}
-                Output::CloseLink(why) => panic!("site {}: {why:?}", site.name),
+                site.disk.apply(batch.clone());
+                site.batches.push_back(batch);
             }
-        }
-    }
-
-    pub fn check(&mut self) {
-        for index in 0..2 {
-            let (from, to) = (&self.sites[index], &self.sites[1 - index]);
-            let mut counts: BTreeMap<&Copy, u64> = BTreeMap::new();
-            for copy in &to.heard {
-                *counts.entry(copy).or_default() += 1;
+            Output::ReadSpool {
+                from,
+                entries_max,
+                bytes_max,
+            } => {
+                let (slots, end) = site.disk.read_spool(from, entries_max.min(3), bytes_max);
+                if slots.is_empty() {
+                    assert_ne!(site.empty_read, Some(from), "nothing is read, again and again");
+                    site.empty_read = Some(from);
+                } else {
+                    site.empty_read = None;
+                }
+                site.reads.push_back(Input::SpoolRead { slots, end });
             }
-            for (copy, count) in &counts {
-                assert!(*count == 1, "heard {count} times: {copy:?}");
+            Output::ReadInbox {
+                from,
+                entries_max,
+                bytes_max,
+            } => {
+                let (slots, end) = site.disk.read_inbox(from, entries_max.min(3), bytes_max);
+                site.reads.push_back(Input::InboxRead { slots, end });
             }
-            let mut lost = 0;
-            for copy in &from.accepted {
-                lost += u64::from(!counts.contains_key(copy));
-            }
-            assert!(lost <= to.doubtful, "{lost} lost, {} in doubt", to.doubtful);
-            self.tally.in_doubt_lost += lost;
-            let known: BTreeSet<&Copy> = from.accepted.iter().chain(&from.abandoned).collect();
-            for copy in counts.keys() {
-                assert!(known.contains(*copy), "nobody said {copy:?}");
-            }
-            self.tally.unaccepted_lost +=
-                from.abandoned.iter().filter(|copy| !counts.contains_key(copy)).count() as u64;
-            self.tally.parts += to.heard.iter().filter(|copy| copy.bytes.len() > 3000).count() as u64;
-            let mut last: BTreeMap<(&str, &str), u64> = BTreeMap::new();
-            for copy in &to.heard {
-                if let Some(before) = last.insert((&copy.flow, &copy.to), copy.number) {
-                    assert!(before < copy.number, "{copy:?} came after {before}");
+            Output::Accepted { leg, n } => {
+                let known = site.unaccepted.remove(&(leg, n));
+                let (copy, refused) = known.expect("accepted once, and only what was written");
+                if refused {
+                    site.refused.push(copy);
+                } else {
+                    site.accepted.push(copy);
                 }
             }
+            Output::OpenLane { lane, life } => {
+                let end = LaneEnd {
+                    life,
+                    up: false,
+                    acks: site.acks,
+                    written: VecDeque::new(),
+                    read: 0,
+                    told: 0,
+                };
+                assert!(
+                    site.lanes.insert(lane, end).is_none(),
+                    "one stream for a lane at a time"
+                );
+            }
+            Output::WriteLane { lane, life, stanzas } => {
+                if let Some(end) = site.lanes.get_mut(&lane)
+                    && end.life == life
+                {
+                    assert!(end.up);
+                    end.written.extend(stanzas);
+                }
+            }
+            Output::LinkQuiet(_) => {}
+            Output::CloseLink(why) => {
+                match why {
+                    LinkClose::InboxFull => self.tally.inbox_full += 1,
+                    LinkClose::Goodbye(_) => assert!(self.faults.drains, "nobody said goodbye"),
+                    LinkClose::Error(LinkError::PeerSilent { .. }) => self.tally.silences += 1,
+                    LinkClose::Error(error) => panic!("site {}: {error}", site.name),
+                }
+                self.wire.leave(index);
+            }
         }
-        let casts = self.casts_before + self.sites.iter().map(|site| site.relay.stats().casts).sum::<u64>();
-        self.tally.casts += casts;
-        if !self.faults.kills {
-            let iqs: u64 = self
-                .sites
-                .iter()
-                .flat_map(|site| &site.accepted)
-                .filter(|copy| copy.number % 3 == 2)
-                .count() as u64;
-            let casts_said = (1..=self.numbers).filter(|number| number % 3 != 2).count() as u64;
-            assert!(
-                casts <= iqs + casts_said + self.late_copies(),
-                "{casts} casts for {iqs} IQs and {casts_said} broadcasts"
-            );
-        }
-    }
-
-    /// Copies that were written after the window of their group had ended, which is the server's doing.
-    fn late_copies(&self) -> u64 {
-        self.tally.copies / 2
     }
 }
 
-/// Copies that the disk says were given to a lane: after a kill nobody can say whether they were.
-fn marked(disk: &Model) -> u64 {
-    let (slots, _) = disk.read_inbox(Default::default(), usize::MAX, usize::MAX);
-    let bits = |given: &Vec<u8>| given.iter().map(|byte| u64::from(byte.count_ones())).sum::<u64>();
-    slots.iter().map(|slot| bits(&slot.given)).sum()
+impl Site {
+    /// What this copy adds to the casts that must come about: one for a new group, none for an open one.
+    fn note_cast(&mut self, copy: &Copy, now: Mono) {
+        let kind = What::of(copy.number);
+        if kind.is_broadcast()
+            && let Some(opened) = self.group_opened.get(&copy.number)
+            && now.since(*opened) < self.window
+        {
+            return;
+        }
+        self.group_opened.insert(copy.number, now);
+        self.casts_due += 1;
+    }
+
+    /// Nothing may be with the peer that is not on this disk: what is not may be said again.
+    fn assert_accepted(&self, entry: &Bytes) {
+        for copy in said::copies_of(entry) {
+            let early = self.unaccepted.values().any(|(unaccepted, _)| *unaccepted == copy);
+            assert!(!early, "crossed before it was on disk: {copy:?}");
+        }
+    }
 }
