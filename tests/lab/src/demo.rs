@@ -150,84 +150,85 @@ fn play(world: &World, plan: &Plan) -> Outcome<bool> {
     .map(|scores| scores.print(plan))
 }
 
-/// All three acts: entering, talking with a cut in the middle, and the count.
+/// Entering, talking with a cut in the middle, and the count.
 fn perform(show: &Show<'_>, stage: &WorldStage<'_>, plan: &Plan) -> Outcome<Scores> {
-    let world = show.world;
     let room = format!("bridge@{}", stage.rooms(Side::A));
     let near = enter_near(stage, &room)?;
-
-    show.event(&format!(
-        "{} people on the ship enter the room over the link.",
-        plan.people
-    ));
-    let crowd = std::thread::scope(|scope| {
-        let counting = scope.spawn(|| show.count_inside(&near[0]));
-        let crowd = Crowd::join(stage, Side::B, &room, plan.people);
-        show.all_inside.store(true, Ordering::Relaxed);
-        counting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-        crowd
-    })?;
-    show.event("Everybody is in the room.");
+    let crowd = enter_far(show, stage, &room, &near[0], plan.people)?;
     let entered = show.used()?;
 
     let speakers: Vec<&Client> = crowd.members.iter().take(FAR_SPEAKERS).chain(&near).collect();
     let listeners: Vec<&Client> = near.iter().chain(&crowd.members).collect();
     let mut talk = Talk::new(&room, &speakers, show);
+    let cut = while_doing(
+        || show.listen(&listeners),
+        &show.quiet,
+        || talk_with_a_cut(show, plan, &mut talk, &crowd, &near),
+    )?;
+    Ok(Scores {
+        said: talk.said(),
+        listeners: listeners.len(),
+        entered,
+        all: show.used()?,
+        cut,
+        tally: tally_all(listeners.iter().copied(), &talk.sent),
+    })
+}
 
+/// Runs `aside` on a thread of its own until `act` is done; it ends when it sees the flag.
+fn while_doing<T>(aside: impl FnOnce() + Send, done: &AtomicBool, act: impl FnOnce() -> T) -> T {
     std::thread::scope(|scope| {
-        let listening = scope.spawn(|| show.listen(&listeners));
-        let result = (|| {
-            show.event("They talk.");
-            talk.go_on(plan.talk)?;
-
-            let said_before = talk.said();
-            world.link.down();
-            show.event(&format!(
-                "The link is cut, for {} s. They go on talking.",
-                plan.cut.as_secs()
-            ));
-            talk.go_on(plan.cut)?;
-            let queued = show.waiting()?;
-            let said_in_cut = talk.said() - said_before;
-            let at_the_cut = talk.sent.clone();
-            world.link.up();
-            let back = Instant::now();
-            show.event(&format!("The link is back. {queued} entries wait in the two spools."));
-
-            let caught_up = std::thread::scope(|scope| {
-                let waiting = scope.spawn(|| {
-                    hear_all(&crowd, &near, &at_the_cut)?;
-                    let took = back.elapsed();
-                    show.event("Everybody has heard everything that was said during the cut.");
-                    Outcome::Ok(took)
-                });
-                talk.go_on(plan.talk)?;
-                waiting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-            })?;
-            show.event("They stop talking.");
-            hear_all(&crowd, &near, &talk.sent)?;
-            show.settle()?;
-            Ok(Cut {
-                said_in_cut,
-                queued,
-                caught_up,
-            })
-        })();
-        show.quiet.store(true, Ordering::Relaxed);
-        listening
-            .join()
-            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        scope.spawn(aside);
+        let result = act();
+        done.store(true, Ordering::Relaxed);
         result
     })
-    .and_then(|cut| {
-        Ok(Scores {
-            said: talk.said(),
-            listeners: listeners.len(),
-            entered,
-            all: show.used()?,
-            cut,
-            tally: tally_all(listeners.iter().copied(), &talk.sent),
-        })
+}
+
+fn enter_far(show: &Show<'_>, stage: &WorldStage<'_>, room: &str, near: &Client, people: usize) -> Outcome<Crowd> {
+    show.event(&format!("{people} people on the ship enter the room over the link."));
+    let crowd = while_doing(
+        || show.count_inside(near),
+        &show.all_inside,
+        || Crowd::join(stage, Side::B, room, people),
+    )?;
+    show.event("Everybody is in the room.");
+    Ok(crowd)
+}
+
+fn talk_with_a_cut(show: &Show<'_>, plan: &Plan, talk: &mut Talk<'_>, crowd: &Crowd, near: &[Client]) -> Outcome<Cut> {
+    show.event("They talk.");
+    talk.go_on(plan.talk)?;
+
+    let said_before = talk.said();
+    show.world.link.down();
+    let seconds = plan.cut.as_secs();
+    show.event(&format!("The link is cut, for {seconds} s. They go on talking."));
+    talk.go_on(plan.cut)?;
+    let queued = show.waiting()?;
+    let said_in_cut = talk.said() - said_before;
+    let sent = talk.sent.clone();
+    show.world.link.up();
+    let back = Instant::now();
+    show.event(&format!("The link is back. {queued} entries wait in the two spools."));
+
+    let caught_up = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            hear_all(crowd, near, &sent)?;
+            let took = back.elapsed();
+            show.event("Everybody has heard everything that was said during the cut.");
+            Outcome::Ok(took)
+        });
+        talk.go_on(plan.talk)?;
+        waiting.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })?;
+    show.event("They stop talking.");
+    hear_all(crowd, near, &talk.sent)?;
+    show.settle()?;
+    Ok(Cut {
+        said_in_cut,
+        queued,
+        caught_up,
     })
 }
 
