@@ -77,7 +77,7 @@ fn collapse(stanzas: &[Stanza]) -> Vec<Cast> {
             ..Now::default()
         };
         collapse.handle_timeout(now);
-        collapse.handle_stanza(stanza, now);
+        collapse.handle_stanza(stanza, now).expect("addressed and small");
         while let Some(output) = collapse.poll_output() {
             if let Output::Sealed { cast, .. } = output {
                 casts.push(cast);

@@ -187,9 +187,7 @@ impl Stanza {
     fn muc_user_children(&self, fits: impl Fn(&BytesStart<'_>) -> bool) -> Option<bool> {
         // Most stanzas have none, and a look through the bytes is far cheaper than parsing them. A namespace
         // written with escapes would be missed; no server writes that.
-        if memmem::find(&self.bytes, ns::MUC_USER.as_bytes()).is_none() {
-            return None;
-        }
+        memmem::find(&self.bytes, ns::MUC_USER.as_bytes())?;
         let mut reader = self.reader()?;
         let mut depth = 0_usize;
         let mut inside = false;
