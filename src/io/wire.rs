@@ -27,7 +27,7 @@ const READ_BYTES: usize = 16 * 1024;
 /// Bytes written before they are flushed to the kernel: one TLS record.
 const WRITE_BYTES: usize = 16 * 1024;
 
-/// The kernel's send buffer towards our server. What is in it when a server dies is lost in silence (DESIGN P3), so it is
+/// The kernel's send buffer towards our server. What is in it when a server dies is lost in silence, so it is
 /// small; on a LAN with 1 ms round trip it still carries 64 MB/s.
 const SEND_BUFFER_BYTES: usize = 64 * 1024;
 

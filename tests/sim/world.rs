@@ -457,7 +457,7 @@ impl World {
         let rooms = &self.sites[site].rooms;
         let copies = said::say(self.numbers, here, there, rooms, poison, &mut self.random);
         let flow = Copy::read(&copies[0]).flow;
-        // Another sender's copies come in between (server-behaviour: ejabberd), never the same one's.
+        // Another sender's copies come in between (ejabberd writes each copy apart), never the same one's.
         let to_say = &mut self.to_say[site];
         let same = to_say.iter().rposition(|bytes| Copy::read(bytes).flow == flow);
         let mut at = same.map_or(0, |last| last + 1);
