@@ -33,11 +33,13 @@ pub fn pair_with(settings: &[(&str, &str)]) -> Layout {
 
 /// A world that stands alone.
 pub fn stand(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: usize, layout: Layout) -> Stand {
-    stand_vouched(name, profile, a, b, crowd, layout, Vouched::ByNobody)
+    let alone = COMPANY.write().unwrap_or_else(PoisonError::into_inner);
+    let world = world(name, profile, a, b, crowd, layout);
+    Stand { world, _alone: alone }
 }
 
-/// As [`stand`], with servers' certificates as they are said to be. Those of Debian's packages are vouched for by nobody, and behind sidecars
-/// the servers prove themselves by dialback.
+/// As [`stand`], with servers' certificates as they are said to be. Otherwise those behind sidecars are as Debian's packages make them,
+/// vouched for by nobody, and the servers prove themselves by dialback; over plain S2S Prosody needs the lab to vouch.
 pub fn stand_vouched(
     name: &str,
     profile: Profile,
@@ -48,7 +50,7 @@ pub fn stand_vouched(
     vouched: Vouched,
 ) -> Stand {
     let alone = COMPANY.write().unwrap_or_else(PoisonError::into_inner);
-    let world = world_vouched(name, profile, a, b, crowd, layout, vouched);
+    let world = world_vouched(name, profile, a, b, crowd, layout, Some(vouched));
     Stand { world, _alone: alone }
 }
 
@@ -60,7 +62,7 @@ pub fn in_company() -> RwLockReadGuard<'static, ()> {
 
 /// A world; the caller has the right to it.
 pub fn world(name: &str, profile: Profile, a: ServerSpec, b: ServerSpec, crowd: usize, layout: Layout) -> World {
-    world_vouched(name, profile, a, b, crowd, layout, Vouched::ByNobody)
+    world_vouched(name, profile, a, b, crowd, layout, None)
 }
 
 fn world_vouched(
@@ -70,19 +72,21 @@ fn world_vouched(
     b: ServerSpec,
     crowd: usize,
     layout: Layout,
-    vouched: Vouched,
+    vouched: Option<Vouched>,
 ) -> World {
     let _one_at_a_time = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
-    World::builder(name)
+    let builder = World::builder(name)
         .link(profile)
         .site_a(a.limits(Limits::ServersOnly))
         .site_b(b.limits(Limits::ServersOnly))
         .users_a(accounts(crowd))
         .users_b(accounts(crowd))
-        .layout(layout)
-        .certificates(vouched)
-        .start()
-        .expect("the world starts")
+        .layout(layout);
+    let builder = match vouched {
+        Some(vouched) => builder.certificates(vouched),
+        None => builder,
+    };
+    builder.start().expect("the world starts")
 }
 
 /// What both sites say for themselves, for the message of a failed test.
