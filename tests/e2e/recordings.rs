@@ -9,7 +9,7 @@ use narrows_lab::{
     transcript::{Recording, compare},
 };
 
-use crate::stage::{in_company, pair, world};
+use crate::stage::{in_company, pair, words, world};
 
 /// Not 5: there, with rooms on ejabberd, plain S2S itself is not the same twice. Prosody sometimes tells a room nothing when
 /// an occupant's client closes its stream (b4 in step 32), and nobody sees it leave.
@@ -27,14 +27,16 @@ fn record(world: &World, name: &str) -> Vec<Recording> {
 fn equals_plain(name: &str, a: &dyn Fn() -> ServerSpec, b: &dyn Fn() -> ServerSpec) {
     let _company = in_company();
     let (plain_name, pair_name) = (format!("{name}d"), format!("{name}n"));
-    // One after the other: side by side they once met a server that had lost its trust in the other's certificate, in the plain
-    // world, which was not understood.
-    let record_in = |name: &str, layout: Layout| {
-        let world = world(name, Profile::lan(), a(), b(), 0, layout);
-        record(&world, name)
-    };
-    let plain = record_in(&plain_name, Layout::Direct);
-    let pair = record_in(&pair_name, pair());
+    let plain_world = world(&plain_name, Profile::lan(), a(), b(), 0, Layout::Direct);
+    let pair_world = world(&pair_name, Profile::lan(), a(), b(), 0, pair());
+    // Both mostly wait for the servers' delayed acknowledgements, so they do not disturb each other.
+    let (plain, pair) = std::thread::scope(|scope| {
+        let plain = scope.spawn(|| record(&plain_world, &plain_name));
+        let pair = scope.spawn(|| record(&pair_world, &pair_name));
+        (plain.join(), pair.join())
+    });
+    let pair = pair.unwrap_or_else(|_| panic!("{}", words(&pair_world)));
+    let plain = plain.unwrap_or_else(|_| panic!("{}", plain_world.a.log_tails() + &plain_world.b.log_tails()));
     for ((seed, plain), pair) in SEEDS.iter().zip(&plain).zip(&pair) {
         assert!(
             plain.stanzas() > 300,
