@@ -417,6 +417,7 @@ fn settings(config: &Config, peer: &config::Peer) -> Settings {
         queue_bytes_max: config.queue.bytes_max.0,
         queue_entries_max: config.queue.entries_max,
         lanes_per_pair: config.legs.lanes,
+        lane_retry_max: config.legs.reconnect_max.0,
         memory_bytes: relay::MEMORY_BYTES,
         batch_bytes: usize::try_from(link.batch_bytes.0).unwrap_or(usize::MAX),
         compress: link.compression == Compression::Zstd,

@@ -144,7 +144,7 @@ pub struct Legs {
 
     /// The longest wait before a stream to the local server is tried again.
     ///
-    /// Default `30s`: a server that was restarted is found soon, one that is away for hours costs next to nothing.
+    /// Default `15s`: a server that was restarted is found soon, one that is away for hours costs next to nothing.
     pub reconnect_max: Period,
 
     /// How many connections from the local server may be open at once.
@@ -477,7 +477,7 @@ impl Default for Legs {
             verify_server: false,
             management: Management::Auto,
             lanes: 1,
-            reconnect_max: Period::from_secs(30),
+            reconnect_max: Period::from_secs(15),
             connections_max: 256,
             limits: Limits::default(),
         }

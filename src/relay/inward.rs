@@ -41,10 +41,9 @@ const IN_FLIGHT_BYTES_MAX: usize = 2 * 1024;
 /// Slots asked for in one read.
 const READ_ENTRIES_MAX: usize = 512;
 
-/// First and longest wait before a lane that failed is opened again. The server is near, so trying costs nothing;
+/// First wait before a lane that failed is opened again; it doubles up to `lane_retry_max`. The server is near, so trying costs nothing;
 /// a restart takes seconds, and nobody should wait a minute for it to be noticed.
 const RETRY_FIRST: Duration = Duration::from_millis(500);
-const RETRY_MAX: Duration = Duration::from_secs(15);
 
 /// A stanza on which this many lives of a lane ended in a row is set aside: everything behind it would wait for ever.
 const STRIKES_MAX: u32 = 3;
@@ -141,6 +140,8 @@ pub struct Inward {
     local: Vec<Domain>,
     far: Vec<Domain>,
     lanes_per_pair: u8,
+    /// The longest wait before a lane that failed is opened again.
+    lane_retry_max: Duration,
     /// What may be in memory, by bytes of templates and addresses; the rest waits on disk.
     memory_bytes: usize,
     lanes: BTreeMap<LaneKey, Lane>,
@@ -160,11 +161,19 @@ pub struct Inward {
 }
 
 impl Inward {
-    pub fn new(local: Vec<Domain>, far: Vec<Domain>, lanes_per_pair: u8, memory_bytes: usize, last: Seq) -> Self {
+    pub fn new(
+        local: Vec<Domain>,
+        far: Vec<Domain>,
+        lanes_per_pair: u8,
+        lane_retry_max: Duration,
+        memory_bytes: usize,
+        last: Seq,
+    ) -> Self {
         Self {
             local,
             far,
             lanes_per_pair: lanes_per_pair.max(1),
+            lane_retry_max,
             memory_bytes,
             lanes: BTreeMap::new(),
             items: BTreeMap::new(),
@@ -316,7 +325,9 @@ impl Inward {
             // The server may close what is idle (ejabberd after an hour). That is no fault.
             LaneState::Closed
         } else {
-            let wait = RETRY_FIRST.saturating_mul(1 << lane.failures.min(8)).min(RETRY_MAX);
+            let wait = RETRY_FIRST
+                .saturating_mul(1 << lane.failures.min(8))
+                .min(self.lane_retry_max);
             lane.failures += 1;
             LaneState::Waiting { until: now.mono + wait }
         };

@@ -155,6 +155,8 @@ pub struct Settings {
     pub queue_bytes_max: u64,
     pub queue_entries_max: u64,
     pub lanes_per_pair: u8,
+    /// The longest wait before a lane that failed is opened again.
+    pub lane_retry_max: Duration,
     /// What may be in memory in each direction, by bytes of entries; the rest waits on disk.
     pub memory_bytes: usize,
     /// Bytes of frames that go into one batch, before compression.
@@ -341,6 +343,7 @@ impl Relay {
                 settings.local.clone(),
                 settings.far.clone(),
                 settings.lanes_per_pair,
+                settings.lane_retry_max,
                 settings.memory_bytes,
                 opening.inbox_last,
             ),

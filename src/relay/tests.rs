@@ -159,7 +159,14 @@ fn a_gap_that_nobody_can_fill_is_filled_with_voids() {
 #[test]
 fn a_draining_process_waits_for_no_lane() {
     let (local, far) = (Domain::new("b.example").unwrap(), Domain::new("a.example").unwrap());
-    let mut inward = Inward::new(vec![local.clone()], vec![far.clone()], 1, 1 << 20, Seq(0));
+    let mut inward = Inward::new(
+        vec![local.clone()],
+        vec![far.clone()],
+        1,
+        Duration::from_secs(15),
+        1 << 20,
+        Seq(0),
+    );
     let mut stats = RelayStats::default();
     inward.send_own(DomainPair { local, far }, Bytes::from_static(b"<iq/>"), &mut stats);
     inward.advance(at(0), &mut stats);

@@ -152,6 +152,7 @@ fn settings(name: char, other: char, faults: Faults, random: &mut Random) -> Set
         queue_bytes_max,
         queue_entries_max,
         lanes_per_pair: random.pick(&[1, 2, 3]),
+        lane_retry_max: Duration::from_secs(15),
         memory_bytes: random.pick(&[1, 300, 2000, 10_000, 1 << 20]),
         batch_bytes: random.pick(&[1, 300, 4096]),
         // Used if both want it. The compressor costs more than all the rest of a world, and has tests of its own.
