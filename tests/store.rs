@@ -1,6 +1,7 @@
 //! The durable store: against its model, under kill -9, with a full disk, a damaged file, and a million entries.
 
 use std::{
+    collections::BTreeMap,
     env, fs,
     io::{self, Read},
     os::unix::fs::PermissionsExt,
@@ -13,7 +14,9 @@ use bytes::Bytes;
 use narrows::{
     codec::position::{Epoch, Received, Seq},
     io::store::{self, Answer, Fault, Options, Request, Store, StoreError},
-    queue::journal::{Batch, Change, Model, Opening, Slot},
+    queue::journal::{
+        Batch, Change, Model, Opening, STATE_BYTES_MAX, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, Slot, state_bytes,
+    },
 };
 use proptest::prelude::*;
 
@@ -88,6 +91,7 @@ enum Step {
 
 fn change() -> impl Strategy<Value = Change> {
     let seq = || (1..40_u64).prop_map(Seq);
+    let key = || prop::collection::vec(0..3_u8, 0..4).prop_map(Bytes::from);
     let entry = || prop_oneof![0..50_usize, 0..5000_usize].prop_map(|size| Bytes::from(vec![b'x'; size]));
     prop_oneof![
         4 => (seq(), entry()).prop_map(|(seq, entry)| Change::PutSpool { seq, entry }),
@@ -105,6 +109,8 @@ fn change() -> impl Strategy<Value = Change> {
                 beyond,
             })
         }),
+        2 => (key(), entry()).prop_map(|(key, value)| Change::PutState { key, value }),
+        1 => key().prop_map(|key| Change::DropState { key }),
     ]
 }
 
@@ -474,6 +480,57 @@ fn taken_inbox_slot_is_refused() {
     store.close();
 }
 
+/// State beyond its bounds is refused, each and in sum, and up to them it is kept: what an opening reads is bounded.
+///
+/// Fill it with rows of the largest size but for one byte, and put that byte in one more batch.
+#[test]
+fn state_is_bounded() {
+    let put = |number, key, value| {
+        let changes = vec![Change::PutState { key, value }];
+        Request::Commit(Batch { number, changes })
+    };
+    let refused = |store: Store, answers: mpsc::Receiver<Answer>, request| {
+        store.submit(request);
+        store.close();
+        let last = answers.iter().last();
+        assert!(matches!(last, Some(Answer::Failed(error)) if error.fault == Fault::Refused));
+    };
+    let (_folder, path) = temp();
+    for (key, value) in [(STATE_KEY_BYTES_MAX + 1, 0), (0, STATE_VALUE_BYTES_MAX + 1)] {
+        let (store, answers, _) = open(&path);
+        refused(store, answers, put(1, vec![0; key].into(), vec![0; value].into()));
+    }
+
+    let (store, answers, _) = open(&path);
+    let mut left = STATE_BYTES_MAX - state_bytes(STATE_KEY_BYTES_MAX, 0);
+    let mut number = 0_u64;
+    let mut expected = BTreeMap::new();
+    while left > 0 {
+        number += 1;
+        let key = Bytes::from(number.to_be_bytes().to_vec());
+        let value_bytes = (left - state_bytes(key.len(), 0)).min(STATE_VALUE_BYTES_MAX as u64);
+        left -= state_bytes(key.len(), value_bytes as usize);
+        let value = Bytes::from(vec![number as u8; value_bytes as usize]);
+        expected.insert(key.clone(), value.clone());
+        store.submit(put(number, key, value));
+    }
+    let longest = Bytes::from(vec![0xff; STATE_KEY_BYTES_MAX]);
+    store.submit(put(number + 1, longest.clone(), Bytes::new()));
+    // In place of the one before, as the bounds do not count it twice.
+    store.submit(put(number + 2, longest.clone(), Bytes::new()));
+    committed(&answers, number + 2);
+    refused(
+        store,
+        answers,
+        put(number + 3, longest.clone(), Bytes::from_static(b"x")),
+    );
+
+    let (store, _answers, opening) = open(&path);
+    expected.insert(longest, Bytes::new());
+    assert!(opening.state == expected, "what was within the bounds is there");
+    store.close();
+}
+
 /// A number that SQLite cannot hold is refused, not turned into another.
 #[test]
 fn numbers_above_63_bits_are_refused() {
@@ -498,22 +555,27 @@ fn numbers_above_63_bits_are_refused() {
     );
 }
 
+/// The state of the rooms; spool and inbox.
+type Everything = (BTreeMap<Bytes, Bytes>, (Vec<Slot>, Vec<Slot>));
+
 /// A store with a few entries and no log, closed; and what is in it.
-fn filled(path: &Path) -> (Vec<Slot>, Vec<Slot>) {
-    let (store, answers, _) = open(path);
+fn filled(path: &Path) -> Everything {
+    let (store, answers, opening) = open(path);
+    let mut model = Model::new(opening.epoch);
     for number in 1..=60 {
+        model.apply(store_load::batch(number));
         store.submit(Request::Commit(store_load::batch(number)));
     }
     committed(&answers, 60);
-    let everything = read_all(&store, &answers);
+    let queues = read_all(&store, &answers);
     store.close();
-    everything
+    (model.opening().state, queues)
 }
 
 /// Opens and reads everything; every outcome but a panic is returned.
-fn try_all(path: &Path) -> Result<(Vec<Slot>, Vec<Slot>), StoreError> {
+fn try_all(path: &Path) -> Result<Everything, StoreError> {
     let (answers, incoming) = mpsc::channel();
-    let (store, _) = store::open(path, Options::default(), move |answer| {
+    let (store, opening) = store::open(path, Options::default(), move |answer| {
         let _ = answers.send(answer);
     })?;
     let (from, entries_max, bytes_max) = (Seq(0), usize::MAX, usize::MAX);
@@ -529,7 +591,9 @@ fn try_all(path: &Path) -> Result<(Vec<Slot>, Vec<Slot>), StoreError> {
     });
     store.close();
     match (incoming.recv(), incoming.recv()) {
-        (Ok(Answer::Spool { slots: spool, .. }), Ok(Answer::Inbox { slots: inbox, .. })) => Ok((spool, inbox)),
+        (Ok(Answer::Spool { slots: spool, .. }), Ok(Answer::Inbox { slots: inbox, .. })) => {
+            Ok((opening.state, (spool, inbox)))
+        }
         (Ok(Answer::Failed(error)), _) | (_, Ok(Answer::Failed(error))) => Err(error),
         other => panic!("unexpected: {other:?}"),
     }
@@ -576,13 +640,15 @@ fn damage_is_found_wherever_it_is() {
 #[test]
 fn damaged_log_is_not_taken_for_a_torn_one() {
     let (folder, path) = temp();
-    let (store, answers, _) = open(&path);
+    let (store, answers, opening) = open(&path);
+    let mut model = Model::new(opening.epoch);
     let mut states = Vec::new();
     // The last two matter, so that each has a commit of its own.
     for number in 1..=38 {
         store.submit(Request::Commit(store_load::batch(number)));
         committed(&answers, number);
-        states.push(read_all(&store, &answers));
+        model.apply(store_load::batch(number));
+        states.push((model.opening().state, read_all(&store, &answers)));
     }
     let log = |path: &Path| path.with_extension("sqlite-wal");
     let (bytes, log_bytes) = (fs::read(&path).unwrap(), fs::read(log(&path)).unwrap());
@@ -621,7 +687,10 @@ fn damaged_log_is_not_taken_for_a_torn_one() {
     // Cut short anywhere, a log is a torn one, and some state of before is found.
     for length in (0..log_bytes.len()).step_by(4999) {
         let read = crash_with(&log_bytes[..length]).unwrap_or_else(|error| panic!("cut at {length}: {error}"));
-        assert!(read == (vec![], vec![]) || states.contains(&read), "cut at {length}");
+        assert!(
+            read == Everything::default() || states.contains(&read),
+            "cut at {length}"
+        );
     }
 }
 
@@ -641,7 +710,8 @@ fn what_is_not_a_store_is_refused_and_left_alone() {
         (vec![], Fault::Corrupt),
         (b"<stream:stream>".repeat(99), Fault::NotAStore),
         (altered(0, b"no database"), Fault::NotAStore),
-        (altered(60, &[0, 0, 0, 3]), Fault::Version),
+        (altered(60, &[0, 0, 0, 1]), Fault::Version),
+        (altered(60, &[0, 0, 0, 4]), Fault::Version),
         (altered(68, &[0, 0, 0, 0]), Fault::NotAStore),
         (sound[..sound.len() / 2].to_vec(), Fault::Corrupt),
     ] {
@@ -651,6 +721,117 @@ fn what_is_not_a_store_is_refused_and_left_alone() {
         assert!(error.to_string().contains("shore.sqlite: "), "{error}");
         assert!(fs::read(&path).unwrap() == bytes, "{fault:?}: the file was changed");
     }
+}
+
+/// Offset 60 of the SQLite header: the version of the tables.
+fn header_version(path: &Path) -> u8 {
+    fs::read(path).unwrap()[63]
+}
+
+/// A store of version 2 as narrows left it when it was killed: the database, and all of these rows in its log. And `after` them.
+fn format_2(path: &Path, after: &str) {
+    let connection = rusqlite::Connection::open(path).unwrap();
+    connection
+        .execute_batch(
+            "PRAGMA page_size = 2048; PRAGMA auto_vacuum = INCREMENTAL; PRAGMA journal_mode = WAL;
+             PRAGMA application_id = 0x6e617277; PRAGMA user_version = 2;
+             CREATE TABLE spool (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL, sum INTEGER NOT NULL) STRICT;
+             CREATE TABLE inbox (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL, sum INTEGER NOT NULL) STRICT;
+             CREATE TABLE given (seq INTEGER PRIMARY KEY, copies BLOB NOT NULL, sum INTEGER NOT NULL, before BLOB NOT NULL,
+                 turn INTEGER NOT NULL) STRICT;
+             CREATE TABLE state (id INTEGER PRIMARY KEY CHECK (id = 1), epoch INTEGER NOT NULL, spool_last INTEGER NOT NULL,
+                 spool_entries INTEGER NOT NULL, spool_bytes INTEGER NOT NULL, inbox_entries INTEGER NOT NULL,
+                 inbox_bytes INTEGER NOT NULL, received_epoch INTEGER NOT NULL, received_upto INTEGER NOT NULL,
+                 received_beyond TEXT NOT NULL, sum INTEGER NOT NULL) STRICT;
+             PRAGMA wal_checkpoint(TRUNCATE);
+             BEGIN;
+             INSERT INTO given VALUES (3, x'05', 4041341351, x'', 1);
+             INSERT INTO inbox VALUES (3, x'6861732063726F73736564', 2714918281);
+             INSERT INTO spool VALUES (4, x'7761697473', 859417254), (6, x'776169747320746F6F', 953159394);
+             INSERT INTO state VALUES (1, -5770637109608009964, 6, 2, 14, 1, 11, -2, 3, '5,8', 1206434389);
+             COMMIT;",
+        )
+        .unwrap();
+    connection.execute_batch(after).unwrap();
+    let files = [path.to_owned(), path.with_extension("sqlite-wal")];
+    let bytes = files.each_ref().map(|file| fs::read(file).unwrap());
+    // It moves the log into the database, which a kill does not.
+    drop(connection);
+    for (file, bytes) in files.iter().zip(bytes) {
+        fs::write(file, bytes).unwrap();
+    }
+}
+
+/// A store of the version before is taken over with all that is in it, its log included, and keeps rooms' state from then on.
+#[test]
+fn older_store_is_upgraded() {
+    goes_on_from_format_2("");
+}
+
+/// A crash right after the upgrade leaves it in the log only: the database still has the old version in its header.
+#[test]
+fn upgrade_may_crash_before_it_reaches_the_database() {
+    goes_on_from_format_2(
+        "BEGIN;
+         CREATE TABLE rooms (key BLOB PRIMARY KEY, value BLOB NOT NULL, sum INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+         ALTER TABLE state ADD COLUMN rooms_rows INTEGER NOT NULL DEFAULT 0;
+         ALTER TABLE state ADD COLUMN rooms_bytes INTEGER NOT NULL DEFAULT 0;
+         PRAGMA user_version = 3;
+         COMMIT;",
+    );
+}
+
+fn goes_on_from_format_2(after: &str) {
+    let (_folder, path) = temp();
+    format_2(&path, after);
+    assert_eq!(header_version(&path), 2);
+    let (store, answers, opening) = open(&path);
+    // An older narrows is to refuse it from now on.
+    assert_eq!(header_version(&path), 3);
+    let mut model = Model::new(Epoch((-5_770_637_109_608_009_964_i64).cast_unsigned()));
+    let put_inbox = |seq, entry| Change::PutInbox {
+        seq: Seq(seq),
+        entry: Bytes::from_static(entry),
+    };
+    let put_spool = |seq, entry| Change::PutSpool {
+        seq: Seq(seq),
+        entry: Bytes::from_static(entry),
+    };
+    let changes = vec![
+        put_spool(4, b"waits"),
+        put_spool(6, b"waits too"),
+        put_inbox(3, b"has crossed"),
+        Change::MarkInbox {
+            seq: Seq(3),
+            given: vec![0b101],
+        },
+        Change::SetReceived(Received {
+            epoch: Epoch(u64::MAX - 1),
+            upto: Seq(3),
+            beyond: vec![Seq(5), Seq(8)],
+        }),
+    ];
+    model.apply(Batch { number: 1, changes });
+    assert_eq!(opening, model.opening());
+    let all = |model: &Model| {
+        let spool = model.read_spool(Seq(0), usize::MAX, usize::MAX).0;
+        (spool, model.read_inbox(Seq(0), usize::MAX, usize::MAX).0)
+    };
+    assert_eq!(read_all(&store, &answers), all(&model));
+
+    let batch = Batch {
+        number: 1,
+        changes: vec![Change::PutState {
+            key: Bytes::from_static(b"room"),
+            value: Bytes::from_static(b"occupants"),
+        }],
+    };
+    model.apply(batch.clone());
+    store.submit(Request::Commit(batch));
+    store.close();
+    let (store, _answers, opening) = open(&path);
+    assert_eq!(opening, model.opening());
+    store.close();
 }
 
 /// A log without its database is not taken for a new store's, and not thrown away.

@@ -400,7 +400,15 @@ fn open_store(config: &Config, peer: &config::Peer) -> Result<Opened, RunError> 
         let _ = sender.send(answer);
     })?;
     let levels = opening.levels;
-    info!(peer = %peer.name, spool = levels.spool_entries, inbox = levels.inbox_entries, "Store is open.");
+    let room_bytes: usize = opening.state.iter().map(|(key, value)| key.len() + value.len()).sum();
+    info!(
+        peer = %peer.name,
+        spool = levels.spool_entries,
+        inbox = levels.inbox_entries,
+        room_rows = opening.state.len(),
+        room_bytes,
+        "Store is open."
+    );
     Ok(Opened {
         store,
         opening,

@@ -37,6 +37,35 @@ pub enum Change {
     DropInbox { seq: Seq },
     /// The position, in the same batch as the entries it covers.
     SetReceived(Received),
+    /// Keeps a row of the rooms' state, in place of the one with this key. What key and value mean is known to the mirror alone.
+    ///
+    /// Rows are small things that are read together at the next opening, so they are bounded ([`STATE_KEY_BYTES_MAX`],
+    /// [`STATE_VALUE_BYTES_MAX`], and [`STATE_BYTES_MAX`] for all): who writes them counts with [`state_bytes`], because a store refuses
+    /// what is beyond and stops.
+    ///
+    /// Of a batch that was not answered, the state may be there although its marks in the inbox were taken back: it must not say that a
+    /// copy was given.
+    PutState { key: Bytes, value: Bytes },
+    /// Of a key that is not there, nothing is dropped.
+    DropState { key: Bytes },
+}
+
+/// Bytes of a key: a full JID has at most 3071 (RFC 7622 §3.1), and there is room for a word or two beside it.
+pub const STATE_KEY_BYTES_MAX: usize = 4 << 10;
+
+/// Bytes of a value: twice the largest stanza that a server takes as shipped.
+pub const STATE_VALUE_BYTES_MAX: usize = 1 << 20;
+
+/// All rows together, by [`state_bytes`]: 100 rooms with 1000 occupants and 500 bytes each fill half of it. It bounds how long an opening
+/// takes (at this bound 0.6 to 3 s in an unoptimized build, for large to empty rows), and the memory after it.
+pub const STATE_BYTES_MAX: u64 = 128 << 20;
+
+/// Two handles and a place in a map: what a row costs in memory beside its content.
+const STATE_ROW_BYTES: u64 = 128;
+
+/// What a row with a key and a value of these lengths counts towards [`STATE_BYTES_MAX`].
+pub fn state_bytes(key: usize, value: usize) -> u64 {
+    STATE_ROW_BYTES + key as u64 + value as u64
 }
 
 /// Changes that become durable together.
@@ -62,12 +91,15 @@ impl Batch {
     pub fn matters(&self) -> bool {
         self.changes.iter().any(|change| match change {
             Change::DropSpool { .. } => false,
-            // A lost mark or drop would deliver twice; a lost position would ask the peer for what it has already let go.
+            // A lost mark or drop would deliver twice; a lost position would ask the peer for what it has already let go; lost state
+            // would show a room as it was before the entries that are durable.
             Change::PutSpool { .. }
             | Change::PutInbox { .. }
             | Change::MarkInbox { .. }
             | Change::DropInbox { .. }
-            | Change::SetReceived(_) => true,
+            | Change::SetReceived(_)
+            | Change::PutState { .. }
+            | Change::DropState { .. } => true,
         })
     }
 }
@@ -83,6 +115,8 @@ pub struct Opening {
     /// The last number in the inbox; 0 if it is empty.
     pub inbox_last: Seq,
     pub received: Received,
+    /// All rows of the rooms' state.
+    pub state: BTreeMap<Bytes, Bytes>,
 }
 
 /// A slot read back.
@@ -113,6 +147,8 @@ struct Tables {
     spool_last: Seq,
     inbox: BTreeMap<Seq, (Bytes, Vec<u8>)>,
     received: Received,
+    state: BTreeMap<Bytes, Bytes>,
+    state_bytes: u64,
 }
 
 impl Model {
@@ -124,6 +160,8 @@ impl Model {
             spool_last: Seq(0),
             inbox: BTreeMap::new(),
             received: Received::default(),
+            state: BTreeMap::new(),
+            state_bytes: 0,
         };
         Self {
             seen: empty.clone(),
@@ -134,7 +172,7 @@ impl Model {
 
     /// Carries out a batch: reads see it, a crash undoes it.
     ///
-    /// Panics where a store would refuse and stop ([`Change::PutInbox`]): in a simulation that is a bug found.
+    /// Panics where a store would refuse and stop ([`Change::PutInbox`], [`Change::PutState`]): in a simulation that is a bug found.
     pub fn apply(&mut self, batch: Batch) {
         for change in &batch.changes {
             self.seen.carry_out(change);
@@ -165,6 +203,8 @@ impl Model {
             spool_last,
             inbox,
             received,
+            state,
+            state_bytes: _,
         } = &self.seen;
         Opening {
             epoch: *epoch,
@@ -178,6 +218,7 @@ impl Model {
             },
             inbox_last: inbox.keys().next_back().copied().unwrap_or_default(),
             received: received.clone(),
+            state: state.clone(),
         }
     }
 
@@ -233,6 +274,21 @@ impl Tables {
                 self.inbox.remove(seq);
             }
             Change::SetReceived(received) => self.received.clone_from(received),
+            Change::PutState { key, value } => {
+                assert!(key.len() <= STATE_KEY_BYTES_MAX, "the key is too long");
+                assert!(value.len() <= STATE_VALUE_BYTES_MAX, "the value is too long");
+                self.drop_state(key);
+                self.state_bytes += state_bytes(key.len(), value.len());
+                assert!(self.state_bytes <= STATE_BYTES_MAX, "there is too much state");
+                self.state.insert(key.clone(), value.clone());
+            }
+            Change::DropState { key } => self.drop_state(key),
+        }
+    }
+
+    fn drop_state(&mut self, key: &Bytes) {
+        if let Some(value) = self.state.remove(key) {
+            self.state_bytes -= state_bytes(key.len(), value.len());
         }
     }
 }
@@ -300,6 +356,35 @@ mod tests {
         model.apply(trim);
         assert_eq!(model.opening().spool_first, None);
         assert_eq!(model.opening().spool_last, Seq(1));
+    }
+
+    /// State is replaced and dropped by its key, commits with the rest of its batch, and goes with it in a crash.
+    #[test]
+    fn state_is_kept_by_key() {
+        let put_state = |number, value| Batch {
+            number,
+            changes: vec![Change::PutState {
+                key: Bytes::from_static(b"room"),
+                value: Bytes::from_static(value),
+            }],
+        };
+        let state = |model: &Model| model.opening().state.get(&b"room"[..]).cloned();
+        let mut model = Model::new(Epoch(7));
+        model.apply(put_state(1, b"first"));
+        model.apply(put_state(2, b"second"));
+        model.commit(1);
+        assert_eq!(state(&model), Some(Bytes::from_static(b"second")));
+        model.crash();
+        assert_eq!(state(&model), Some(Bytes::from_static(b"first")));
+        let drop = Batch {
+            number: 1,
+            changes: vec![Change::DropState {
+                key: Bytes::from_static(b"room"),
+            }],
+        };
+        assert!(drop.matters() && put_state(1, b"first").matters());
+        model.apply(drop);
+        assert_eq!(state(&model), None);
     }
 
     /// A read stops at either limit, says whether more follows, and is never stuck before a large entry.

@@ -52,9 +52,24 @@ pub fn batch(number: u64) -> Batch {
                 upto: Seq(number),
                 beyond: vec![Seq(number + 2), Seq(number + 5)],
             }),
+            // Rows of all ages, some of which are replaced often and some dropped.
+            Change::PutState {
+                key: key(number % 7),
+                value: content(number, 5000),
+            },
+            Change::PutState {
+                key: key(number),
+                value: content(number, 300),
+            },
+            Change::DropState { key: key(old) },
         ]
     };
     Batch { number, changes }
+}
+
+/// Keys of different lengths.
+fn key(number: u64) -> Bytes {
+    format!("{number}@{}", "room".repeat(number as usize % 50)).into()
 }
 
 /// Some bytes, up to `size`, that differ with the number.

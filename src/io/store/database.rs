@@ -1,7 +1,8 @@
 //! The tables, and the statements on them. One thread uses it; it knows nothing of requests and answers.
 
 use std::{
-    fs,
+    collections::BTreeMap,
+    fmt, fs,
     io::{ErrorKind, Read},
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
@@ -19,14 +20,19 @@ use super::{
 };
 use crate::{
     codec::position::{Epoch, Received, Seq},
-    queue::journal::{Change, Levels, Opening, Slot},
+    queue::journal::{
+        Change, Levels, Opening, STATE_BYTES_MAX, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, Slot, state_bytes,
+    },
 };
 
 /// "narw": `file(1)` and we tell our files by it.
 const APPLICATION_ID: i64 = 0x6e61_7277;
 
-/// Of the tables below. A file of another version is left alone.
-const FORMAT_VERSION: i64 = 2;
+/// Of the tables below. A file of another version is left alone, but for [`BEFORE_ROOMS`].
+const FORMAT_VERSION: i64 = 3;
+
+/// The version that had no table `rooms`, and no count of it in the table `state`. [`Database::upgrade`] makes one of ours of it.
+const BEFORE_ROOMS: i64 = 2;
 
 /// Bytes: what SQLite keeps at the beginning of its files.
 const HEADER_SIZE: u64 = 100;
@@ -57,6 +63,7 @@ CREATE TABLE given (
     before BLOB NOT NULL,
     turn INTEGER NOT NULL
 ) STRICT;
+CREATE TABLE rooms (key BLOB PRIMARY KEY, value BLOB NOT NULL, sum INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE state (
     id INTEGER PRIMARY KEY CHECK (id = 1),
     epoch INTEGER NOT NULL,
@@ -68,8 +75,17 @@ CREATE TABLE state (
     received_epoch INTEGER NOT NULL,
     received_upto INTEGER NOT NULL,
     received_beyond TEXT NOT NULL,
-    sum INTEGER NOT NULL
+    sum INTEGER NOT NULL,
+    rooms_rows INTEGER NOT NULL DEFAULT 0,
+    rooms_bytes INTEGER NOT NULL DEFAULT 0
 ) STRICT;
+";
+
+/// What `SCHEMA` has and version 2 had not. The sum in the table `state` stays as it is: where `rooms` is empty, it covers the same text.
+const UPGRADE: &str = "
+CREATE TABLE rooms (key BLOB PRIMARY KEY, value BLOB NOT NULL, sum INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+ALTER TABLE state ADD COLUMN rooms_rows INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE state ADD COLUMN rooms_bytes INTEGER NOT NULL DEFAULT 0;
 ";
 
 /// An open store file, held alone.
@@ -93,6 +109,7 @@ struct State {
     spool_last: Seq,
     spool: Holding,
     inbox: Holding,
+    rooms: Holding,
     received: Received,
 }
 
@@ -101,6 +118,12 @@ struct State {
 struct Holding {
     entries: u64,
     bytes: u64,
+}
+
+impl fmt::Display for Holding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} rows of {} bytes", self.entries, self.bytes)
+    }
 }
 
 impl Holding {
@@ -121,7 +144,7 @@ impl Holding {
 
 impl Database {
     /// Opens the file, or creates it if there is none. A file that is there is never replaced, whatever is in it.
-    pub(super) fn open(path: &Path, options: &Options) -> Result<Self, StoreError> {
+    pub(super) fn open(path: &Path, options: &Options) -> Result<(Self, Opening), StoreError> {
         let wal_path = beside(path, "-wal");
         let there = path.try_exists().map_err(|error| StoreError::io(path, &error))?;
         if !there {
@@ -140,7 +163,12 @@ impl Database {
                 .pragma_update_and_check(None, "max_page_count", pages, |row| row.get(0))
                 .map_err(fail)?;
         }
-        let state = read_state(&connection).map_err(fail)?.ok_or_else(|| {
+        // Not the header's: that of the log counts, if it has one.
+        let version = connection
+            .pragma_query_value(None, "user_version", |row| row.get(0))
+            .map_err(fail)?;
+        check_version(path, version)?;
+        let state = read_state(&connection, version).map_err(fail)?.ok_or_else(|| {
             StoreError::new(
                 path,
                 Fault::Corrupt,
@@ -161,13 +189,33 @@ impl Database {
             marked: false,
         };
         database.check_ends()?;
+        let rooms = match version {
+            BEFORE_ROOMS => BTreeMap::new(),
+            _ => database.read_rooms()?,
+        };
         database.take_over_log()?;
+        if version == BEFORE_ROOMS {
+            database.upgrade()?;
+        }
         database.undo_marks(released)?;
         database
             .release
             .note(database.turn - 1)
             .map_err(|error| StoreError::io(&release_path, &error))?;
-        Ok(database)
+        let opening = database.opening(rooms)?;
+        Ok((database, opening))
+    }
+
+    /// Makes a file of version 3 of one of version 2: whole or not at all.
+    fn upgrade(&self) -> Result<(), StoreError> {
+        let upgraded = self.connection.execute_batch("BEGIN IMMEDIATE").and_then(|()| {
+            self.connection.execute_batch(UPGRADE)?;
+            self.connection.pragma_update(None, "user_version", FORMAT_VERSION)?;
+            self.connection.execute_batch("COMMIT")
+        });
+        upgraded.map_err(|error| self.failed(error))?;
+        // An older narrows, which looks at the header of the database, is to see it there.
+        self.wal("PRAGMA wal_checkpoint(TRUNCATE)").map(|_| ())
     }
 
     /// Takes back the marks that nobody was told of, if it is known which: their copies were not written to a leg.
@@ -221,6 +269,40 @@ impl Database {
         Ok(())
     }
 
+    /// All of the table `rooms`, which must be as much as is counted.
+    fn read_rooms(&self) -> Result<BTreeMap<Bytes, Bytes>, StoreError> {
+        let fail = |error| self.failed(error);
+        let mut statement = self
+            .connection
+            .prepare("SELECT key, value, sum FROM rooms ORDER BY key")
+            .map_err(fail)?;
+        let mut rows = statement.query([]).map_err(fail)?;
+        let counted = self.state.rooms;
+        let mut rooms = BTreeMap::new();
+        let mut held = Holding::default();
+        while let Some(row) = rows.next().map_err(fail)? {
+            let (key, value, sum) = read_room(row).map_err(fail)?;
+            if room_checksum(&key, &value) != sum {
+                let before = held.entries;
+                return Err(self.corrupt(format!(
+                    "the row after {before} of table rooms does not match its checksum"
+                )));
+            }
+            held.add(state_bytes(key.len(), value.len()));
+            let twice = rooms.insert(key, value).is_some();
+            // A damaged tree may go round in circles.
+            if twice || held.bytes > counted.bytes {
+                break;
+            }
+        }
+        if held != counted || rooms.len() as u64 != counted.entries {
+            return Err(self.corrupt(format!(
+                "table state counts {counted} in table rooms, where {held} or more were found"
+            )));
+        }
+        Ok(rooms)
+    }
+
     /// Makes sure that nothing is missing from the log of an earlier life, and empties it.
     fn take_over_log(&self) -> Result<(), StoreError> {
         let (logged, _) = self.wal("PRAGMA wal_checkpoint(NOOP)")?;
@@ -240,7 +322,7 @@ impl Database {
             .map_err(|error| self.failed(error))
     }
 
-    pub(super) fn opening(&self) -> Result<Opening, StoreError> {
+    fn opening(&self, rooms: BTreeMap<Bytes, Bytes>) -> Result<Opening, StoreError> {
         let (spool_first, _) = self.ends("spool")?;
         let (_, inbox_last) = self.ends("inbox")?;
         let State {
@@ -256,6 +338,7 @@ impl Database {
             levels: self.levels(),
             inbox_last: inbox_last.unwrap_or_default(),
             received: received.clone(),
+            state: rooms,
         })
     }
 
@@ -286,6 +369,8 @@ impl Database {
                 self.state.received.clone_from(received);
                 Ok(())
             }
+            Change::PutState { key, value } => self.put_room(key, value),
+            Change::DropState { key } => self.drop_room(key),
         }
     }
 
@@ -374,6 +459,40 @@ impl Database {
         taken.ok_or_else(|| self.corrupt("the inbox holds more than table state counts"))
     }
 
+    fn put_room(&mut self, key: &[u8], value: &[u8]) -> Result<(), StoreError> {
+        self.take_from_rooms(key)?;
+        self.state.rooms.add(state_bytes(key.len(), value.len()));
+        let held = self.state.rooms;
+        if key.len() > STATE_KEY_BYTES_MAX || value.len() > STATE_VALUE_BYTES_MAX || held.bytes > STATE_BYTES_MAX {
+            let (key, value) = (key.len(), value.len());
+            let detail = format!("state of a room with {key} + {value} bytes, which makes {held}");
+            return Err(StoreError::new(&self.path, Fault::Refused, detail));
+        }
+        self.execute(
+            "INSERT OR REPLACE INTO rooms (key, value, sum) VALUES (?1, ?2, ?3)",
+            params![key, value, room_checksum(key, value)],
+        )?;
+        Ok(())
+    }
+
+    fn drop_room(&mut self, key: &[u8]) -> Result<(), StoreError> {
+        if self.take_from_rooms(key)? {
+            self.execute("DELETE FROM rooms WHERE key = ?1", [key])?;
+        }
+        Ok(())
+    }
+
+    /// Stops counting the row with this key. `false` if there is none.
+    fn take_from_rooms(&mut self, key: &[u8]) -> Result<bool, StoreError> {
+        let Some(value) = self.length("SELECT length(value) FROM rooms WHERE key = ?1", key)? else {
+            return Ok(false);
+        };
+        let bytes = state_bytes(key.len(), usize::try_from(value).unwrap_or(usize::MAX));
+        let taken = self.state.rooms.remove(1, bytes);
+        taken.ok_or_else(|| self.corrupt("table rooms holds more than table state counts"))?;
+        Ok(true)
+    }
+
     /// Makes the open transaction durable, if there is one.
     pub(super) fn commit(&mut self) -> Result<(), StoreError> {
         if !self.in_transaction {
@@ -385,7 +504,7 @@ impl Database {
         })?;
         self.execute(
             "UPDATE state SET spool_last = ?1, spool_entries = ?2, spool_bytes = ?3, inbox_entries = ?4, inbox_bytes = ?5, \
-             received_epoch = ?6, received_upto = ?7, received_beyond = ?8, sum = ?9",
+             received_epoch = ?6, received_upto = ?7, received_beyond = ?8, sum = ?9, rooms_rows = ?10, rooms_bytes = ?11",
             params![
                 row.spool_last,
                 row.spool_entries,
@@ -396,6 +515,8 @@ impl Database {
                 row.received_upto,
                 row.received_beyond,
                 row.checksum(),
+                row.rooms_rows,
+                row.rooms_bytes,
             ],
         )?;
         self.execute("COMMIT", [])?;
@@ -536,7 +657,7 @@ impl Database {
             .map_err(|error| self.failed(error))
     }
 
-    fn length(&self, sql: &str, id: i64) -> Result<Option<u64>, StoreError> {
+    fn length(&self, sql: &str, id: impl rusqlite::ToSql) -> Result<Option<u64>, StoreError> {
         self.connection
             .prepare_cached(sql)
             .and_then(|mut statement| statement.query_row([id], |row| row.get(0)).optional())
@@ -571,6 +692,8 @@ struct StateRow {
     received_epoch: i64,
     received_upto: i64,
     received_beyond: String,
+    rooms_rows: i64,
+    rooms_bytes: i64,
 }
 
 impl StateRow {
@@ -588,6 +711,8 @@ impl StateRow {
             received_epoch: state.received.epoch.0.cast_signed(),
             received_upto: small(state.received.upto.0)?,
             received_beyond: beyond.join(","),
+            rooms_rows: small(state.rooms.entries)?,
+            rooms_bytes: small(state.rooms.bytes)?,
         })
     }
 
@@ -613,6 +738,10 @@ impl StateRow {
                 entries: large(self.inbox_entries)?,
                 bytes: large(self.inbox_bytes)?,
             },
+            rooms: Holding {
+                entries: large(self.rooms_rows)?,
+                bytes: large(self.rooms_bytes)?,
+            },
             received: Received {
                 epoch: Epoch(self.received_epoch.cast_unsigned()),
                 upto: Seq(large(self.received_upto)?),
@@ -632,11 +761,17 @@ impl StateRow {
             received_epoch,
             received_upto,
             received_beyond,
+            rooms_rows,
+            rooms_bytes,
         } = self;
-        let text = format!(
+        let mut text = format!(
             "{epoch} {spool_last} {spool_entries} {spool_bytes} {inbox_entries} {inbox_bytes} {received_epoch} {received_upto} \
              {received_beyond}"
         );
+        // As in version 2, if there is nothing in it.
+        if (*rooms_rows, *rooms_bytes) != (0, 0) {
+            text += &format!(" {rooms_rows} {rooms_bytes}");
+        }
         checksum(Seq(1), text.as_bytes())
     }
 }
@@ -644,10 +779,22 @@ impl StateRow {
 /// 32 bits that bind a row's content to its number. SQLite's own checksums end with the write-ahead log; a worn disk is noticed by
 /// this one. (Not against anyone who means harm: who can write the file can write the sum.)
 fn checksum(seq: Seq, content: &[u8]) -> i64 {
-    let digest = Sha256::new()
-        .chain_update(seq.0.to_be_bytes())
-        .chain_update(content)
-        .finalize();
+    head(Sha256::new().chain_update(seq.0.to_be_bytes()).chain_update(content))
+}
+
+/// The same for a row of the table `rooms`.
+fn room_checksum(key: &[u8], value: &[u8]) -> i64 {
+    let key_bytes = key.len() as u64;
+    head(
+        Sha256::new()
+            .chain_update(key_bytes.to_be_bytes())
+            .chain_update(key)
+            .chain_update(value),
+    )
+}
+
+fn head(hash: Sha256) -> i64 {
+    let digest = hash.finalize();
     i64::from(u32::from_be_bytes([digest[0], digest[1], digest[2], digest[3]]))
 }
 
@@ -669,16 +816,28 @@ fn read_slot(row: &Row<'_>) -> rusqlite::Result<Result<Slot, Seq>> {
     })
 }
 
+/// Key, value and checksum.
+fn read_room(row: &Row<'_>) -> rusqlite::Result<(Bytes, Bytes, i64)> {
+    let bytes = |at| Ok::<_, rusqlite::Error>(Bytes::copy_from_slice(row.get_ref(at)?.as_blob()?));
+    Ok((bytes(0)?, bytes(1)?, row.get(2)?))
+}
+
 /// Rows below 0 are not ours; their checksum does not hold.
 fn seq_of(id: i64) -> Seq {
     Seq(id.cast_unsigned())
 }
 
 /// `None` if the row does not match its checksum.
-fn read_state(connection: &Connection) -> rusqlite::Result<Option<State>> {
+fn read_state(connection: &Connection, version: i64) -> rusqlite::Result<Option<State>> {
+    let rooms = match version {
+        BEFORE_ROOMS => "0, 0",
+        _ => "rooms_rows, rooms_bytes",
+    };
     let (row, sum) = connection.query_row(
-        "SELECT epoch, spool_last, spool_entries, spool_bytes, inbox_entries, inbox_bytes, received_epoch, received_upto, \
-         received_beyond, sum FROM state WHERE id = 1",
+        &format!(
+            "SELECT epoch, spool_last, spool_entries, spool_bytes, inbox_entries, inbox_bytes, received_epoch, received_upto, \
+             received_beyond, sum, {rooms} FROM state WHERE id = 1"
+        ),
         [],
         |row| {
             let state = StateRow {
@@ -691,6 +850,8 @@ fn read_state(connection: &Connection) -> rusqlite::Result<Option<State>> {
                 received_epoch: row.get(6)?,
                 received_upto: row.get(7)?,
                 received_beyond: row.get(8)?,
+                rooms_rows: row.get(10)?,
+                rooms_bytes: row.get(11)?,
             };
             Ok((state, row.get::<_, i64>(9)?))
         },
@@ -751,13 +912,7 @@ fn check_header(path: &Path) -> Result<(), StoreError> {
     };
     // Offsets by https://www.sqlite.org/fileformat2.html#the_database_header
     match (header.starts_with(b"SQLite format 3\0"), number(60), number(68)) {
-        (true, Some(version), Some(APPLICATION_ID)) => match version {
-            FORMAT_VERSION => Ok(()),
-            _ => {
-                let detail = format!("version {version}, this narrows knows {FORMAT_VERSION}");
-                Err(StoreError::new(path, Fault::Version, detail))
-            }
-        },
+        (true, Some(version), Some(APPLICATION_ID)) => check_version(path, version),
         (true, Some(_), Some(application)) => {
             let detail = format!("an SQLite database of application {application:#x}");
             Err(StoreError::new(path, Fault::NotAStore, detail))
@@ -765,6 +920,16 @@ fn check_header(path: &Path) -> Result<(), StoreError> {
         (true, _, _) => Err(StoreError::new(path, Fault::Corrupt, "it ends within its header")),
         (false, _, _) if header.is_empty() => Err(StoreError::new(path, Fault::Corrupt, "it is empty")),
         (false, _, _) => Err(StoreError::new(path, Fault::NotAStore, "not an SQLite database")),
+    }
+}
+
+fn check_version(path: &Path, version: i64) -> Result<(), StoreError> {
+    match version {
+        BEFORE_ROOMS | FORMAT_VERSION => Ok(()),
+        _ => {
+            let detail = format!("version {version}, this narrows knows {BEFORE_ROOMS} and {FORMAT_VERSION}");
+            Err(StoreError::new(path, Fault::Version, detail))
+        }
     }
 }
 

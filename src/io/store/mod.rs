@@ -1,4 +1,4 @@
-//! The durable store of one peer's link: spool, inbox and position, in one SQLite file.
+//! The durable store of one peer's link: spool, inbox, position and the state of rooms, in one SQLite file.
 //!
 //! One thread per store takes [`Request`]s from a channel, carries out what has gathered, makes it durable
 //! with one flush, and answers. There is no timer in it: while a flush takes its time, the next group gathers.
@@ -13,6 +13,8 @@
 //!   come to mean something else after a crash.
 //! - A mark in the inbox that nobody was told of is taken back at the next opening, if the system has run since: nothing was written
 //!   for it. After a restart of the system it cannot be known what was told, and every mark counts.
+//! - An opening reads the ends of spool and inbox and all of the rooms' state, which is bounded
+//!   ([`STATE_BYTES_MAX`](crate::queue::journal::STATE_BYTES_MAX)), so it takes a bounded time however much waits.
 //! - After the first error nothing more is accepted, read or answered. What failed is never tried again as if nothing had
 //!   happened: after a failed flush the system may have forgotten what it did not write.
 //!
@@ -27,10 +29,12 @@
 //! | `spool` | an entry that waits to cross | `seq` our number, `entry` as `codec::entry` writes it, `sum` |
 //! | `inbox` | an entry that has crossed and waits for the local server | `seq` the peer's number, `entry`, `sum` |
 //! | `given` | of an inbox entry, the copies that were given to a leg | `seq`, `copies` bit k for recipient k, `sum`; `before` the last commit that changed them, which has the number `turn` |
-//! | `state` | the only one | `epoch`; `spool_last`, the last number given out; entries and bytes of spool and inbox; `received_epoch`, `received_upto`, `received_beyond` (with commas): the position in the peer's numbering; `sum` |
+//! | `rooms` | a piece of the rooms' state | `key` and `value` as the mirror writes them, `sum` |
+//! | `state` | the only one | `epoch`; `spool_last`, the last number given out; entries and bytes of spool and inbox; rows and bytes of `rooms` (bytes as [`state_bytes`](crate::queue::journal::state_bytes) counts); `received_epoch`, `received_upto`, `received_beyond` (with commas): the position in the peer's numbering; `sum` |
 //!
-//! `sum` is the head of SHA-256 over the number and the content. Epochs are unsigned and shown as signed. `PRAGMA application_id` is
-//! "narw", `PRAGMA user_version` the version of these tables. `PRAGMA integrity_check` checks what SQLite knows of.
+//! `sum` is the head of SHA-256 over the number (or the key) and the content. Epochs are unsigned and shown as signed. `PRAGMA application_id` is
+//! "narw", `PRAGMA user_version` the version of these tables: 3. A file of version 2, which had no `rooms`, becomes one of version 3 when
+//! it is opened; an older narrows then refuses it. `PRAGMA integrity_check` checks what SQLite knows of.
 //!
 //! WAL needs a local disk, not NFS. A disk that lies about flushes loses what it lied about.
 
@@ -202,8 +206,7 @@ pub fn open(
     options: Options,
     answers: impl Fn(Answer) + Send + 'static,
 ) -> Result<(Store, Opening), StoreError> {
-    let database = Database::open(path, &options)?;
-    let opening = database.opening()?;
+    let (database, opening) = Database::open(path, &options)?;
     let stats = Arc::new(Stats::default());
     stats.bytes_on_disk.store(database.bytes_on_disk(), Ordering::Relaxed);
     let (requests, incoming) = mpsc::channel();
@@ -453,6 +456,8 @@ fn size_of_change(change: &Change) -> usize {
         Change::PutSpool { entry, .. } | Change::PutInbox { entry, .. } => entry.len(),
         Change::MarkInbox { given, .. } => given.len(),
         Change::DropSpool { beyond, .. } => beyond.len() * size_of::<Seq>(),
+        Change::PutState { key, value } => key.len() + value.len(),
+        Change::DropState { key } => key.len(),
         Change::DropInbox { .. } | Change::SetReceived(_) => 0,
     }
 }
