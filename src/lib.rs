@@ -24,7 +24,7 @@
 //! 6  cli                       arguments, assembly, drain (the binary is thin)
 //! 5  io config metrics         sockets, files, clocks, YAML, Prometheus      (feature `runtime`)
 //! 4  relay                     one peer's machines together, and the one place that routes
-//! 3  stream queue link         pure state machines, side by side
+//! 3  stream mirror queue link  pure state machines, side by side
 //! 2  codec                     bytes ⇄ types, with limits
 //! 1  stanza                    the words of XMPP
 //! 0  time pii                  instants, deadlines, what must not be logged
@@ -35,6 +35,7 @@
 
 pub mod codec;
 pub mod link;
+pub mod mirror;
 pub mod pii;
 pub mod queue;
 pub mod relay;

@@ -1,11 +1,12 @@
 //! What one key alone cannot show to be wrong.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::Path};
+use std::{collections::BTreeMap, net::SocketAddr, path::Path, time::Duration};
 
 use super::{
-    Config, Management, PublicKey,
+    Config, Management, Period, PublicKey,
     read::{Report, Step, at},
 };
+use crate::mirror;
 
 /// A fragment below this is mostly frame header; above, the piece no longer lets others in between.
 const FRAGMENT_BYTES: std::ops::RangeInclusive<u64> = 128..=64 << 10;
@@ -16,6 +17,21 @@ const BATCH_BYTES: std::ops::RangeInclusive<u64> = 256..=64 << 10;
 /// RFC 6120 §13.12 forbids a limit below 10,000 bytes; above 16 MiB a stanza no longer fits in sensible memory.
 const STANZA_BYTES: std::ops::RangeInclusive<u64> = 10_000..=16 << 20;
 
+/// Every message in a mirrored room is held against the rules in turn.
+const ROOM_RULES_MAX: usize = 100;
+
+/// Who has waited a minute for his own words has long said them again.
+const ECHO_RTT_MAX: Duration = Duration::from_secs(60);
+
+/// What is to be told after more than a day is better never told: `near: hold`, `far: hold`.
+const SPLIT_HOLD_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// After a day every server may have been updated, and nobody thinks of a cache any more.
+const DISCO_LIFETIME_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// A message that comes an hour late without a word of it misleads.
+const DELAY_STAMP_AFTER_MAX: Duration = Duration::from_secs(3600);
+
 pub(super) fn check(config: &Config, own_key: impl FnOnce(&Path) -> Option<PublicKey>, report: &mut Report) {
     domains(config, report);
     peers(config, own_key(&config.link.private_key), report);
@@ -23,6 +39,7 @@ pub(super) fn check(config: &Config, own_key: impl FnOnce(&Path) -> Option<Publi
     legs(config, report);
     link(config, report);
     queue(config, report);
+    mirror(config, report);
 }
 
 fn domains(config: &Config, report: &mut Report) {
@@ -277,6 +294,59 @@ fn queue(config: &Config, report: &mut Report) {
             vec![],
             "every stanza would wait this long: 5s is the most",
         );
+    }
+}
+
+fn mirror(config: &Config, report: &mut Report) {
+    let mirror = &config.mirror;
+    for (period, max, path) in [
+        (mirror.echo_rtt_max.0, ECHO_RTT_MAX, at!["mirror", "echo_rtt_max"]),
+        (mirror.split.hold.0, SPLIT_HOLD_MAX, at!["mirror", "split", "hold"]),
+        (
+            mirror.disco_lifetime.period().unwrap_or_default(),
+            DISCO_LIFETIME_MAX,
+            at!["mirror", "disco_lifetime"],
+        ),
+        (
+            mirror.delay_stamp_after.0,
+            DELAY_STAMP_AFTER_MAX,
+            at!["mirror", "delay_stamp_after"],
+        ),
+    ] {
+        if period > max {
+            report.error(path, vec![], format!("{} is the most", Period(max)));
+        }
+    }
+    if mirror.split.hold.0.is_zero() {
+        report.error(
+            at!["mirror", "split", "hold"],
+            vec![],
+            "this must be more than nothing, or every short gap is an outage",
+        );
+    }
+    if mirror.rooms.len() > ROOM_RULES_MAX {
+        report.error(
+            at!["mirror", "rooms"],
+            vec![],
+            format!("{ROOM_RULES_MAX} are the most: one `*` may stand for many rooms"),
+        );
+    }
+    let mut patterns = BTreeMap::new();
+    for (index, room) in mirror.rooms.iter().enumerate().take(ROOM_RULES_MAX) {
+        let path = at!["mirror", "rooms", index, "match"];
+        if let Some(first) = patterns.get(&room.pattern) {
+            report.error(
+                path,
+                vec![at!["mirror", "rooms", *first, "match"]],
+                format!("`{}` is listed twice: the first counts", room.pattern),
+            );
+            continue;
+        }
+        patterns.insert(&room.pattern, index);
+        let mut far = config.peers.iter().flat_map(|peer| &peer.domains);
+        if !far.any(|domain| mirror::matches(room.pattern.domain(), domain.0.as_str())) {
+            report.warning(path, "this matches no room: no peer has the domain behind the `@`");
+        }
     }
 }
 

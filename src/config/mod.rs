@@ -13,14 +13,14 @@ use std::{
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::codec::xml;
+use crate::{codec::xml, mirror};
 
 mod check;
 mod read;
 mod values;
 
 pub use read::{ConfigError, Warning};
-pub use values::{Domain, HostPort, ListenAddress, Name, Period, PeriodOrOff, PublicKey, Size};
+pub use values::{Domain, HostPort, ListenAddress, Name, Period, PeriodOrOff, PublicKey, RoomPattern, Size};
 
 /// The configuration of one narrows sidecar.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
@@ -55,6 +55,10 @@ pub struct Config {
     /// What may wait, for how long and how much.
     #[serde(default)]
     pub queue: Queue,
+
+    /// Rooms kept near their users, and what people see of a link that is slow or down.
+    #[serde(default)]
+    pub mirror: Mirror,
 
     /// Metrics, health and status over HTTP.
     #[serde(default)]
@@ -333,6 +337,112 @@ pub struct Queue {
 
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
+pub struct Mirror {
+    /// Whether rooms of one site are kept at the other, near the users there. It takes both sites.
+    ///
+    /// Default `true`: who enters a room in which others of his site are costs the link a fraction of what the first did. In an
+    /// outage people talk on with those near them, see who is out of reach, and nobody has to enter again. With `false` every stanza
+    /// crosses as it is, in an outage it waits, and nobody is told.
+    pub enabled: bool,
+
+    /// When users see what they say themselves in a room of a far site. `reflect`: when the room has sent it back, as without
+    /// narrows. `local`: at once; the room's own copy is not shown again. `auto`: `reflect` while the link is up and its round trip
+    /// takes no longer than `echo_rtt_max`, else `local`.
+    ///
+    /// Default `auto`: on a good link all is as the room has it, on a slow one nobody waits for his own words. What is shown at
+    /// once may stand in another order at its author's site than in the room, and lacks the id that some rooms give (XEP-0359). So even
+    /// `local` is only for plain messages of those who may speak, in rooms that give no such ids. All else waits for the room; only
+    /// while the link is down, messages do not.
+    pub echo: Echo,
+
+    /// The longest round trip with which `auto` still waits for the room.
+    ///
+    /// Default `2s`: three satellite hops. Beyond it people begin to say things twice.
+    pub echo_rtt_max: Period,
+
+    /// Rooms with an echo of their own. Of several that match, the first counts.
+    ///
+    /// Default: none; then all rooms have the `echo` above.
+    #[schemars(length(max = 100))]
+    pub rooms: Vec<MirrorRoom>,
+
+    /// What people are shown while the link is down.
+    pub split: Split,
+
+    /// How long what a far service or room says of itself (service discovery, XEP-0030) is given again without asking it, or `off`.
+    ///
+    /// Default `10m`: clients ask at every login and whenever they enter a room. A change at the far site may be unseen here for so
+    /// long.
+    pub disco_lifetime: PeriodOrOff,
+
+    /// How long a stanza may wait before it is delivered with the time at which it was sent (XEP-0203), as clients then show it.
+    ///
+    /// Default `5s`: below it the time of arrival is right enough, and the stanza stays as it was sent.
+    pub delay_stamp_after: Period,
+}
+
+/// Rooms with an echo of their own.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MirrorRoom {
+    /// The room's address, in which each `*` stands for any characters, or none.
+    ///
+    /// No default.
+    #[serde(rename = "match")]
+    pub pattern: RoomPattern,
+
+    /// `reflect`, `local` or `auto`, as above.
+    ///
+    /// No default.
+    pub echo: Echo,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Echo {
+    Reflect,
+    Local,
+    Auto,
+}
+
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Split {
+    /// How long the link may be down before anybody is told. Until then what is said waits, and nothing else is seen of it.
+    ///
+    /// Default `5m`: a link that comes and goes would otherwise fill every room with people who leave and return. The longer it
+    /// is, the longer people talk to those whom nothing reaches, without knowing it.
+    pub hold: Period,
+
+    /// What users here see after that of the occupants beyond the link, in rooms of the far site. `leave`: they have left. `away`:
+    /// they are away. `hold`: nothing. When the link is back, they are shown as they are then.
+    ///
+    /// Default `leave`: it is clear to everyone who does not hear. `away` is quieter in large rooms.
+    pub near: SplitNear,
+
+    /// What rooms here show after that of the occupants beyond the link. `away`: they are away. `hold`: nothing.
+    ///
+    /// Default `away`: it is the truth. In both cases they remain occupants, so what the room says waits for them.
+    pub far: SplitFar,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SplitNear {
+    Leave,
+    Away,
+    Hold,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SplitFar {
+    Away,
+    Hold,
+}
+
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
 pub struct Admin {
     /// Where `/metrics`, `/healthz`, `/readyz` and `/status` are served over plain HTTP.
     ///
@@ -539,6 +649,68 @@ impl Default for Queue {
             bytes_max: Size(1 << 30),
             entries_max: 1_000_000,
             collapse_window: Period::from_millis(50),
+        }
+    }
+}
+
+impl Mirror {
+    /// The same without YAML, for the mirror itself.
+    pub fn settings(&self) -> mirror::MirrorSettings {
+        let rule = |room: &MirrorRoom| mirror::RoomRule {
+            pattern: room.pattern.as_str().to_owned(),
+            echo: room.echo.into(),
+        };
+        mirror::MirrorSettings {
+            enabled: self.enabled,
+            echo: self.echo.into(),
+            echo_rtt_max: self.echo_rtt_max.0,
+            rooms: self.rooms.iter().map(rule).collect(),
+            split_hold: self.split.hold.0,
+            split_near: match self.split.near {
+                SplitNear::Leave => mirror::SplitNear::Leave,
+                SplitNear::Away => mirror::SplitNear::Away,
+                SplitNear::Hold => mirror::SplitNear::Hold,
+            },
+            split_far: match self.split.far {
+                SplitFar::Away => mirror::SplitFar::Away,
+                SplitFar::Hold => mirror::SplitFar::Hold,
+            },
+            disco_lifetime: self.disco_lifetime.period().unwrap_or_default(),
+            delay_stamp_after: self.delay_stamp_after.0,
+        }
+    }
+}
+
+impl From<Echo> for mirror::Echo {
+    fn from(echo: Echo) -> Self {
+        match echo {
+            Echo::Reflect => Self::Reflect,
+            Echo::Local => Self::Local,
+            Echo::Auto => Self::Auto,
+        }
+    }
+}
+
+impl Default for Mirror {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            echo: Echo::Auto,
+            echo_rtt_max: Period::from_secs(2),
+            rooms: Vec::new(),
+            split: Split::default(),
+            disco_lifetime: PeriodOrOff::Every(Period::from_secs(10 * 60)),
+            delay_stamp_after: Period::from_secs(5),
+        }
+    }
+}
+
+impl Default for Split {
+    fn default() -> Self {
+        Self {
+            hold: Period::from_secs(5 * 60),
+            near: SplitNear::Leave,
+            far: SplitFar::Away,
         }
     }
 }

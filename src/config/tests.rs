@@ -1,6 +1,6 @@
 //! The three forms of the configuration agree, and every mistake is shown where it is.
 
-use std::{fmt::Write as _, fs, path::Path};
+use std::{fmt::Write as _, fs, path::Path, time::Duration};
 
 use serde_json::Value;
 
@@ -45,6 +45,7 @@ fn small_configuration_has_the_defaults() {
     assert!(warnings.is_empty());
     assert_eq!(config.legs, Legs::default());
     assert_eq!(config.queue, Queue::default());
+    assert_eq!(config.mirror.settings(), mirror::MirrorSettings::default());
     assert_eq!(config.identity(), Identity::Ca("/var/lib/narrows/ca".into()));
     assert_eq!(config.peers[0].public_key.bytes(), &[1; 32]);
     assert_eq!(parse(&format!("{SMALL}admin:\nlegs:\n  trust:\n")).unwrap().0, config);
@@ -128,6 +129,66 @@ fn wrong_values_are_shown_where_they_are() {
             "link:",
             "queue: {bytes_max: 1KiB}\nlink:",
             "n.yaml:5:20: queue.bytes_max: one stanza may have 512KiB",
+        ),
+        (
+            "link:",
+            "mirror: {enabled: maybe}\nlink:",
+            "n.yaml:5:19: mirror.enabled: this is the text \"maybe\", but it must be true or false",
+        ),
+        (
+            "link:",
+            "mirror: {split: {far: leave}}\nlink:",
+            "n.yaml:5:23: mirror.split.far: `leave` is not possible here, only away, hold",
+        ),
+        (
+            "link:",
+            "mirror: {split: {hold: 0s}}\nlink:",
+            "n.yaml:5:24: mirror.split.hold: this must be more than nothing",
+        ),
+        (
+            "link:",
+            "mirror: {split: {hold: 2days}}\nlink:",
+            "n.yaml:5:24: mirror.split.hold: 1day is the most",
+        ),
+        (
+            "link:",
+            "mirror: {echo_rtt_max: 61s}\nlink:",
+            "n.yaml:5:24: mirror.echo_rtt_max: 1m is the most",
+        ),
+        (
+            "link:",
+            "mirror: {disco_lifetime: 25h}\nlink:",
+            "n.yaml:5:26: mirror.disco_lifetime: 1day is the most",
+        ),
+        (
+            "link:",
+            "mirror: {disco_lifetime: never}\nlink:",
+            "n.yaml:5:26: mirror.disco_lifetime: `never` is not a period: write",
+        ),
+        (
+            "link:",
+            "mirror: {delay_stamp_after: 2h}\nlink:",
+            "n.yaml:5:29: mirror.delay_stamp_after: 1h is the most",
+        ),
+        (
+            "link:",
+            "mirror:\n  rooms:\n    - {match: '*', echo: local}\nlink:",
+            "n.yaml:7:15: mirror.rooms[0].match: `*` is not the address of a room",
+        ),
+        (
+            "link:",
+            "mirror:\n  rooms:\n    - {match: '*@a.example'}\nlink:",
+            "n.yaml:7:7: mirror.rooms[0].echo: this key is needed",
+        ),
+        (
+            "link:",
+            "mirror:\n  rooms:\n    - {match: '*@a.example', echo: locally}\nlink:",
+            "n.yaml:7:36: mirror.rooms[0].echo: `locally` is not possible here, only reflect, local, auto",
+        ),
+        (
+            "link:",
+            "mirror:\n  rooms:\n    - {match: '*@a.example', echo: local}\n    - {match: '*@A.example', echo: auto}\nlink:",
+            "n.yaml:8:15: mirror.rooms[1].match: `*@a.example` is listed twice: the first counts",
         ),
         (
             "  - name: shore",
@@ -277,14 +338,77 @@ fn no_text_panics() {
     }
 }
 
+/// The mirror is given what was written, and asked for a room it answers by the rules.
+#[test]
+fn mirror_is_read_as_written() {
+    let text = format!(
+        "{SMALL}mirror:
+  enabled: false
+  echo: reflect
+  echo_rtt_max: 800ms
+  rooms:
+    - {{match: 'Ops-*@a.example', echo: local}}
+    - {{match: '*@a.example', echo: auto}}
+  split: {{hold: 30s, near: away, far: hold}}
+  disco_lifetime: off
+  delay_stamp_after: 0s
+"
+    );
+    let (config, warnings) = parse(&text).unwrap();
+    assert!(warnings.is_empty(), "{warnings:?}");
+    let settings = config.mirror.settings();
+    let rule = |pattern: &str, echo| mirror::RoomRule {
+        pattern: pattern.to_owned(),
+        echo,
+    };
+    let expected = mirror::MirrorSettings {
+        enabled: false,
+        echo: mirror::Echo::Reflect,
+        echo_rtt_max: Duration::from_millis(800),
+        rooms: vec![
+            rule("ops-*@a.example", mirror::Echo::Local),
+            rule("*@a.example", mirror::Echo::Auto),
+        ],
+        split_hold: Duration::from_secs(30),
+        split_near: mirror::SplitNear::Away,
+        split_far: mirror::SplitFar::Hold,
+        disco_lifetime: Duration::ZERO,
+        delay_stamp_after: Duration::ZERO,
+    };
+    assert_eq!(settings, expected);
+    assert_eq!(settings.echo_of("ops-night@a.example"), mirror::Echo::Local);
+    assert_eq!(settings.echo_of("hall@conference.a.example"), mirror::Echo::Reflect);
+}
+
+/// Rules are held against every message, so there is a bound to them.
+#[test]
+fn rules_for_rooms_are_bounded() {
+    let rules = |count: usize| {
+        let rules = (0..count).map(|room| format!("    - {{match: {room}@a.example, echo: local}}\n"));
+        format!("{SMALL}mirror:\n  rooms:\n{}", rules.collect::<String>())
+    };
+    assert!(parse(&rules(100)).is_ok());
+    let all = mistakes(&rules(101));
+    assert_eq!(all.len(), 1, "{all:#?}");
+    assert!(
+        all[0].starts_with("n.yaml:14:5: mirror.rooms: 100 are the most"),
+        "{}",
+        all[0]
+    );
+}
+
 /// What is allowed but odd is said and does not stop the start.
 #[test]
 fn odd_but_possible_settings_are_warnings() {
-    let text = format!("{SMALL}admin: {{listen: '0.0.0.0:9275'}}\nlegs: {{management: off}}\n");
+    let text = format!(
+        "{SMALL}admin: {{listen: '0.0.0.0:9275'}}\nlegs: {{management: off}}
+mirror: {{rooms: [{{match: '*@conference.c.example', echo: local}}]}}\n"
+    );
     let warnings: Vec<String> = parse(&text).unwrap().1.iter().map(ToString::to_string).collect();
-    assert_eq!(warnings.len(), 2, "{warnings:#?}");
+    assert_eq!(warnings.len(), 3, "{warnings:#?}");
     assert!(warnings[0].starts_with("n.yaml:12:17: admin.listen: metrics and status are open"));
     assert!(warnings[1].starts_with("n.yaml:13:20: legs.management: without acknowledgements"));
+    assert!(warnings[2].starts_with("n.yaml:14:26: mirror.rooms[0].match: this matches no room"));
 }
 
 /// Another file given by mistake, and a device that never ends, are refused.
@@ -337,6 +461,7 @@ fn example_is_valid_and_shows_the_defaults() {
     // Take out all that has no default: what is left must be the defaults.
     let (small, _) = parse(SMALL).unwrap();
     assert_eq!(config.queue, small.queue);
+    assert_eq!(config.mirror, small.mirror);
     assert_eq!(config.admin, small.admin);
     assert_eq!(config.log, small.log);
     let mut legs = config.legs.clone();
@@ -367,6 +492,8 @@ const SAMPLES: &[(&str, &str)] = &[
     ("legs.trust", "# /etc/ssl/certs/ca-certificates.crt"),
     ("link.private_key", "/etc/narrows/key"),
     ("link.listen", "0.0.0.0:5270"),
+    ("mirror.rooms.match", "# \"*@conference.a.example\""),
+    ("mirror.rooms.echo", "# reflect"),
     ("peers.name", "shore"),
     ("peers.domains", "[a.example, conference.a.example]"),
     ("peers.public_key", "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE="),
@@ -403,20 +530,21 @@ fn write_section(out: &mut String, root: &Value, section: &Value, path: &str, in
             .iter()
             .find(|(sample, _)| *sample == path)
             .map(|(_, value)| *value);
+        // A section or list whose keys are all commented out is so itself.
+        let hash = |keys: &str| {
+            let shown = |line: &str| !line.trim_start().starts_with('#') && !line.is_empty();
+            if keys.lines().any(shown) { "" } else { "#" }
+        };
         if resolved["properties"].is_object() {
-            // A section whose keys are all commented out is one itself.
             let mut keys = String::new();
             write_section(&mut keys, root, resolved, &path, &format!("{indent}  "));
-            let shown = keys
-                .lines()
-                .any(|line| !line.trim_start().starts_with('#') && !line.is_empty());
-            let hash = if shown { "" } else { "#" };
-            writeln!(out, "{indent}{hash}{key}:").unwrap();
+            writeln!(out, "{indent}{}{key}:", hash(&keys)).unwrap();
             out.push_str(&keys);
         } else if items["properties"].is_object() {
             let mut keys = String::new();
             write_section(&mut keys, root, items, &path, &format!("{indent}    "));
-            writeln!(out, "{indent}{key}:\n{indent}  -").unwrap();
+            let hash = hash(&keys);
+            writeln!(out, "{indent}{hash}{key}:\n{indent}  {hash}-").unwrap();
             out.push_str(&keys);
         } else {
             let default = match &schema["default"] {

@@ -47,6 +47,10 @@ pub struct Name(String);
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct Domain(pub stanza::Domain);
 
+/// The address of a room, in which each `*` stands for any characters, or none.
+#[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
+pub struct RoomPattern(String);
+
 impl Period {
     pub const fn from_millis(millis: u64) -> Self {
         Self(Duration::from_millis(millis))
@@ -72,6 +76,20 @@ impl Name {
 
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+}
+
+impl RoomPattern {
+    /// Bytes: a room's name and a domain have at most 1023 each (RFC 7622 §3.1).
+    const LENGTH_MAX: usize = 2047;
+
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// What is behind the `@`.
+    pub fn domain(&self) -> &str {
+        stanza::domain_of(&self.0)
     }
 }
 
@@ -231,6 +249,23 @@ impl FromStr for Domain {
     }
 }
 
+impl FromStr for RoomPattern {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // An address that it matches must be one; a `*` in its domain would not be.
+        let example = text.replace('*', "x");
+        match example.parse::<jid::Jid>() {
+            Ok(jid) if jid.node().is_some() && jid.resource().is_none() && text.len() <= Self::LENGTH_MAX => {
+                Ok(Self(text.to_lowercase()))
+            }
+            Ok(_) | Err(_) => Err(format!(
+                "`{text}` is not the address of a room: write it with `*` for any characters, like `*@conference.a.example`"
+            )),
+        }
+    }
+}
+
 impl fmt::Display for Period {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // humantime separates the parts by spaces; a YAML value reads better in one piece.
@@ -286,6 +321,12 @@ impl fmt::Debug for PublicKey {
 }
 
 impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Display for RoomPattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -383,6 +424,12 @@ text_value!(
     "Letters, digits, `-`, `_` and `.`."
 );
 text_value!(Domain, "a domain", r"^[^@/:*]+$", "An XMPP domain.");
+text_value!(
+    RoomPattern,
+    "the address of a room, like `*@conference.a.example`",
+    r"^[^@/]+@[^@/]+$",
+    "A room's address; each * stands for any characters, or none."
+);
 
 #[cfg(test)]
 mod tests {
@@ -458,6 +505,36 @@ mod tests {
         assert_eq!("A.Example".parse::<Domain>().unwrap().to_string(), "a.example");
         for text in ["", "a@b.example", "a.example/x", "a.example:5269", "*.a.example", "a b"] {
             assert!(text.parse::<Domain>().is_err(), "{text}");
+        }
+    }
+
+    /// A pattern must be able to match a room, whose address is in lower case and has no resource.
+    #[test]
+    fn room_patterns_are_checked() {
+        for (text, read) in [
+            ("*@conference.a.example", "*@conference.a.example"),
+            ("Ops-*@*.A.example", "ops-*@*.a.example"),
+            ("*@*", "*@*"),
+            ("über@a.example", "über@a.example"),
+        ] {
+            let pattern: RoomPattern = text.parse().unwrap();
+            assert_eq!(pattern.as_str(), read);
+        }
+        assert_eq!("*@*.a.example".parse::<RoomPattern>().unwrap().domain(), "*.a.example");
+        let long = format!("{}*@a.example", "*".repeat(2040));
+        for text in [
+            "",
+            "*",
+            "a.example",
+            "@a.example",
+            "a@",
+            "a@b@c",
+            "a@b/c",
+            "*@*/x",
+            "a b@c",
+            &long,
+        ] {
+            assert!(text.parse::<RoomPattern>().is_err(), "{text}");
         }
     }
 }
