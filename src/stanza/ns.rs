@@ -24,8 +24,24 @@ pub const STREAM_LIMITS: &str = "urn:xmpp:stream-limits:0";
 pub const BIDI: &str = "urn:xmpp:bidi";
 /// XEP-0288 §2.1, the stream feature.
 pub const BIDI_FEATURE: &str = "urn:xmpp:features:bidi";
+/// XEP-0045, on the presence of who enters a room.
+pub const MUC: &str = "http://jabber.org/protocol/muc";
 /// XEP-0045
 pub const MUC_USER: &str = "http://jabber.org/protocol/muc#user";
 
 /// XEP-0203
 pub const DELAY: &str = "urn:xmpp:delay";
+/// XEP-0045 §9
+pub const MUC_ADMIN: &str = "http://jabber.org/protocol/muc#admin";
+/// XEP-0045 §10
+pub const MUC_OWNER: &str = "http://jabber.org/protocol/muc#owner";
+/// XEP-0199
+pub const PING: &str = "urn:xmpp:ping";
+/// XEP-0030
+pub const DISCO_INFO: &str = "http://jabber.org/protocol/disco#info";
+/// XEP-0030
+pub const DISCO_ITEMS: &str = "http://jabber.org/protocol/disco#items";
+/// XEP-0359
+pub const STANZA_ID: &str = "urn:xmpp:sid:0";
+/// XEP-0421
+pub const OCCUPANT_ID: &str = "urn:xmpp:occupant-id:0";

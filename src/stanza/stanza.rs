@@ -10,7 +10,7 @@ use quick_xml::{
     name::{Namespace, PrefixDeclaration, QName, ResolveResult},
 };
 
-use super::ns;
+use super::{escape_attribute, ns};
 
 /// RFC 6120 §8.2
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -141,6 +141,100 @@ impl Stanza {
                 |namespace: &str, name: &str| children.iter().any(|child| child.0 == namespace && child.1 == name);
             has(ns::DELAY, "delay") || has(ns::SERVER, "subject") && !has(ns::SERVER, "body")
         })
+    }
+
+    /// The same stanza as another sender's. What stands in no attribute that is named here stays as it is, byte for byte; so it is with
+    /// all that follow.
+    pub fn with_from(&self, from: &str) -> Option<Self> {
+        self.with_attribute("from", &self.places.from, from)
+    }
+
+    pub fn with_to(&self, to: &str) -> Option<Self> {
+        self.with_attribute("to", &self.places.to, to)
+    }
+
+    pub fn with_id(&self, id: &str) -> Option<Self> {
+        self.with_attribute("id", &self.places.id, id)
+    }
+
+    fn with_attribute(&self, name: &str, place: &Option<Range<usize>>, value: &str) -> Option<Self> {
+        let value = escape_attribute(value);
+        let (at, written) = match place {
+            // With the quotes, which may be others than ours.
+            Some(place) => (place.start - 1..place.end + 1, format!("'{value}'")),
+            None => {
+                let end = 1 + self.kind.as_str().len();
+                (end..end, format!(" {name}='{value}'"))
+            }
+        };
+        self.spliced(at, &written)
+    }
+
+    /// Without its first child of this name.
+    pub fn without_child(&self, namespace: &str, name: &str) -> Option<Self> {
+        match self.child_place(namespace, name)? {
+            Some(place) => self.spliced(place, ""),
+            None => Some(self.clone()),
+        }
+    }
+
+    /// The first child of this name, as written.
+    pub fn child_text(&self, namespace: &str, name: &str) -> Option<String> {
+        let place = self.child_place(namespace, name)??;
+        str::from_utf8(self.bytes.get(place)?).ok().map(str::to_owned)
+    }
+
+    /// With one more child, the last.
+    pub fn with_child(&self, child: &str) -> Option<Self> {
+        if self.bytes.ends_with(b"/>") {
+            let end = self.bytes.len() - 2..self.bytes.len();
+            self.spliced(end, &format!(">{child}</{}>", self.kind.as_str()))
+        } else {
+            let end = self.bytes.iter().rposition(|&byte| byte == b'<')?;
+            self.spliced(end..end, child)
+        }
+    }
+
+    fn spliced(&self, place: Range<usize>, text: &str) -> Option<Self> {
+        let (before, after) = (self.bytes.get(..place.start)?, self.bytes.get(place.end..)?);
+        Self::parse([before, text.as_bytes(), after].concat().into()).ok()
+    }
+
+    /// Where the first child of this name stands, tags and all.
+    fn child_place(&self, namespace: &str, name: &str) -> Option<Option<Range<usize>>> {
+        let mut reader = self.reader()?;
+        let mut depth = 0_usize;
+        let mut found = None;
+        loop {
+            let start = usize::try_from(reader.buffer_position()).ok()?;
+            let (resolved, event) = reader.read_resolved_event().ok()?;
+            let is_it = |tag: &BytesStart<'_>| {
+                depth == 1
+                    && resolved == ResolveResult::Bound(Namespace(namespace))
+                    && tag.local_name().into_inner() == name
+            };
+            match &event {
+                Event::Start(tag) => {
+                    if is_it(tag) {
+                        found = Some(start);
+                    }
+                    depth += 1;
+                }
+                Event::Empty(tag) if is_it(tag) => {
+                    let end = usize::try_from(reader.buffer_position()).ok()?;
+                    return Some(Some(start..end));
+                }
+                Event::End(_) => {
+                    depth = depth.saturating_sub(1);
+                    if let (1, Some(start)) = (depth, found) {
+                        let end = usize::try_from(reader.buffer_position()).ok()?;
+                        return Some(Some(start..end));
+                    }
+                }
+                Event::Eof => return Some(None),
+                _ => {}
+            }
+        }
     }
 
     /// Namespace and name of each child element.
@@ -397,5 +491,52 @@ mod tests {
         ] {
             assert!(!with(&without).has_muc_status("110"), "{without}");
         }
+    }
+
+    /// What is not asked for stays as it was, to the byte; values are escaped, and missing attributes added.
+    #[test]
+    fn readdresses_and_leaves_the_rest() {
+        let before =
+            stanza("<message  from=\"a@a.example\" to='b@b.example' type='chat'><body>a &amp; b</body></message>");
+        let after = before.with_from("it's@a.example/<n>").unwrap().with_id("7").unwrap();
+        assert_eq!(
+            after.bytes(),
+            "<message id='7'  from='it&apos;s@a.example/&lt;n&gt;' to='b@b.example' type='chat'><body>a &amp; b</body></message>"
+        );
+        assert_eq!(after.from().unwrap(), "it's@a.example/<n>");
+        assert_eq!(before.with_to("c@c.example").unwrap().to().unwrap(), "c@c.example");
+    }
+
+    /// Only the stanza's own children are meant, whatever lies deeper or in another namespace.
+    #[test]
+    fn takes_out_and_adds_children() {
+        let whole = "<presence from='a@a.example'><o xmlns='urn:o'><show/></o><show xmlns='urn:o'/><show>dnd<b/></show><show/></presence>";
+        let without = stanza(whole).without_child(ns::SERVER, "show").unwrap();
+        assert_eq!(
+            without.bytes(),
+            "<presence from='a@a.example'><o xmlns='urn:o'><show/></o><show xmlns='urn:o'/><show/></presence>"
+        );
+        assert_eq!(
+            stanza(whole).child_text(ns::SERVER, "show").unwrap(),
+            "<show>dnd<b/></show>"
+        );
+        assert_eq!(
+            stanza(whole).child_text("urn:o", "show").unwrap(),
+            "<show xmlns='urn:o'/>"
+        );
+        assert_eq!(stanza(whole).child_text(ns::SERVER, "status"), None);
+        assert_eq!(
+            stanza(whole).without_child(ns::SERVER, "status").unwrap().bytes(),
+            whole
+        );
+        let added = stanza("<presence from='a@a.example'/>")
+            .with_child("<show>xa</show>")
+            .unwrap();
+        assert_eq!(added.bytes(), "<presence from='a@a.example'><show>xa</show></presence>");
+        let added = added.with_child("<status/>").unwrap();
+        assert_eq!(
+            added.bytes(),
+            "<presence from='a@a.example'><show>xa</show><status/></presence>"
+        );
     }
 }
