@@ -1,2 +1,485 @@
+//! Rooms near their users: what both ends know of the rooms between two sites, and what follows from it when the link is gone.
+//!
+//! The room is the only truth. A [`Mirror`] stands between a peer's queues and our server's legs and reads what passes: as the
+//! *mirror* of the peer's rooms it knows what our users were shown, as the *primary* of our own rooms it knows which of the peer's users are
+//! in them. What it knows is written in the batch that carries the stanza it learned it from, so a killed process comes back
+//! knowing exactly what it had passed on. What it does not know goes through as it is.
+//!
+//! # A mirrored room
+//!
+//! ```text
+//!          a local user's join          the room's self-presence
+//!  (none) ─────────────────▶ Joining ────────────────────────▶ Live ◀───────────────┐
+//!                               ▲ refused: (none)               │ ▲                 │
+//!                               └────── every session has left ─┘ │ back before     │ all that waited has
+//!                                                       link down │ `split_hold`    │ come: who is there
+//!                                                               ▼ │                 │ is shown
+//!                                                            Waiting                │
+//!                                                               │ `split_hold`      │
+//!                                                               ▼      link up      │
+//!                                                            Detached ─────────▶ Resyncing
+//!                                                               ▲    link down      │
+//!                                                               └───────────────────┘
+//! ```
+//!
+//! * *Live*: everything passes as it came. Self-pings are answered here (XEP-0410), and discovery from a cache.
+//! * *Waiting*: the link is down, nobody is told anything, messages wait. Plain messages are shown near by at once (`echo: auto`).
+//! * *Detached*: our users see who is beyond the link leave; they talk on with each other. Joins, nick changes and
+//!   commands are refused, leaves are settled here and reported later.
+//! * *Resyncing*: what waited comes in the order of the room. Messages are shown as they come; who came and went meanwhile is shown in
+//!   the end, as it is then.
+//!
+//! The primary marks the peer's users as away when the split is declared, and puts their last presence back when it is over. They
+//! stay occupants all the time, so the room goes on addressing them, and what it says waits in the spool.
+
+mod far;
+mod local;
+mod muc;
+mod near;
+mod primary;
+mod room;
+mod rows;
 mod settings;
-pub use settings::*;
+mod words;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+pub use self::settings::*;
+use self::{
+    muc::LOST,
+    near::Near,
+    primary::Primary,
+    room::{ECHOES_MAX, Echoed, Room},
+    rows::Rows,
+    words::{away_presence, cast, lost_presence},
+};
+use crate::{
+    codec::{entry::Cast, position::Epoch},
+    stanza::{Domain, Stanza, domain_of},
+    time::{Deadline, Mono, Now},
+};
+
+/// Rooms that are mirrored at once, in each direction; more pass as they are.
+const ROOMS_MAX: usize = 2_000;
+
+/// Messages of one room that it has not reflected, while the link is up: some seconds of a busy room.
+const UNHEARD_MAX: usize = 100;
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Output {
+    /// For our server, in order with what has crossed, and stored like it.
+    Deliver(Cast),
+    /// For our server, at once; nothing is lost with it.
+    Ask(Stanza),
+    /// For the peer, in the name of our server.
+    Cross(Stanza),
+    PutRow {
+        key: Bytes,
+        value: Bytes,
+    },
+    DropRow {
+        key: Bytes,
+    },
+}
+
+/// What was done that an administrator may want to see, counted since the process started.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct MirrorStats {
+    /// Messages shown near by before the room had them, and reflections that were not repeated for that reason.
+    pub echoes: u64,
+    pub reflections_swallowed: u64,
+    /// Echoed messages that the room did not take.
+    pub echoes_refused: u64,
+    pub pings_answered: u64,
+    pub discos_answered: u64,
+    /// Refused to our users because the link was down.
+    pub refused: u64,
+    pub splits: u64,
+    pub heals: u64,
+    /// Sessions that the room turned out not to have any more.
+    pub ghosts: u64,
+}
+
+/// Where the link stands, as users notice it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Link {
+    Up,
+    /// It is up, and what waited is still coming.
+    CatchingUp,
+    /// It is down and nobody was told.
+    Waiting {
+        since: Mono,
+    },
+    Split,
+}
+
+/// Room by room, for `/status`.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Levels {
+    pub rooms: usize,
+    pub sessions: usize,
+    pub rooms_split: usize,
+    pub guests: usize,
+    pub echoes_pending: usize,
+}
+
+#[derive(Debug)]
+pub struct Mirror {
+    settings: MirrorSettings,
+    far: Vec<Domain>,
+    link: Link,
+    rtt: Option<Duration>,
+    rooms: BTreeMap<String, Room>,
+    rows: Rows,
+    primary: Primary,
+    near: Near,
+    /// Of each room, what our users said and the room has not reflected: shown near by if the link goes meanwhile. After a kill it
+    /// waits for the room.
+    unheard: BTreeMap<String, VecDeque<Said>>,
+    /// The last number given to an echo: their order.
+    echo_last: u64,
+    /// Makes ids of ours unlike any other's.
+    epoch: Epoch,
+    stats: MirrorStats,
+    outputs: VecDeque<Output>,
+}
+
+/// A message of one of our users, as the room would show it.
+#[derive(Debug)]
+struct Said {
+    nick: String,
+    id: String,
+    template: Bytes,
+    to_at: u32,
+}
+
+impl Mirror {
+    /// `state` is what [`Output::Change`] has written.
+    pub fn new(
+        settings: MirrorSettings,
+        local: Vec<Domain>,
+        far: Vec<Domain>,
+        epoch: Epoch,
+        state: &BTreeMap<Bytes, Bytes>,
+        now: Now,
+    ) -> Self {
+        let mut mirror = Self {
+            near: Near::new(settings.disco_lifetime),
+            primary: Primary::new(local, settings.split_far, epoch),
+            settings,
+            far,
+            link: Link::Waiting { since: now.mono },
+            rtt: None,
+            rooms: BTreeMap::new(),
+            rows: Rows::default(),
+            unheard: BTreeMap::new(),
+            echo_last: 0,
+            epoch,
+            stats: MirrorStats::default(),
+            outputs: VecDeque::new(),
+        };
+        mirror.load(state, now);
+        mirror
+    }
+
+    /// Reads the rows back. What cannot be read, or no longer belongs to this peer, is forgotten with its room, which passes as it is.
+    fn load(&mut self, state: &BTreeMap<Bytes, Bytes>, now: Now) {
+        let mut useless: BTreeSet<Bytes> = state.keys().cloned().collect();
+        let mut doubtful = BTreeSet::new();
+        let enabled = self.settings.enabled;
+        for kind in rows::Kind::ALL.into_iter().filter(|_| enabled) {
+            for (key, value) in state {
+                let Some((room, what)) = kind.parts(key) else { continue };
+                if self.load_row(kind, room, what, value, now).is_some() {
+                    useless.remove(key);
+                    let rows = match kind {
+                        rows::Kind::Guest => self.primary.rows(),
+                        rows::Kind::Room | rows::Kind::Occupant | rows::Kind::Echo => &mut self.rows,
+                    };
+                    rows.note(key, value);
+                } else if kind != rows::Kind::Guest {
+                    doubtful.insert(room.to_owned());
+                }
+            }
+        }
+        for key in useless {
+            self.outputs.push_back(Output::DropRow { key });
+        }
+        for room in doubtful {
+            self.drop_room(&room);
+        }
+        // Who was told of a split is not told again, and what was refused stays refused.
+        if self.rooms.values().any(|room| room.split_shown) || self.primary.has_absent() {
+            self.link = Link::Split;
+        }
+    }
+
+    fn load_row(&mut self, kind: rows::Kind, room: &str, what: &[u8], value: &[u8], now: Now) -> Option<()> {
+        match kind {
+            rows::Kind::Guest => self.primary.load(room, std::str::from_utf8(what).ok()?, value, now)?,
+            rows::Kind::Room => {
+                let domain = Domain::new(domain_of(room)).ok()?;
+                if !self.far.contains(&domain) {
+                    return None;
+                }
+                self.rooms.insert(room.to_owned(), Room::decode(value)?);
+            }
+            rows::Kind::Occupant => {
+                let nick = std::str::from_utf8(what).ok()?.to_owned();
+                let versions = Room::decode_occupant(value)?;
+                self.rooms.get_mut(room)?.occupants.insert(nick, versions);
+            }
+            rows::Kind::Echo => {
+                let number = u64::from_be_bytes(what.try_into().ok()?);
+                self.rooms.get_mut(room)?.echoes.insert(number, Echoed::decode(value)?);
+                self.echo_last = self.echo_last.max(number);
+            }
+        }
+        Some(())
+    }
+
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front().or_else(|| self.primary.poll_output())
+    }
+
+    pub fn poll_timeout(&self) -> Option<Deadline> {
+        if !self.settings.enabled {
+            return None;
+        }
+        let hold = match self.link {
+            Link::Waiting { since } => Some(Deadline {
+                at: since + self.settings.split_hold,
+                why: "split",
+            }),
+            Link::Up | Link::CatchingUp | Link::Split => None,
+        };
+        let primary = self.primary.poll_timeout();
+        Deadline::earlier(hold, primary)
+    }
+
+    pub fn stats(&self) -> MirrorStats {
+        MirrorStats {
+            ghosts: self.primary.ghosts(),
+            ..self.stats
+        }
+    }
+
+    pub fn levels(&self) -> Levels {
+        let rooms = || self.rooms.values();
+        Levels {
+            rooms: self.rooms.len(),
+            sessions: rooms().map(|room| room.sessions.len()).sum(),
+            rooms_split: rooms().filter(|room| room.split_shown).count(),
+            guests: self.primary.guests(),
+            echoes_pending: rooms().map(|room| room.echoes.len()).sum(),
+        }
+    }
+
+    /// The peer has said what it holds; what it has for us follows.
+    pub fn handle_link_up(&mut self, now: Now) {
+        if !self.settings.enabled || matches!(self.link, Link::Up | Link::CatchingUp) {
+            return;
+        }
+        self.link = Link::CatchingUp;
+        self.primary.heal(now);
+    }
+
+    /// All that the peer had when the link came up is here.
+    pub fn handle_caught_up(&mut self) {
+        if self.link != Link::CatchingUp {
+            return;
+        }
+        self.link = Link::Up;
+        let rooms: Vec<String> = self.rooms.keys().cloned().collect();
+        let mut healed = false;
+        for name in rooms {
+            healed |= self.show_truth(&name);
+        }
+        self.stats.heals += u64::from(healed);
+    }
+
+    pub fn handle_link_down(&mut self, now: Now) {
+        self.rtt = None;
+        self.near.forget_questions();
+        self.link = match self.link {
+            Link::Up => Link::Waiting { since: now.mono },
+            // The split is not over before all has come.
+            Link::CatchingUp if self.rooms.values().any(|room| room.split_shown) => Link::Split,
+            Link::CatchingUp => Link::Waiting { since: now.mono },
+            link @ (Link::Waiting { .. } | Link::Split) => link,
+        };
+        self.show_unheard();
+    }
+
+    /// How long a word takes to the peer and back, as last measured.
+    pub fn note_rtt(&mut self, rtt: Option<Duration>) {
+        self.rtt = rtt;
+    }
+
+    /// A stream towards our server began anew: it may have been restarted.
+    pub fn handle_leg_up(&mut self, local: &Domain, now: Now) {
+        self.primary.verify_soon(local, now);
+    }
+
+    /// The peer's numbering or ours began anew, so something may be missing from what we know.
+    pub fn forget(&mut self) {
+        let rooms: Vec<String> = self.rooms.keys().cloned().collect();
+        for name in rooms {
+            self.drop_room(&name);
+        }
+        self.primary.forget();
+    }
+
+    pub fn handle_timeout(&mut self, now: Now) {
+        if let Link::Waiting { since } = self.link
+            && since + self.settings.split_hold <= now.mono
+            && self.settings.enabled
+        {
+            self.link = Link::Split;
+            self.split(now);
+        }
+        self.primary
+            .handle_timeout(matches!(self.link, Link::Up | Link::CatchingUp), now);
+    }
+
+    /// Tells both sides' users that the link is gone.
+    fn split(&mut self, now: Now) {
+        let rooms: Vec<String> = self.rooms.keys().cloned().collect();
+        let mut shown = self.primary.split(now);
+        for name in rooms {
+            shown |= self.show_split(&name);
+        }
+        self.show_unheard();
+        self.stats.splits += u64::from(shown);
+    }
+
+    fn show_split(&mut self, name: &str) -> bool {
+        let Some(room) = self.rooms.get_mut(name) else {
+            return false;
+        };
+        if room.split_shown || self.settings.split_near == SplitNear::Hold {
+            return false;
+        }
+        room.split_shown = true;
+        let room = &self.rooms[name];
+        let beyond = room.occupants.iter().filter(|(nick, _)| !room.is_ours(nick));
+        for (nick, version) in beyond.flat_map(|(nick, versions)| versions.iter().map(move |version| (nick, version))) {
+            let occupant = format!("{name}/{nick}");
+            let shown = match self.settings.split_near {
+                SplitNear::Leave => version.muc().map(|muc| lost_presence(&occupant, &muc, &[LOST])),
+                SplitNear::Away => away_presence(version),
+                SplitNear::Hold => None,
+            };
+            if let Some((template, to_at)) = shown {
+                self.outputs
+                    .push_back(Output::Deliver(cast(template, to_at, version.shown_to.values())));
+            }
+        }
+        self.write_room(name);
+        true
+    }
+
+    /// Shows who is there after all: what the room has last said of each.
+    fn show_truth(&mut self, name: &str) -> bool {
+        let Some(room) = self.rooms.get_mut(name) else {
+            return false;
+        };
+        if !std::mem::take(&mut room.split_shown) {
+            return false;
+        }
+        let room = &self.rooms[name];
+        let beyond = room.occupants.iter().filter(|(nick, _)| !room.is_ours(nick));
+        for version in beyond.flat_map(|(_, versions)| versions) {
+            let truth = cast(version.template.clone(), version.to_at, version.shown_to.values());
+            self.outputs.push_back(Output::Deliver(truth));
+        }
+        self.write_room(name);
+        true
+    }
+
+    fn deliver_stanza(&mut self, stanza: &Stanza) {
+        if let Some((template, to_at, attribute)) = stanza.split_to() {
+            self.outputs.push_back(Output::Deliver(cast(
+                template,
+                to_at as u32,
+                std::iter::once(&attribute),
+            )));
+        }
+    }
+
+    fn refuse(&mut self, answer: Option<Stanza>) {
+        self.stats.refused += 1;
+        if let Some(answer) = answer {
+            self.deliver_stanza(&answer);
+        }
+    }
+
+    fn drop_echo(&mut self, name: &str, number: u64) {
+        if let Some(room) = self.rooms.get_mut(name) {
+            room.echoes.remove(&number);
+            self.rows
+                .remove(rows::Kind::Echo.key(name, &number.to_be_bytes()), &mut self.outputs);
+        }
+    }
+
+    /// Writes a row of a room; without it the room cannot be mirrored.
+    fn put_row(&mut self, name: &str, key: Bytes, value: Bytes) {
+        if !self.rows.put(key, value, &mut self.outputs) {
+            self.drop_room(name);
+        }
+    }
+
+    fn write_room(&mut self, name: &str) {
+        if let Some(room) = self.rooms.get(name) {
+            let value = room.encode();
+            self.put_row(name, rows::Kind::Room.key(name, b""), value);
+        }
+    }
+
+    fn write_occupant(&mut self, name: &str, nick: &str) {
+        let key = rows::Kind::Occupant.key(name, nick.as_bytes());
+        match self.rooms.get(name).and_then(|room| room.encode_occupant(nick)) {
+            Some(value) => self.put_row(name, key, value),
+            None => self.rows.remove(key, &mut self.outputs),
+        }
+    }
+
+    /// Writes a room and these of its occupants; a room without sessions of ours is no longer mirrored.
+    fn write_changed(&mut self, name: &str, nicks: &[String]) {
+        for nick in nicks {
+            self.write_occupant(name, nick);
+        }
+        if self.rooms.get(name).is_some_and(|room| room.sessions.is_empty()) {
+            self.drop_room(name);
+        } else {
+            self.write_room(name);
+        }
+    }
+
+    fn drop_room(&mut self, name: &str) {
+        self.unheard.remove(name);
+        let Some(room) = self.rooms.remove(name) else { return };
+        let occupants = room
+            .occupants
+            .keys()
+            .map(|nick| rows::Kind::Occupant.key(name, nick.as_bytes()));
+        let echoes = room
+            .echoes
+            .keys()
+            .map(|number| rows::Kind::Echo.key(name, &number.to_be_bytes()));
+        for key in std::iter::once(rows::Kind::Room.key(name, b""))
+            .chain(occupants)
+            .chain(echoes)
+        {
+            self.rows.remove(key, &mut self.outputs);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

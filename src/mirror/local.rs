@@ -1,0 +1,376 @@
+//! What our server sends to the peer: what of it crosses, and what is dealt with here.
+
+use std::collections::BTreeSet;
+
+use bytes::Bytes;
+
+use super::{
+    ECHOES_MAX, Link, Mirror, Output, ROOMS_MAX, Said, UNHEARD_MAX,
+    muc::SELF_PRESENCE,
+    near,
+    room::{Echoed, Session, Version},
+    rows,
+    settings::Echo,
+    words::{cast, has_body, lost_presence, message_error, node_of, occupant_id, presence_error, to_attribute},
+};
+use crate::{
+    codec::xml::Node,
+    stanza::{Condition, Domain, ErrorType, Kind, Stanza, bare, bounce, domain_of, ns, resource_of},
+    time::Now,
+};
+
+/// What becomes of a question.
+enum Asked {
+    Crosses,
+    Answered(Stanza),
+    /// The room cannot be asked now.
+    Refused,
+}
+
+impl Mirror {
+    /// A stanza of our server for the peer: gives what is to cross, if anything is.
+    pub fn handle_local(&mut self, stanza: Stanza, now: Now) -> Option<Stanza> {
+        if !self.settings.enabled {
+            return Some(stanza);
+        }
+        let (Some(from), Some(to)) = (stanza.from(), stanza.to()) else {
+            return Some(stanza);
+        };
+        let (from, to) = (from.into_owned(), to.into_owned());
+        let name = bare(&to);
+        match stanza.kind() {
+            Kind::Presence if resource_of(&to).is_some() => match stanza.stanza_type().as_deref() {
+                None if resource_of(&from).is_some() => {
+                    if let Some(refused) = self.enter_or_change(&stanza, &from, &to) {
+                        self.refuse(refused);
+                        return None;
+                    }
+                }
+                Some("unavailable") if self.link == Link::Split && self.is_session(name, &from) => {
+                    self.leave_near(name, &from);
+                }
+                _ => {}
+            },
+            Kind::Message if self.is_session(name, &from) => return self.speak(stanza, &from, &to),
+            Kind::Iq => match self.ask(&stanza, &from, &to, now) {
+                Asked::Crosses => {}
+                Asked::Answered(answer) => {
+                    self.deliver_stanza(&answer);
+                    return None;
+                }
+                Asked::Refused => {
+                    let text = "The link to this room is down.";
+                    let answer = bounce(&stanza, ErrorType::Wait, Condition::RemoteServerTimeout, text);
+                    self.refuse(answer.and_then(|answer| Stanza::parse(answer).ok()));
+                    return None;
+                }
+            },
+            Kind::Presence | Kind::Message => {}
+        }
+        self.primary.handle_local(stanza, &from, &to, now)
+    }
+
+    fn is_session(&self, room: &str, session: &str) -> bool {
+        self.rooms
+            .get(room)
+            .is_some_and(|room| room.sessions.contains_key(session))
+    }
+
+    /// An available presence for an occupant's address. Gives the refusal, if it is refused near by.
+    fn enter_or_change(&mut self, stanza: &Stanza, from: &str, to: &str) -> Option<Option<Stanza>> {
+        let (name, nick) = (bare(to), resource_of(to)?);
+        let joins = node_of(stanza).child(ns::MUC, "x").is_some();
+        let known = self.rooms.get(name).and_then(|room| room.sessions.get(from));
+        match known {
+            None if !joins => None,
+            None if self.link == Link::Split => Some(presence_error(
+                stanza,
+                to,
+                from,
+                "wait",
+                "remote-server-timeout",
+                "The link to this room is down.",
+            )),
+            None => {
+                let domain = Domain::new(domain_of(name)).ok();
+                if domain.is_some_and(|domain| self.far.contains(&domain))
+                    && (self.rooms.contains_key(name) || self.rooms.len() < ROOMS_MAX)
+                {
+                    let session = Session {
+                        nick: nick.to_owned(),
+                        joined: false,
+                    };
+                    self.rooms
+                        .entry(name.to_owned())
+                        .or_default()
+                        .sessions
+                        .insert(from.to_owned(), session);
+                    self.write_room(name);
+                }
+                None
+            }
+            Some(session) if session.joined && session.nick != nick && self.link == Link::Split => {
+                Some(presence_error(
+                    stanza,
+                    to,
+                    from,
+                    "wait",
+                    "not-acceptable",
+                    "The link to this room is down: nicks cannot be changed.",
+                ))
+            }
+            Some(_) => None,
+        }
+    }
+
+    /// A session leaves while nobody beyond the link can be told: those beside it are told at once, the room when the link is back.
+    fn leave_near(&mut self, name: &str, from: &str) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let Some(session) = room.sessions.get(from).cloned() else {
+            return;
+        };
+        let others = room
+            .sessions_of(&session.nick)
+            .filter(|address| *address != from)
+            .count();
+        let versions = room.occupants.get(&session.nick).cloned().unwrap_or_default();
+        let occupant = format!("{name}/{}", session.nick);
+        for version in &versions {
+            let Some(muc) = version.muc() else { continue };
+            let (own, rest): (Vec<_>, Vec<_>) = version.shown_to.iter().partition(|(address, _)| *address == from);
+            if !own.is_empty() {
+                let (template, to_at) = lost_presence(&occupant, &muc, &[SELF_PRESENCE]);
+                self.outputs.push_back(Output::Deliver(cast(
+                    template,
+                    to_at,
+                    own.into_iter().map(|(_, attribute)| attribute),
+                )));
+            }
+            // While another session holds the nick, the occupant stays.
+            let rest: Vec<_> = rest
+                .into_iter()
+                .filter(|(address, _)| {
+                    room.sessions
+                        .get(*address)
+                        .is_none_or(|other| other.nick != session.nick)
+                })
+                .collect();
+            if others == 0 && !rest.is_empty() {
+                let (template, to_at) = lost_presence(&occupant, &muc, &[]);
+                self.outputs.push_back(Output::Deliver(cast(
+                    template,
+                    to_at,
+                    rest.into_iter().map(|(_, attribute)| attribute),
+                )));
+            }
+        }
+        let mut told: BTreeSet<String> = BTreeSet::from([from.to_owned()]);
+        if others == 0 {
+            told.extend(versions.iter().flat_map(|version| version.shown_to.keys().cloned()));
+            room.occupants.remove(&session.nick);
+        }
+        room.settled.entry(session.nick.clone()).or_default().extend(told);
+        let mut changed = room.remove_session(from);
+        changed.push(session.nick);
+        self.write_changed(name, &changed);
+    }
+
+    /// A message of a session of ours to its room or to somebody in it.
+    fn speak(&mut self, stanza: Stanza, from: &str, to: &str) -> Option<Stanza> {
+        let name = bare(to).to_owned();
+        let room = self.rooms.get(&name)?;
+        let Some(session) = room.sessions.get(from).filter(|session| session.joined) else {
+            return Some(stanza);
+        };
+        let node = node_of(&stanza);
+        if !has_body(&node) {
+            return Some(stanza);
+        }
+        let nick = session.nick.clone();
+        match (stanza.stanza_type().as_deref(), resource_of(to)) {
+            (Some("groupchat"), None) => self.speak_to_all(stanza, &node, &name, from, &nick),
+            (None | Some("chat" | "normal"), Some(other)) if self.link == Link::Split && room.is_ours(other) => {
+                let other = other.to_owned();
+                self.speak_to_one(&stanza, &node, &name, &nick, &other);
+                None
+            }
+            _ => Some(stanza),
+        }
+    }
+
+    fn speak_to_all(&mut self, stanza: Stanza, node: &Node, name: &str, from: &str, nick: &str) -> Option<Stanza> {
+        let room = &self.rooms[name];
+        let own = room.version(nick, from);
+        let role = own
+            .and_then(Version::muc)
+            .map(|muc| muc.role().to_owned())
+            .unwrap_or_default();
+        let split = self.link == Link::Split;
+        let policy = self.settings.echo_of(name);
+        let at_once = match policy {
+            Echo::Reflect => false,
+            Echo::Local => true,
+            Echo::Auto => match self.link {
+                Link::Up | Link::CatchingUp => self.rtt.is_some_and(|rtt| rtt > self.settings.echo_rtt_max),
+                Link::Waiting { .. } | Link::Split => true,
+            },
+        };
+        if at_once && split && role == "visitor" {
+            let text = "Visitors may not speak in this room.";
+            self.refuse(message_error(&stanza, text));
+            return None;
+        }
+        let plain = node.child(ns::SERVER, "subject").is_none();
+        let may_speak = role == "participant" || role == "moderator";
+        if !(plain && may_speak) || policy == Echo::Reflect {
+            return Some(stanza);
+        }
+        // Ids that the room gives cannot be known here; during a split there is no other way.
+        let at_once = at_once && (split || !room.gives_ids);
+        let (stanza, id) = match stanza.id() {
+            Some(id) => {
+                let id = id.into_owned();
+                (stanza, id)
+            }
+            None if at_once => {
+                let id = format!("narrows-{:x}-{:x}", self.epoch.0, self.echo_last + 1);
+                (stanza.with_id(&id)?, id)
+            }
+            // As it is, as long as it may be heard from the room.
+            None => return Some(stanza),
+        };
+        let mut shown = stanza.with_from(&format!("{name}/{nick}"))?;
+        if let Some(occupant_id) = own
+            .and_then(Version::stanza)
+            .and_then(|own| occupant_id(&node_of(&own)))
+        {
+            shown = shown.with_child(&occupant_id)?;
+        }
+        let (template, to_at, _) = shown.split_to()?;
+        let said = Said {
+            nick: nick.to_owned(),
+            id,
+            template,
+            to_at: to_at as u32,
+        };
+        if at_once {
+            self.show(name, said);
+        } else {
+            let unheard = self.unheard.entry(name.to_owned()).or_default();
+            unheard.push_back(said);
+            if unheard.len() > UNHEARD_MAX {
+                unheard.pop_front();
+            }
+        }
+        Some(stanza)
+    }
+
+    /// Shows our users what one of them has said, before the room does.
+    fn show(&mut self, name: &str, said: Said) {
+        let Some(room) = self.rooms.get_mut(name).filter(|room| room.echoes.len() < ECHOES_MAX) else {
+            return;
+        };
+        self.echo_last += 1;
+        let number = self.echo_last;
+        let joined = room.sessions.iter().filter(|(_, session)| session.joined);
+        let shown_to: BTreeSet<String> = joined.map(|(address, _)| address.clone()).collect();
+        let attributes: Vec<Bytes> = shown_to.iter().map(|address| to_attribute(address)).collect();
+        let echo = Echoed {
+            nick: said.nick,
+            id: said.id,
+            shown_to,
+        };
+        self.outputs
+            .push_back(Output::Deliver(cast(said.template, said.to_at, attributes.iter())));
+        let (key, value) = (rows::Kind::Echo.key(name, &number.to_be_bytes()), echo.encode());
+        room.echoes.insert(number, echo);
+        self.put_row(name, key, value);
+        self.stats.echoes += 1;
+    }
+
+    /// The room will not be heard for a while: what it was to reflect is shown now.
+    pub(super) fn show_unheard(&mut self) {
+        for (name, unheard) in std::mem::take(&mut self.unheard) {
+            let waits = self.link != Link::Split && self.rooms.get(&name).is_some_and(|room| room.gives_ids);
+            if waits {
+                self.unheard.insert(name, unheard);
+            } else {
+                for said in unheard {
+                    self.show(&name, said);
+                }
+            }
+        }
+    }
+
+    /// The room has said it, or refused it.
+    pub(super) fn is_heard(&mut self, name: &str, nick: &str, id: &str) {
+        if let Some(unheard) = self.unheard.get_mut(name) {
+            unheard.retain(|said| !(said.nick == nick && said.id == id));
+            if unheard.is_empty() {
+                self.unheard.remove(name);
+            }
+        }
+    }
+
+    /// A private message between two of our users while the room is out of reach: it does not need the room, and never reaches it.
+    fn speak_to_one(&mut self, stanza: &Stanza, node: &Node, name: &str, nick: &str, other: &str) {
+        let Some(mut shown) = stanza.with_from(&format!("{name}/{nick}")) else {
+            return;
+        };
+        if node.child(ns::MUC_USER, "x").is_none()
+            && let Some(marked) = shown.with_child(&format!("<x xmlns='{}'/>", ns::MUC_USER))
+        {
+            shown = marked;
+        }
+        let Some((template, to_at, _)) = shown.split_to() else {
+            return;
+        };
+        let attributes: Vec<Bytes> = self.rooms[name]
+            .sessions_of(other)
+            .map(|address| to_attribute(address))
+            .collect();
+        if !attributes.is_empty() {
+            self.outputs
+                .push_back(Output::Deliver(cast(template, to_at as u32, attributes.iter())));
+        }
+    }
+
+    /// A question of our server or one of its users.
+    fn ask(&mut self, stanza: &Stanza, from: &str, to: &str, now: Now) -> Asked {
+        let asks = matches!(stanza.stanza_type().as_deref(), Some("get" | "set"));
+        if !asks {
+            return Asked::Crosses;
+        }
+        let name = bare(to);
+        let session = self.rooms.get(name).and_then(|room| room.sessions.get(from));
+        let node = node_of(stanza);
+        let commands = [ns::MUC_ADMIN, ns::MUC_OWNER]
+            .iter()
+            .any(|namespace| node.child(namespace, "query").is_some());
+        if commands && self.link == Link::Split && stanza.stanza_type().as_deref() == Some("set") {
+            return Asked::Refused;
+        }
+        let is_get = stanza.stanza_type().as_deref() == Some("get");
+        if is_get && node.child(ns::PING, "ping").is_some() {
+            let own = session.is_some_and(|session| session.joined && resource_of(to) == Some(&session.nick));
+            return match (own, self.link) {
+                // XEP-0410 §3.2: what comes back is the room's own answer to an occupant.
+                (true, Link::Up) => {
+                    self.stats.pings_answered += 1;
+                    near::result(stanza, "").map_or(Asked::Crosses, Asked::Answered)
+                }
+                // Undecided: a client that hears anything else may enter again.
+                (true, Link::Split) => Asked::Refused,
+                (true, Link::CatchingUp | Link::Waiting { .. }) | (false, _) => Asked::Crosses,
+            };
+        }
+        if is_get
+            && self.link == Link::Up
+            && let Some(answer) = self.near.ask(stanza, &node, from, to, session.is_some(), now)
+        {
+            self.stats.discos_answered += 1;
+            return Asked::Answered(answer);
+        }
+        Asked::Crosses
+    }
+}

@@ -1,0 +1,413 @@
+//! Our own rooms, and the peer's users in them.
+//!
+//! While the link is down the room must neither lose its far occupants nor think that they listen: they are marked as away, and
+//! get their own presence back when the link is. While it is up, the room is asked now and then whether it still has them (XEP-0410, over our
+//! own leg, so it costs the link nothing): a room that was restarted may have forgotten, and nobody else would tell.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::Duration,
+};
+
+use bytes::Bytes;
+
+use super::{
+    Output, ROOMS_MAX, SplitFar,
+    muc::{LOST, MucUser, SELF_PRESENCE},
+    room::{SESSIONS_MAX, begin_row, row, text},
+    rows::{self, Rows},
+    words::{away, lost_presence, node_of, to_attribute},
+};
+use crate::{
+    codec::{entry::Cast, position::Epoch, varint::put_prefixed},
+    stanza::{Domain, Kind, Stanza, bare, domain_of, escape_attribute, ns, resource_of},
+    time::{Deadline, Mono, Now},
+};
+
+/// How often a room is asked about each far occupant. One question costs its server some microseconds.
+const VERIFY_EVERY: Duration = Duration::from_secs(300);
+/// After a stream to our server began anew: its rooms may still be loading.
+const VERIFY_SOON: Duration = Duration::from_secs(5);
+/// Questions at once; the others have their turn when these are answered.
+const VERIFY_BURST: usize = 100;
+/// The wait for the rest of a burst.
+const VERIFY_NEXT: Duration = Duration::from_secs(2);
+
+/// What the room's other occupants read beside a far user's name while the link is down. It also tells us our own word when it comes back.
+const AWAY: &str = "The link to this user's server is down.";
+
+/// A far user in one of our rooms.
+#[derive(Clone, Debug)]
+struct Guest {
+    nick: String,
+    joined: bool,
+    /// What it last sent to the room, without what only a join has.
+    presence: Stanza,
+    away: bool,
+    /// When the room is asked about it next.
+    verify_at: Mono,
+}
+
+#[derive(Debug)]
+pub struct Primary {
+    local: Vec<Domain>,
+    split_far: SplitFar,
+    epoch: Epoch,
+    /// By room, then by full address.
+    rooms: BTreeMap<String, BTreeMap<String, Guest>>,
+    /// Questions that the room has not answered, by id.
+    asked: BTreeMap<String, (String, String)>,
+    asked_last: u64,
+    next_burst: Option<Mono>,
+    ghosts: u64,
+    rows: Rows,
+    outputs: VecDeque<Output>,
+}
+
+impl Primary {
+    pub fn new(local: Vec<Domain>, split_far: SplitFar, epoch: Epoch) -> Self {
+        Self {
+            local,
+            split_far,
+            epoch,
+            rooms: BTreeMap::new(),
+            asked: BTreeMap::new(),
+            asked_last: 0,
+            next_burst: None,
+            ghosts: 0,
+            rows: Rows::default(),
+            outputs: VecDeque::new(),
+        }
+    }
+
+    pub fn load(&mut self, room: &str, address: &str, value: &[u8], now: Now) -> Option<()> {
+        let domain = Domain::new(domain_of(room)).ok()?;
+        if !self.local.contains(&domain) {
+            return None;
+        }
+        let mut reader = row(value)?;
+        let flags = reader.byte().ok()?;
+        let nick = text(&mut reader)?;
+        let presence = Stanza::parse(Bytes::from(text(&mut reader)?)).ok()?;
+        let guest = Guest {
+            nick,
+            joined: flags & 1 != 0,
+            presence,
+            away: flags & 2 != 0,
+            verify_at: now.mono + VERIFY_SOON,
+        };
+        self.rooms
+            .entry(room.to_owned())
+            .or_default()
+            .insert(address.to_owned(), guest);
+        Some(())
+    }
+
+    pub fn rows(&mut self) -> &mut Rows {
+        &mut self.rows
+    }
+
+    pub fn poll_output(&mut self) -> Option<Output> {
+        self.outputs.pop_front()
+    }
+
+    pub fn poll_timeout(&self) -> Option<Deadline> {
+        let guests = self
+            .rooms
+            .values()
+            .flat_map(BTreeMap::values)
+            .filter(|guest| guest.joined);
+        let next = guests.map(|guest| guest.verify_at).min()?;
+        Some(Deadline {
+            at: self.next_burst.map_or(next, |burst| next.max(burst)),
+            why: "rooms are asked",
+        })
+    }
+
+    pub fn guests(&self) -> usize {
+        self.rooms.values().map(BTreeMap::len).sum()
+    }
+
+    /// Whether guests are marked as away because of the link.
+    pub fn has_absent(&self) -> bool {
+        self.rooms.values().flat_map(BTreeMap::values).any(|guest| guest.away)
+    }
+
+    pub fn ghosts(&self) -> u64 {
+        self.ghosts
+    }
+
+    pub fn forget(&mut self) {
+        for (room, guests) in std::mem::take(&mut self.rooms) {
+            for address in guests.keys() {
+                self.rows.remove(guest_key(&room, address), &mut self.outputs);
+            }
+        }
+        self.asked.clear();
+    }
+
+    /// A stanza of a far user for our server.
+    pub fn handle_far(&mut self, stanza: &Stanza, now: Now) {
+        let (Some(from), Some(to)) = (stanza.from(), stanza.to()) else {
+            return;
+        };
+        let Some(nick) = resource_of(&to) else { return };
+        if stanza.kind() != Kind::Presence || resource_of(&from).is_none() {
+            return;
+        }
+        let name = bare(&to);
+        match stanza.stanza_type().as_deref() {
+            None => {
+                let joins = node_of(stanza).child(ns::MUC, "x").is_some();
+                let known = self.rooms.get(name).and_then(|guests| guests.get(&*from));
+                if known.is_none() && !(joins && self.has_room_for(name)) {
+                    return;
+                }
+                let Some(presence) = stanza.without_child(ns::MUC, "x") else {
+                    return;
+                };
+                let guest = Guest {
+                    // Until the room says otherwise.
+                    nick: known.map_or(nick, |guest| &guest.nick).to_owned(),
+                    joined: known.is_some_and(|guest| guest.joined),
+                    presence,
+                    away: false,
+                    verify_at: known.map_or(now.mono + VERIFY_EVERY, |guest| guest.verify_at),
+                };
+                self.rooms
+                    .entry(name.to_owned())
+                    .or_default()
+                    .insert(from.clone().into_owned(), guest);
+                self.write(name, &from);
+            }
+            Some("unavailable") => self.remove(name, &from),
+            Some(_) => {}
+        }
+    }
+
+    fn has_room_for(&self, name: &str) -> bool {
+        match self.rooms.get(name) {
+            Some(guests) => guests.len() < SESSIONS_MAX,
+            None => self.rooms.len() < ROOMS_MAX,
+        }
+    }
+
+    /// A stanza of our server for the peer: gives it back, if it is to cross.
+    pub fn handle_local(&mut self, stanza: Stanza, from: &str, to: &str, _now: Now) -> Option<Stanza> {
+        match stanza.kind() {
+            Kind::Iq => {
+                let Some(id) = stanza.id().filter(|id| self.is_ours(id)) else {
+                    return Some(stanza);
+                };
+                let id = id.into_owned();
+                self.answered(&id, &stanza, from);
+                None
+            }
+            Kind::Presence => {
+                let name = bare(from);
+                let (Some(guests), Some(nick)) = (self.rooms.get_mut(name), resource_of(from)) else {
+                    return Some(stanza);
+                };
+                match stanza.stanza_type().as_deref() {
+                    None => {
+                        let node = node_of(&stanza);
+                        // Our own word about a guest: those beyond the link know better.
+                        if node
+                            .child(ns::SERVER, "status")
+                            .is_some_and(|status| status.text == AWAY)
+                            && guests.values().any(|guest| guest.nick == nick)
+                        {
+                            return None;
+                        }
+                        if let Some(guest) = guests.get_mut(to)
+                            && MucUser::of(&node).is_some_and(|muc| muc.is_self())
+                            && (!guest.joined || guest.nick != nick)
+                        {
+                            guest.joined = true;
+                            nick.clone_into(&mut guest.nick);
+                            self.write(name, to);
+                        }
+                    }
+                    Some("unavailable") if guests.contains_key(to) => {
+                        let muc = MucUser::of(&node_of(&stanza)).unwrap_or_default();
+                        if muc.is_self() && !muc.is_nick_change() && muc.is_leave() {
+                            self.remove(name, to);
+                        }
+                    }
+                    Some("error") if guests.get(to).is_some_and(|guest| !guest.joined) => self.remove(name, to),
+                    Some(_) => {}
+                }
+                Some(stanza)
+            }
+            Kind::Message => Some(stanza),
+        }
+    }
+
+    /// Marks the guests as away. Says whether there are any.
+    pub fn split(&mut self, _now: Now) -> bool {
+        if self.split_far == SplitFar::Hold {
+            return false;
+        }
+        self.speak_for(|guest| {
+            if !guest.joined || guest.away {
+                return None;
+            }
+            guest.away = true;
+            away(&guest.presence, AWAY)
+        })
+    }
+
+    /// Puts back what the guests last said of themselves.
+    pub fn heal(&mut self, _now: Now) {
+        self.speak_for(|guest| std::mem::take(&mut guest.away).then(|| guest.presence.clone()));
+    }
+
+    /// Has guests say something in their rooms.
+    fn speak_for(&mut self, says: impl Fn(&mut Guest) -> Option<Stanza>) -> bool {
+        let mut spoken = Vec::new();
+        for (room, guests) in &mut self.rooms {
+            for (address, guest) in guests {
+                if let Some(stanza) = says(guest) {
+                    spoken.push((room.clone(), address.clone(), stanza));
+                }
+            }
+        }
+        for (room, address, stanza) in &spoken {
+            // The nick may have been changed since.
+            let nick = &self.rooms[room][address].nick;
+            if let Some((template, to_at, attribute)) = stanza
+                .with_to(&format!("{room}/{nick}"))
+                .and_then(|stanza| stanza.split_to())
+            {
+                self.outputs.push_back(Output::Deliver(Cast {
+                    template,
+                    to_at: to_at as u32,
+                    recipients: vec![attribute],
+                }));
+            }
+            self.write(room, address);
+        }
+        !spoken.is_empty()
+    }
+
+    /// The rooms of this domain are asked about their guests before long.
+    pub fn verify_soon(&mut self, local: &Domain, now: Now) {
+        for (room, guests) in &mut self.rooms {
+            if Domain::new(domain_of(room)).is_ok_and(|domain| domain == *local) {
+                for guest in guests.values_mut() {
+                    guest.verify_at = guest.verify_at.min(now.mono + VERIFY_SOON);
+                }
+            }
+        }
+    }
+
+    pub fn handle_timeout(&mut self, _link_up: bool, now: Now) {
+        if self.next_burst.is_some_and(|burst| burst > now.mono) {
+            return;
+        }
+        self.next_burst = None;
+        let mut due = Vec::new();
+        for (room, guests) in &mut self.rooms {
+            for (address, guest) in guests {
+                if guest.joined && guest.verify_at <= now.mono && due.len() < VERIFY_BURST {
+                    guest.verify_at = now.mono + VERIFY_EVERY;
+                    due.push((room.clone(), address.clone(), guest.nick.clone()));
+                }
+            }
+        }
+        if due.len() == VERIFY_BURST {
+            self.next_burst = Some(now.mono + VERIFY_NEXT);
+        }
+        // A room that does not answer is asked again in its turn; the old question is forgotten.
+        let again: BTreeSet<(String, String)> = due
+            .iter()
+            .map(|(room, address, _)| (room.clone(), address.clone()))
+            .collect();
+        self.asked.retain(|_, asked| !again.contains(asked));
+        for (room, address, nick) in due {
+            self.asked_last += 1;
+            let id = format!("{}{:x}", self.id_prefix(), self.asked_last);
+            let ping = format!(
+                "<iq type='get' from='{}' to='{}' id='{id}'><ping xmlns='{}'/></iq>",
+                escape_attribute(&address),
+                escape_attribute(&format!("{room}/{nick}")),
+                ns::PING
+            );
+            if let Ok(ping) = Stanza::parse(ping.into()) {
+                self.asked.insert(id, (room, address));
+                self.outputs.push_back(Output::Ask(ping));
+            }
+        }
+    }
+
+    /// No one else's ids look like this: the epoch was drawn at random.
+    fn id_prefix(&self) -> String {
+        format!("narrows-{:x}-p", self.epoch.0)
+    }
+
+    fn is_ours(&self, id: &str) -> bool {
+        id.starts_with(&self.id_prefix())
+    }
+
+    /// A room has answered a question of ours.
+    fn answered(&mut self, id: &str, answer: &Stanza, from: &str) {
+        let Some((room, address)) = self.asked.remove(id) else {
+            return;
+        };
+        let Some(guest) = self.rooms.get(&room).and_then(|guests| guests.get(&address)) else {
+            return;
+        };
+        if bare(from) != room || !guest.joined || !is_stranger(answer) {
+            return;
+        }
+        self.ghosts += 1;
+        let occupant = format!("{room}/{}", guest.nick);
+        // As the room would have said it, had it known to whom.
+        let (template, to_at) = lost_presence(&occupant, &MucUser::gone(), &[SELF_PRESENCE, LOST]);
+        let told = Stanza::join(&template, to_at as usize, &to_attribute(&address));
+        if let Ok(told) = Stanza::parse(told) {
+            self.outputs.push_back(Output::Cross(told));
+        }
+        self.remove(&room, &address);
+    }
+
+    fn remove(&mut self, room: &str, address: &str) {
+        let Some(guests) = self.rooms.get_mut(room) else { return };
+        if guests.remove(address).is_some() {
+            self.rows.remove(guest_key(room, address), &mut self.outputs);
+        }
+        if guests.is_empty() {
+            self.rooms.remove(room);
+        }
+    }
+
+    fn write(&mut self, room: &str, address: &str) {
+        let Some(guest) = self.rooms.get(room).and_then(|guests| guests.get(address)) else {
+            return;
+        };
+        let mut value = begin_row();
+        value.push(u8::from(guest.joined) | u8::from(guest.away) << 1);
+        put_prefixed(&mut value, guest.nick.as_bytes());
+        put_prefixed(&mut value, guest.presence.bytes());
+        if !self.rows.put(guest_key(room, address), value.into(), &mut self.outputs) {
+            self.remove(room, address);
+        }
+    }
+}
+
+/// XEP-0410 §3.3: the answers that mean "you are not in the room".
+fn is_stranger(answer: &Stanza) -> bool {
+    if !answer.is_error() {
+        return false;
+    }
+    let node = node_of(answer);
+    node.child(ns::SERVER, "error").is_some_and(|error| {
+        ["not-acceptable", "item-not-found"]
+            .iter()
+            .any(|name| error.child(ns::STANZA_ERRORS, name).is_some())
+    })
+}
+
+fn guest_key(room: &str, address: &str) -> Bytes {
+    rows::Kind::Guest.key(room, address.as_bytes())
+}

@@ -1,0 +1,283 @@
+//! A far room as its users beside us were shown it.
+//!
+//! Nothing here is guessed: sessions, occupants and the version of each presence that each session got are read from what the room
+//! itself has sent. A row of the store holds what one stanza changes, so a room of a hundred costs little more than a small one.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+
+use super::{muc::MucUser, words::node_of};
+use crate::{
+    codec::{
+        entry::Cast,
+        varint::{ReadError, Reader, put_len, put_prefixed},
+    },
+    stanza::Stanza,
+};
+
+/// A room with more is not mirrored: each presence would rewrite a row of that many addresses. Debian's ejabberd has 200 a room.
+pub const SESSIONS_MAX: usize = 2_000;
+pub const OCCUPANTS_MAX: usize = 5_000;
+/// Messages of one room that were shown near by and not yet reflected; beyond it they are shown only when the room does.
+pub const ECHOES_MAX: usize = 5_000;
+/// No part of a row is longer: it came in a stanza.
+const PART_MAX: usize = 1 << 20;
+
+const ROW_VERSION: u8 = 1;
+
+/// A user of ours in the room, by his full address.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Session {
+    /// The one that was asked for, until the room has said which it gave.
+    pub nick: String,
+    /// The room has let it in.
+    pub joined: bool,
+}
+
+/// What some sessions were shown of one occupant. Moderators see more than others, so there may be several.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Version {
+    pub template: Bytes,
+    pub to_at: u32,
+    /// The attribute for each session, as the room wrote it.
+    pub shown_to: BTreeMap<String, Bytes>,
+}
+
+impl Version {
+    pub fn stanza(&self) -> Option<Stanza> {
+        Stanza::parse(self.template.clone()).ok()
+    }
+
+    pub fn muc(&self) -> Option<MucUser> {
+        MucUser::of(&node_of(&self.stanza()?))
+    }
+}
+
+/// A message that was shown here before the room had it.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Echoed {
+    pub nick: String,
+    pub id: String,
+    pub shown_to: BTreeSet<String>,
+}
+
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Room {
+    pub sessions: BTreeMap<String, Session>,
+    pub occupants: BTreeMap<String, Vec<Version>>,
+    pub echoes: BTreeMap<u64, Echoed>,
+    /// Who was shown to whom as having left, before the room knew: its own word about it is not repeated.
+    pub settled: BTreeMap<String, BTreeSet<String>>,
+    /// Its messages carry ids of its own (XEP-0359), which an echo could not.
+    pub gives_ids: bool,
+    /// Our users were told of the split.
+    pub split_shown: bool,
+}
+
+impl Room {
+    /// Whether one of our users has this nick.
+    pub fn is_ours(&self, nick: &str) -> bool {
+        self.sessions
+            .values()
+            .any(|session| session.joined && session.nick == nick)
+    }
+
+    pub fn sessions_of<'a>(&'a self, nick: &'a str) -> impl Iterator<Item = &'a String> + 'a {
+        let of_nick = move |(_, session): &(&String, &Session)| session.joined && session.nick == nick;
+        self.sessions.iter().filter(of_nick).map(|(address, _)| address)
+    }
+
+    /// What a session was last shown of an occupant.
+    pub fn version(&self, nick: &str, session: &str) -> Option<&Version> {
+        let versions = self.occupants.get(nick)?;
+        versions.iter().find(|version| version.shown_to.contains_key(session))
+    }
+
+    /// These sessions were shown this of the occupant.
+    pub fn show(&mut self, nick: &str, cast: &Cast, recipients: &[(String, Bytes)]) {
+        let versions = self.occupants.entry(nick.to_owned()).or_default();
+        for version in versions.iter_mut() {
+            version
+                .shown_to
+                .retain(|session, _| recipients.iter().all(|(address, _)| address != session));
+        }
+        let same = versions
+            .iter()
+            .position(|version| version.template == cast.template && version.to_at == cast.to_at);
+        let at = same.unwrap_or_else(|| {
+            versions.push(Version {
+                // A copy, so that the recipients of the entry are not kept in memory with it.
+                template: Bytes::copy_from_slice(&cast.template),
+                to_at: cast.to_at,
+                shown_to: BTreeMap::new(),
+            });
+            versions.len() - 1
+        });
+        versions[at].shown_to.extend(recipients.iter().cloned());
+        versions.retain(|version| !version.shown_to.is_empty());
+    }
+
+    /// These sessions no longer see the occupant.
+    pub fn hide(&mut self, nick: &str, recipients: &[(String, Bytes)]) {
+        let Some(versions) = self.occupants.get_mut(nick) else {
+            return;
+        };
+        for version in versions.iter_mut() {
+            for (address, _) in recipients {
+                version.shown_to.remove(address);
+            }
+        }
+        versions.retain(|version| !version.shown_to.is_empty());
+        if versions.is_empty() {
+            self.occupants.remove(nick);
+        }
+    }
+
+    /// A session is out; the nicks whose rows changed are given back.
+    pub fn remove_session(&mut self, session: &str) -> Vec<String> {
+        self.sessions.remove(session);
+        let mut changed = Vec::new();
+        for (nick, versions) in &mut self.occupants {
+            let before: usize = versions.iter().map(|version| version.shown_to.len()).sum();
+            for version in versions.iter_mut() {
+                version.shown_to.remove(session);
+            }
+            versions.retain(|version| !version.shown_to.is_empty());
+            if versions.iter().map(|version| version.shown_to.len()).sum::<usize>() != before {
+                changed.push(nick.clone());
+            }
+        }
+        self.occupants.retain(|_, versions| !versions.is_empty());
+        changed
+    }
+
+    pub fn is_too_large(&self) -> bool {
+        self.sessions.len() > SESSIONS_MAX || self.occupants.len() > OCCUPANTS_MAX
+    }
+
+    /// Its own row: everything but occupants and echoes.
+    pub fn encode(&self) -> Bytes {
+        let mut out = vec![ROW_VERSION];
+        out.push(u8::from(self.gives_ids) | u8::from(self.split_shown) << 1);
+        put_len(&mut out, self.sessions.len());
+        for (address, session) in &self.sessions {
+            put_prefixed(&mut out, address.as_bytes());
+            put_prefixed(&mut out, session.nick.as_bytes());
+            out.push(u8::from(session.joined));
+        }
+        put_len(&mut out, self.settled.len());
+        for (nick, sessions) in &self.settled {
+            put_prefixed(&mut out, nick.as_bytes());
+            put_texts(&mut out, sessions);
+        }
+        out.into()
+    }
+
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let mut reader = row(bytes)?;
+        let flags = reader.byte().ok()?;
+        let mut room = Self {
+            gives_ids: flags & 1 != 0,
+            split_shown: flags & 2 != 0,
+            ..Self::default()
+        };
+        for _ in 0..reader.len_upto(SESSIONS_MAX + 1).ok()? {
+            let address = text(&mut reader)?;
+            let nick = text(&mut reader)?;
+            let joined = reader.byte().ok()? != 0;
+            room.sessions.insert(address, Session { nick, joined });
+        }
+        for _ in 0..reader.len_upto(OCCUPANTS_MAX).ok()? {
+            let nick = text(&mut reader)?;
+            room.settled.insert(nick, texts(&mut reader)?);
+        }
+        reader.finish().ok()?;
+        Some(room)
+    }
+
+    pub fn encode_occupant(&self, nick: &str) -> Option<Bytes> {
+        let versions = self.occupants.get(nick)?;
+        let mut out = vec![ROW_VERSION];
+        put_len(&mut out, versions.len());
+        for version in versions {
+            put_prefixed(&mut out, &version.template);
+            put_len(&mut out, version.to_at as usize);
+            put_len(&mut out, version.shown_to.len());
+            for (address, attribute) in &version.shown_to {
+                put_prefixed(&mut out, address.as_bytes());
+                put_prefixed(&mut out, attribute);
+            }
+        }
+        Some(out.into())
+    }
+
+    pub fn decode_occupant(bytes: &[u8]) -> Option<Vec<Version>> {
+        let mut reader = row(bytes)?;
+        let mut versions = Vec::new();
+        for _ in 0..reader.len_upto(SESSIONS_MAX + 1).ok()? {
+            let template = Bytes::copy_from_slice(reader.prefixed(PART_MAX).ok()?);
+            let to_at = u32::try_from(reader.len_upto(template.len()).ok()?).ok()?;
+            let mut shown_to = BTreeMap::new();
+            for _ in 0..reader.len_upto(SESSIONS_MAX + 1).ok()? {
+                let address = text(&mut reader)?;
+                shown_to.insert(address, Bytes::copy_from_slice(reader.prefixed(PART_MAX).ok()?));
+            }
+            versions.push(Version {
+                template,
+                to_at,
+                shown_to,
+            });
+        }
+        reader.finish().ok()?;
+        Some(versions)
+    }
+}
+
+impl Echoed {
+    pub fn encode(&self) -> Bytes {
+        let mut out = vec![ROW_VERSION];
+        put_prefixed(&mut out, self.nick.as_bytes());
+        put_prefixed(&mut out, self.id.as_bytes());
+        put_texts(&mut out, &self.shown_to);
+        out.into()
+    }
+
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let mut reader = row(bytes)?;
+        let echo = Self {
+            nick: text(&mut reader)?,
+            id: text(&mut reader)?,
+            shown_to: texts(&mut reader)?,
+        };
+        reader.finish().ok()?;
+        Some(echo)
+    }
+}
+
+/// The rest of a row of the one version that there is.
+pub fn row(bytes: &[u8]) -> Option<Reader<'_>> {
+    let mut reader = Reader::new(bytes);
+    (reader.byte() == Ok(ROW_VERSION)).then_some(reader)
+}
+
+pub fn begin_row() -> Vec<u8> {
+    vec![ROW_VERSION]
+}
+
+pub fn text(reader: &mut Reader<'_>) -> Option<String> {
+    let bytes: Result<&[u8], ReadError> = reader.prefixed(PART_MAX);
+    String::from_utf8(bytes.ok()?.to_vec()).ok()
+}
+
+fn put_texts(out: &mut Vec<u8>, texts: &BTreeSet<String>) {
+    put_len(out, texts.len());
+    for text in texts {
+        put_prefixed(out, text.as_bytes());
+    }
+}
+
+fn texts(reader: &mut Reader<'_>) -> Option<BTreeSet<String>> {
+    let count = reader.len_upto(SESSIONS_MAX + 1).ok()?;
+    (0..count).map(|_| text(reader)).collect()
+}

@@ -1,0 +1,692 @@
+//! One mirror by itself: what it gives its server and its peer, stanza by stanza.
+
+use super::{words::to_attribute, *};
+use crate::{stanza::ns, time::Wall};
+
+const ROOM: &str = "deck@conference.a.example";
+
+fn at(seconds: u64) -> Now {
+    Now {
+        mono: Mono::from_start(Duration::from_secs(seconds)),
+        wall: Wall::default(),
+    }
+}
+
+fn stanza(text: &str) -> Stanza {
+    Stanza::parse(Bytes::copy_from_slice(text.as_bytes())).unwrap()
+}
+
+fn domain(name: &str) -> Domain {
+    Domain::new(name).unwrap()
+}
+
+/// A mirror beside users at B, of rooms at A; and rows as a store would hold them.
+struct Site {
+    mirror: Mirror,
+    settings: MirrorSettings,
+    rows: BTreeMap<Bytes, Bytes>,
+    now: Now,
+    /// How long what crosses has waited.
+    held: Duration,
+}
+
+/// What a site's server was given, copy by copy, and what crossed.
+#[derive(Debug, Default, Eq, PartialEq)]
+struct Seen {
+    delivered: Vec<String>,
+    asked: Vec<String>,
+    crossed: Vec<String>,
+}
+
+impl Site {
+    fn new(settings: MirrorSettings) -> Self {
+        let now = at(0);
+        let mirror = Self::mirror(&settings, &BTreeMap::new(), now);
+        Self {
+            mirror,
+            settings,
+            rows: BTreeMap::new(),
+            now,
+            held: Duration::ZERO,
+        }
+    }
+
+    fn mirror(settings: &MirrorSettings, rows: &BTreeMap<Bytes, Bytes>, now: Now) -> Mirror {
+        let local = vec![domain("b.example"), domain("conference.b.example")];
+        let far = vec![domain("a.example"), domain("conference.a.example")];
+        Mirror::new(settings.clone(), local, far, Epoch(0xab), rows, now)
+    }
+
+    fn drain(&mut self) -> Seen {
+        let mut seen = Seen::default();
+        while let Some(output) = self.mirror.poll_output() {
+            match output {
+                Output::Deliver(cast) => {
+                    cast.check().unwrap();
+                    seen.delivered
+                        .extend((0..cast.recipients.len()).map(|k| text(&cast.copy(k).unwrap())));
+                }
+                Output::Ask(stanza) => seen.asked.push(text(stanza.bytes())),
+                Output::Cross(stanza) => seen.crossed.push(text(stanza.bytes())),
+                Output::PutRow { key, value } => {
+                    self.rows.insert(key, value);
+                }
+                Output::DropRow { key } => {
+                    self.rows.remove(&key);
+                }
+            }
+        }
+        self.assert_rows_tell_all();
+        seen
+    }
+
+    /// A process that starts from the rows knows what this one knows.
+    fn assert_rows_tell_all(&self) {
+        let again = Self::mirror(&self.settings, &self.rows, self.now);
+        assert_eq!(again.rooms, self.mirror.rooms);
+        assert_eq!(again.levels(), self.mirror.levels());
+    }
+
+    /// Our server sends this.
+    fn local(&mut self, text_: &str) -> Seen {
+        let crosses = self.mirror.handle_local(stanza(text_), self.now);
+        let mut seen = self.drain();
+        seen.crossed.extend(crosses.map(|stanza| text(stanza.bytes())));
+        seen
+    }
+
+    /// This crosses, for these sessions of ours.
+    fn far(&mut self, text_: &str, to: &[&str]) -> Seen {
+        let (template, to_at, _) = stanza(&text_.replacen('>', " to='x'>", 1)).split_to().unwrap();
+        let attributes: Vec<Bytes> = to.iter().map(|to| to_attribute(to)).collect();
+        let kept = self
+            .mirror
+            .handle_far(cast(template, to_at as u32, attributes.iter()), self.held, self.now);
+        let mut delivered: Vec<String> = kept
+            .iter()
+            .flat_map(|cast| (0..cast.recipients.len()).map(|k| text(&cast.copy(k).unwrap())))
+            .collect();
+        let mut seen = self.drain();
+        delivered.append(&mut seen.delivered);
+        Seen { delivered, ..seen }
+    }
+
+    fn presence(&mut self, nick: &str, rest: &str, to: &[&str]) -> Seen {
+        let text = format!(
+            "<presence from='{ROOM}/{nick}'>{rest}<x xmlns='{}'><item affiliation='member' role='participant'/></x></presence>",
+            ns::MUC_USER
+        );
+        self.far(&text, to)
+    }
+
+    fn self_presence(&mut self, nick: &str, to: &str) -> Seen {
+        let text = format!(
+            "<presence from='{ROOM}/{nick}'><x xmlns='{}'><item affiliation='member' role='participant'/><status code='110'/></x></presence>",
+            ns::MUC_USER
+        );
+        self.far(&text, &[to])
+    }
+
+    fn join(&mut self, user: &str) -> Seen {
+        self.local(&format!(
+            "<presence from='{user}@b.example/r' to='{ROOM}/{user}'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+        ))
+    }
+
+    /// `b1` and `b2` are in the room with `alice`, and the link is up.
+    fn populated(settings: MirrorSettings) -> Self {
+        let mut site = Self::new(settings);
+        site.up();
+        for user in ["b1", "b2"] {
+            site.join(user);
+            let address = format!("{user}@b.example/r");
+            site.presence("alice", "", &[&address]);
+            if user == "b2" {
+                site.presence("b1", "", &[&address]);
+                site.presence("b2", "", &["b1@b.example/r"]);
+            }
+            site.self_presence(user, &address);
+        }
+        site
+    }
+
+    fn up(&mut self) -> Seen {
+        self.mirror.handle_link_up(self.now);
+        let mut seen = self.drain();
+        self.mirror.handle_caught_up();
+        seen.delivered.extend(self.drain().delivered);
+        seen
+    }
+
+    fn down(&mut self) {
+        self.mirror.handle_link_down(self.now);
+    }
+
+    fn pass(&mut self, seconds: u64) -> Seen {
+        self.now = at(self.now.mono.since_start().as_secs() + seconds);
+        self.mirror.handle_timeout(self.now);
+        self.drain()
+    }
+
+    fn split(&mut self) -> Seen {
+        self.down();
+        self.pass(300)
+    }
+}
+
+fn text(bytes: &Bytes) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+fn has(list: &[String], parts: &[&str]) -> bool {
+    list.iter().any(|text| parts.iter().all(|part| text.contains(part)))
+}
+
+fn say(user: &str, id: &str) -> String {
+    format!("<message from='{user}@b.example/r' to='{ROOM}' type='groupchat' id='{id}'><body>hello</body></message>")
+}
+
+fn ping(user: &str, nick: &str) -> String {
+    format!("<iq type='get' from='{user}@b.example/r' to='{ROOM}/{nick}' id='p1'><ping xmlns='urn:xmpp:ping'/></iq>")
+}
+
+/// While the link is up, what a room and its occupants say passes as it is.
+#[test]
+fn a_live_room_passes_everything() {
+    let mut site = Site::populated(MirrorSettings::default());
+    let seen = site.local(&say("b1", "m1"));
+    assert_eq!((seen.crossed, seen.delivered.len()), (vec![say("b1", "m1")], 0));
+    let reflection = format!("<message from='{ROOM}/b1' type='groupchat' id='m1'><body>hello</body></message>");
+    let both = ["b1@b.example/r", "b2@b.example/r"];
+    assert_eq!(site.far(&reflection, &both).delivered.len(), 2);
+    assert_eq!(site.presence("alice", "<show>dnd</show>", &both).delivered.len(), 2);
+    assert_eq!(site.mirror.levels().sessions, 2);
+}
+
+/// XEP-0410: an occupant's question about itself is answered near by; a stranger's, or one about another, crosses.
+#[test]
+fn answers_self_pings_of_occupants_only() {
+    let mut site = Site::populated(MirrorSettings::default());
+    let seen = site.local(&ping("b1", "b1"));
+    assert!(has(
+        &seen.delivered,
+        &[
+            "type='result'",
+            "to='b1@b.example/r'",
+            &format!("from='{ROOM}/b1'"),
+            "id='p1'"
+        ]
+    ));
+    assert!(seen.crossed.is_empty());
+    for (user, nick) in [("b1", "b2"), ("b3", "b3"), ("b1", "alice")] {
+        let seen = site.local(&ping(user, nick));
+        assert_eq!((seen.crossed.len(), seen.delivered.len()), (1, 0), "{user} {nick}");
+    }
+}
+
+/// Nobody is told anything until the link has been down for `split_hold`; then far occupants leave, those beside stay, and a ping gets
+/// an answer that decides nothing. When all has come, who is there then is shown.
+#[test]
+fn a_split_is_shown_late_and_healed_with_the_truth() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.presence("adam", "", &["b1@b.example/r", "b2@b.example/r"]);
+    site.down();
+    assert_eq!(site.pass(299), Seen::default());
+    let seen = site.pass(1);
+    for (nick, user) in [("alice", "b1"), ("alice", "b2"), ("adam", "b1"), ("adam", "b2")] {
+        let parts = [
+            &format!("from='{ROOM}/{nick}'"),
+            "type='unavailable'",
+            "code='333'",
+            &format!("to='{user}@"),
+        ];
+        assert!(has(&seen.delivered, &parts), "{nick} {user}: {seen:?}");
+    }
+    assert_eq!(seen.delivered.len(), 4);
+    let seen = site.local(&ping("b1", "b1"));
+    assert!(has(
+        &seen.delivered,
+        &["type='error'", "remote-server-timeout", "type='wait'"]
+    ));
+
+    site.mirror.handle_link_up(site.now);
+    let both = ["b1@b.example/r", "b2@b.example/r"];
+    // `adam` has gone meanwhile, `eve` has come, `alice` has changed: nothing of it is shown one by one.
+    let gone = format!(
+        "<presence from='{ROOM}/adam' type='unavailable'><x xmlns='{}'><item affiliation='none' role='none'/></x></presence>",
+        ns::MUC_USER
+    );
+    assert_eq!(site.far(&gone, &both).delivered.len(), 0);
+    assert_eq!(site.presence("eve", "", &both).delivered.len(), 0);
+    assert_eq!(site.presence("alice", "<show>xa</show>", &both).delivered.len(), 0);
+    // What concerns those beside us is.
+    assert_eq!(
+        site.presence("b2", "<show>xa</show>", &["b1@b.example/r"])
+            .delivered
+            .len(),
+        1
+    );
+    let said = format!("<message from='{ROOM}/alice' type='groupchat' id='a9'><body>x</body></message>");
+    assert_eq!(site.far(&said, &both).delivered.len(), 2);
+    site.mirror.handle_caught_up();
+    let seen = site.drain();
+    assert_eq!(seen.delivered.len(), 4);
+    assert!(has(&seen.delivered, &["/alice'", "<show>xa</show>", "to='b1@"]));
+    assert!(has(&seen.delivered, &["/eve'", "to='b2@"]));
+}
+
+/// A link that comes back before the hold is over, and goes again, shows nothing however long that goes on.
+#[test]
+fn flaps_show_nothing() {
+    let mut site = Site::populated(MirrorSettings::default());
+    for _ in 0..120 {
+        site.down();
+        assert_eq!(site.pass(20).delivered.len(), 0);
+        assert_eq!(site.up().delivered.len(), 0);
+        site.now = at(site.now.mono.since_start().as_secs() + 10);
+    }
+    assert_eq!(site.mirror.stats().splits, 0);
+}
+
+/// `echo: auto`: with the link down, those beside the speaker hear him at once, and the room's reflection goes only to who has not heard.
+#[test]
+fn an_echo_is_heard_once() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.down();
+    let seen = site.local(&say("b1", "m1"));
+    assert_eq!(seen.crossed, [say("b1", "m1")]);
+    assert_eq!(seen.delivered.len(), 2);
+    assert!(has(
+        &seen.delivered,
+        &[&format!("from='{ROOM}/b1'"), "to='b2@b.example/r'", "id='m1'", "hello"]
+    ));
+    site.up();
+    site.join("b3");
+    site.self_presence("b3", "b3@b.example/r");
+    let reflection = format!("<message from='{ROOM}/b1' type='groupchat' id='m1'><body>hello</body></message>");
+    let all = ["b1@b.example/r", "b2@b.example/r", "b3@b.example/r"];
+    let seen = site.far(&reflection, &all);
+    assert_eq!(seen.delivered.len(), 1);
+    assert!(has(&seen.delivered, &["to='b3@b.example/r'"]));
+    // The same id again is another message.
+    assert_eq!(site.far(&reflection, &all).delivered.len(), 3);
+}
+
+/// Who gives a message no id gets one before it crosses, so that its reflection is known again.
+#[test]
+fn an_echo_without_an_id_gets_one() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.down();
+    let seen = site.local(&say("b1", "m1").replace(" id='m1'", ""));
+    assert!(has(&seen.crossed, &[" id='narrows-ab-"]));
+    assert!(has(&seen.delivered, &[" id='narrows-ab-"]));
+}
+
+/// Not echoed: when the policy says no, what is no plain message, and where the room gives ids that an echo would lack.
+#[test]
+fn echoes_only_where_it_is_safe() {
+    let quiet = |settings: MirrorSettings, message: &str, ids: bool| {
+        let mut site = Site::populated(settings);
+        if ids {
+            let text = format!(
+                "<message from='{ROOM}/alice' type='groupchat'><body>x</body><stanza-id xmlns='urn:xmpp:sid:0' by='{ROOM}' id='1'/></message>"
+            );
+            site.far(&text, &["b1@b.example/r"]);
+        }
+        site.down();
+        let seen = site.local(message);
+        seen.crossed.len() == 1 && seen.delivered.is_empty()
+    };
+    let settings = MirrorSettings::default;
+    let reflect = MirrorSettings {
+        echo: Echo::Reflect,
+        ..settings()
+    };
+    assert!(quiet(reflect, &say("b1", "m"), false));
+    assert!(quiet(
+        settings(),
+        &say("b1", "m").replace("<body>hello</body>", "<subject>s</subject><body>t</body>"),
+        false
+    ));
+    assert!(quiet(
+        settings(),
+        &say("b1", "m").replace("<body>hello</body>", "<composing/>"),
+        false
+    ));
+    assert!(quiet(settings(), &say("b9", "m"), false));
+    assert!(quiet(settings(), &say("b1", "m"), true));
+    assert!(!quiet(settings(), &say("b1", "m"), false));
+}
+
+/// A message that the room does not take after all: its author has the room's error, the others who saw it are told.
+#[test]
+fn a_refused_echo_is_taken_back() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.down();
+    site.local(&say("b1", "m1"));
+    site.up();
+    let error = format!(
+        "<message from='{ROOM}' type='error' id='m1'><error type='auth'><forbidden xmlns='{}'/></error></message>",
+        ns::STANZA_ERRORS
+    );
+    let seen = site.far(&error, &["b1@b.example/r"]);
+    assert_eq!(seen.delivered.len(), 2);
+    assert!(has(&seen.delivered, &["type='error'", "to='b1@"]));
+    assert!(has(
+        &seen.delivered,
+        &["not accepted", "to='b2@", &format!("from='{ROOM}'")]
+    ));
+    assert_eq!(site.mirror.levels().echoes_pending, 0);
+}
+
+/// Who leaves during a split has left for those beside him at once; the room's word for it comes later, and is not repeated.
+#[test]
+fn a_leave_during_a_split_is_told_once() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.split();
+    let leave = format!("<presence from='b2@b.example/r' to='{ROOM}/b2' type='unavailable'/>");
+    let seen = site.local(&leave);
+    assert_eq!(seen.crossed, [leave]);
+    assert!(has(
+        &seen.delivered,
+        &["/b2'", "unavailable", "to='b1@b.example/r'", "role='none'"]
+    ));
+    site.mirror.handle_link_up(site.now);
+    let gone = format!(
+        "<presence from='{ROOM}/b2' type='unavailable'><x xmlns='{}'><item affiliation='member' role='none'/></x></presence>",
+        ns::MUC_USER
+    );
+    assert_eq!(site.far(&gone, &["b1@b.example/r"]).delivered.len(), 0);
+    site.mirror.handle_caught_up();
+    let seen = site.drain();
+    assert!(!has(&seen.delivered, &["/b2'"]), "{seen:?}");
+}
+
+/// What needs the room is refused during a split, by an error that expels nobody and goes to the client alone.
+#[test]
+fn what_needs_the_room_is_refused() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.split();
+    let seen = site.join("b3");
+    assert!(seen.crossed.is_empty());
+    assert!(has(
+        &seen.delivered,
+        &["<presence type='error'", "to='b3@b.example/r'", "remote-server-timeout"]
+    ));
+    let seen = site.local(&format!("<presence from='b1@b.example/r' to='{ROOM}/other'/>"));
+    assert!(seen.crossed.is_empty() && has(&seen.delivered, &["not-acceptable"]));
+    let kick = format!(
+        "<iq type='set' id='k' from='b1@b.example/r' to='{ROOM}'><query xmlns='{}'/></iq>",
+        ns::MUC_ADMIN
+    );
+    let seen = site.local(&kick);
+    assert!(seen.crossed.is_empty() && has(&seen.delivered, &["<iq type='error'", "remote-server-timeout"]));
+    // A status is only late.
+    let seen = site.local(&format!(
+        "<presence from='b1@b.example/r' to='{ROOM}/b1'><show>dnd</show></presence>"
+    ));
+    assert_eq!((seen.crossed.len(), seen.delivered.len()), (1, 0));
+}
+
+/// Users beside each other can whisper during a split; it does not cross, as the one it is for has it.
+#[test]
+fn whispers_stay_near_during_a_split() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.split();
+    let whisper =
+        |nick: &str| format!("<message from='b1@b.example/r' to='{ROOM}/{nick}' type='chat'><body>x</body></message>");
+    let seen = site.local(&whisper("b2"));
+    assert!(seen.crossed.is_empty());
+    assert!(has(
+        &seen.delivered,
+        &[&format!("from='{ROOM}/b1'"), "to='b2@b.example/r'", "muc#user"]
+    ));
+    assert_eq!(site.local(&whisper("alice")).crossed.len(), 1);
+}
+
+/// A moderator sees real addresses, others do not: in a split and after it each sees what the room had shown to him.
+#[test]
+fn versions_do_not_mix() {
+    let mut site = Site::populated(MirrorSettings::default());
+    let full = format!(
+        "<presence from='{ROOM}/carol'><x xmlns='{0}'><item affiliation='none' role='participant' jid='carol@a.example/home'/></x></presence>",
+        ns::MUC_USER
+    );
+    site.far(&full, &["b1@b.example/r"]);
+    site.presence("carol", "", &["b2@b.example/r"]);
+    for seen in [site.split(), site.up()] {
+        let for_b2 = seen
+            .delivered
+            .iter()
+            .filter(|text| text.contains("to='b2@") && text.contains("/carol'"));
+        assert!(
+            for_b2.clone().count() == 1 && for_b2.clone().all(|text| !text.contains("carol@a.example")),
+            "{seen:?}"
+        );
+        assert!(has(&seen.delivered, &["to='b1@", "/carol'", "carol@a.example/home"]));
+    }
+}
+
+/// A room that our users have left is forgotten, with its rows.
+#[test]
+fn an_empty_room_leaves_nothing_behind() {
+    let mut site = Site::populated(MirrorSettings::default());
+    for user in ["b1", "b2"] {
+        let gone = format!(
+            "<presence from='{ROOM}/{user}' type='unavailable'><x xmlns='{}'><item affiliation='none' role='none'/><status code='110'/></x></presence>",
+            ns::MUC_USER
+        );
+        site.far(&gone, &[&format!("{user}@b.example/r")]);
+    }
+    assert_eq!((site.mirror.levels(), site.rows.len()), (Levels::default(), 0));
+}
+
+/// XEP-0045 §7.6: a new nick is taken from the room's own word for it.
+#[test]
+fn a_nick_change_is_followed() {
+    let mut site = Site::populated(MirrorSettings::default());
+    let away = format!(
+        "<presence from='{ROOM}/b1' type='unavailable'><x xmlns='{}'><item affiliation='member' role='participant' nick='bee'/>\
+         <status code='303'/><status code='110'/></x></presence>",
+        ns::MUC_USER
+    );
+    site.far(&away, &["b1@b.example/r"]);
+    site.self_presence("bee", "b1@b.example/r");
+    assert_eq!(site.local(&ping("b1", "bee")).delivered.len(), 1);
+    assert_eq!(site.local(&ping("b1", "b1")).crossed.len(), 1);
+}
+
+/// Discovery: a service's answer is for all, a room's for its occupants, a list for who asked; each as long as it lives.
+#[test]
+fn repeats_answers_to_whom_they_concern() {
+    let mut site = Site::populated(MirrorSettings::default());
+    let question = |user: &str, to: &str, what: &str| {
+        format!(
+            "<iq type='get' id='d' from='{user}@b.example/r' to='{to}'><query xmlns='http://jabber.org/protocol/disco#{what}'/></iq>"
+        )
+    };
+    let service = "conference.a.example";
+    for (to, what, stranger_too, other_too) in [
+        (service, "info", true, true),
+        (ROOM, "info", false, true),
+        (service, "items", false, false),
+    ] {
+        assert_eq!(site.local(&question("b1", to, what)).crossed.len(), 1);
+        let answer = format!(
+            "<iq type='result' id='d' from='{to}'><query xmlns='http://jabber.org/protocol/disco#{what}'><feature var='x'/></query></iq>"
+        );
+        assert_eq!(site.far(&answer, &["b1@b.example/r"]).delivered.len(), 1);
+        assert!(has(
+            &site.local(&question("b1", to, what)).delivered,
+            &["var='x'", "type='result'", "to='b1@"]
+        ));
+        assert_eq!(
+            site.local(&question("b2", to, what)).delivered.len(),
+            usize::from(other_too),
+            "{to} {what}"
+        );
+        assert_eq!(
+            site.local(&question("b9", to, what)).delivered.len(),
+            usize::from(stranger_too),
+            "{to} {what}"
+        );
+    }
+    site.now = at(10_000);
+    assert_eq!(site.local(&question("b1", service, "info")).crossed.len(), 1);
+}
+
+/// A room of ours at B, and `a1` from the peer in it.
+fn hosting() -> Site {
+    let mut site = Site::new(MirrorSettings::default());
+    site.up();
+    let join =
+        "<presence from='a1@a.example/r'><show>chat</show><x xmlns='http://jabber.org/protocol/muc'/></presence>";
+    site.far(join, &["mess@conference.b.example/a1"]);
+    site.local(&format!(
+        "<presence from='mess@conference.b.example/a1' to='a1@a.example/r'><x xmlns='{}'><item affiliation='none' role='participant'/>\
+         <status code='110'/></x></presence>",
+        ns::MUC_USER
+    ));
+    site
+}
+
+/// While the link is down a far occupant is away for those beside the room, and is itself again afterwards; the peer hears nothing of it.
+#[test]
+fn far_occupants_are_away_during_a_split() {
+    let mut site = hosting();
+    let seen = site.split();
+    assert_eq!(seen.delivered.len(), 1);
+    assert!(has(
+        &seen.delivered,
+        &[
+            "from='a1@a.example/r'",
+            "to='mess@conference.b.example/a1'",
+            "<show>away</show>"
+        ]
+    ));
+    assert!(!has(&seen.delivered, &["<show>chat</show>"]) && !has(&seen.delivered, &["protocol/muc'"]));
+    let reflected = format!(
+        "<presence from='mess@conference.b.example/a1' to='a1@a.example/r'><show>away</show><status>The link to this user&apos;s server is \
+         down.</status><x xmlns='{}'><item affiliation='none' role='participant'/><status code='110'/></x></presence>",
+        ns::MUC_USER
+    );
+    assert_eq!(site.local(&reflected), Seen::default());
+    let seen = site.up();
+    assert_eq!(seen.delivered.len(), 1);
+    assert!(has(
+        &seen.delivered,
+        &["<show>chat</show>", "to='mess@conference.b.example/a1'"]
+    ));
+    assert!(!has(&seen.delivered, &["protocol/muc'"]));
+}
+
+/// A room that has forgotten an occupant says so when asked, and the peer hears it as the room would have said it.
+#[test]
+fn a_forgotten_occupant_is_told() {
+    let mut site = hosting();
+    let seen = site.pass(301);
+    assert_eq!(seen.asked.len(), 1);
+    let id = stanza(&seen.asked[0]).id().unwrap().into_owned();
+    let answer = |error: &str| {
+        format!(
+            "<iq type='error' id='{id}' from='mess@conference.b.example/a1' to='a1@a.example/r'><error type='cancel'><{error} xmlns='{}'/></error></iq>",
+            ns::STANZA_ERRORS
+        )
+    };
+    let seen = site.local(&answer("not-acceptable"));
+    assert_eq!(seen.crossed.len(), 1);
+    assert!(has(
+        &seen.crossed,
+        &[
+            "unavailable",
+            "to='a1@a.example/r'",
+            "code='110'",
+            "code='333'",
+            "mess@conference.b.example/a1"
+        ]
+    ));
+    // The same answer again is nobody's.
+    assert_eq!(site.local(&answer("not-acceptable")), Seen::default());
+    assert_eq!(site.mirror.stats().ghosts, 1);
+}
+
+/// An answer that decides nothing (XEP-0410 §3.3) changes nothing.
+#[test]
+fn an_occupant_is_not_given_up_for_a_doubt() {
+    let mut site = hosting();
+    let seen = site.pass(301);
+    let id = stanza(&seen.asked[0]).id().unwrap().into_owned();
+    let answer = format!(
+        "<iq type='error' id='{id}' from='mess@conference.b.example/a1' to='a1@a.example/r'><error type='wait'><remote-server-timeout xmlns='{}'/></error></iq>",
+        ns::STANZA_ERRORS
+    );
+    assert_eq!(site.local(&answer), Seen::default());
+    assert_eq!(site.mirror.levels().guests, 1);
+}
+
+/// A row that cannot be read is dropped, and its room passes as it is.
+#[test]
+fn an_unreadable_row_is_dropped() {
+    let mut site = Site::populated(MirrorSettings::default());
+    let key = rows::Kind::Room.key(ROOM, b"");
+    site.rows.insert(key, Bytes::from_static(b"\xff"));
+    site.mirror = Site::mirror(&site.settings, &site.rows, site.now);
+    site.drain();
+    assert_eq!(site.rows.len(), 0);
+    assert_eq!(site.local(&ping("b1", "b1")).crossed.len(), 1);
+}
+
+/// XEP-0203: what waited longer than `delay_stamp_after` tells when it was said; what tells already, or came at once, stays as it is.
+#[test]
+fn stamps_what_waited() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.now.wall = Wall(1_795_167_641_000);
+    let said = format!("<message from='{ROOM}/alice' type='groupchat' id='a'><body>x</body></message>");
+    let to = ["b1@b.example/r"];
+    assert!(!has(&site.far(&said, &to).delivered, &["delay"]));
+    site.held = Duration::from_secs(600);
+    let seen = site.far(&said, &to);
+    assert!(
+        has(
+            &seen.delivered,
+            &["<delay xmlns='urn:xmpp:delay' from='conference.a.example' stamp='2026-11-20T09:30:41Z'/></message>"]
+        ),
+        "{seen:?}"
+    );
+    let old = said.replace(
+        "</message>",
+        "<delay xmlns='urn:xmpp:delay' stamp='2002-09-10T23:08:25Z'/></message>",
+    );
+    assert_eq!(site.far(&old, &to).delivered[0].matches("<delay").count(), 1);
+    assert!(!has(&site.presence("alice", "", &to).delivered, &["delay"]));
+}
+
+/// What was said just before the link was found to be down is shown near by then, and not again when the room reflects it.
+#[test]
+fn what_the_link_took_along_is_shown() {
+    let mut site = Site::populated(MirrorSettings::default());
+    for id in ["m1", "m2"] {
+        assert_eq!(site.local(&say("b1", id)).delivered.len(), 0);
+    }
+    let reflection =
+        |id: &str| format!("<message from='{ROOM}/b1' type='groupchat' id='{id}'><body>hello</body></message>");
+    let both = ["b1@b.example/r", "b2@b.example/r"];
+    site.far(&reflection("m1"), &both);
+    site.down();
+    let seen = site.drain();
+    assert_eq!(seen.delivered.len(), 2);
+    assert!(has(&seen.delivered, &["id='m2'", "to='b2@"]));
+    site.mirror.handle_link_up(site.now);
+    assert_eq!(site.far(&reflection("m2"), &both).delivered.len(), 0);
+}
+
+/// A process that starts during a split goes on with it: nobody is told twice, and joins stay refused.
+#[test]
+fn a_restart_keeps_the_split() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.split();
+    site.mirror = Site::mirror(&site.settings, &site.rows, site.now);
+    assert_eq!(site.pass(300).delivered.len(), 0);
+    assert!(site.join("b3").crossed.is_empty());
+    assert!(has(&site.up().delivered, &["/alice'", "to='b1@"]));
+}

@@ -1,0 +1,177 @@
+//! Stanzas as a mirror writes them, and what it reads in those of others.
+
+use std::{
+    borrow::Cow,
+    collections::BTreeSet,
+    time::{Duration, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+
+use super::{muc::MucUser, room::Version};
+use crate::{
+    codec::{
+        entry::Cast,
+        xml::{Element, Node},
+    },
+    stanza::{Stanza, domain_of, escape_attribute, escape_text, ns},
+    time::Now,
+};
+
+/// The stanza as a tree.
+pub fn node_of(stanza: &Stanza) -> Node {
+    Element {
+        namespace: ns::SERVER.to_owned(),
+        name: stanza.kind().as_str().to_owned(),
+        bytes: stanza.bytes().clone(),
+    }
+    .node()
+}
+
+/// An unavailable presence such as the room would send if the link had made it lose this occupant, as a template: `to` goes to the
+/// end of the tag's name.
+pub fn lost_presence(occupant: &str, muc: &MucUser, codes: &[u16]) -> (Bytes, u32) {
+    let mut text = format!(
+        "<presence from='{}' type='unavailable'><x xmlns='{}'>",
+        escape_attribute(occupant),
+        ns::MUC_USER
+    );
+    for item in &muc.items {
+        text.push_str(&format!(
+            "<item affiliation='{}' role='none'",
+            escape_attribute(&item.affiliation)
+        ));
+        if let Some(jid) = &item.jid {
+            text.push_str(&format!(" jid='{}'", escape_attribute(jid)));
+        }
+        text.push_str("/>");
+    }
+    for code in codes {
+        text.push_str(&format!("<status code='{code}'/>"));
+    }
+    text.push_str("</x></presence>");
+    (text.into(), "<presence".len() as u32)
+}
+
+pub fn has_body(node: &Node) -> bool {
+    node.child(ns::SERVER, "body").is_some()
+}
+
+/// XEP-0203: the template of a message with the time at which its server said it, unless it tells one already.
+pub fn stamped(stanza: &Stanza, held: Duration, now: Now) -> Option<Bytes> {
+    let node = node_of(stanza);
+    if !has_body(&node) || stanza.is_error() || node.child(ns::DELAY, "delay").is_some() {
+        return None;
+    }
+    let said_ms = now.wall.0.saturating_sub(u64::try_from(held.as_millis()).ok()?);
+    // Not in the name of a room: rooms strip what claims to be theirs.
+    let from = escape_attribute(domain_of(&stanza.from()?)).into_owned();
+    let delay = format!("<delay xmlns='{}' from='{from}' stamp='{}'/>", ns::DELAY, utc(said_ms));
+    // The place of `to` lies before it.
+    stanza.with_child(&delay)?.split_to().map(|(template, _, _)| template)
+}
+
+/// XEP-0082 §3.2, to the second.
+pub fn utc(unix_ms: u64) -> String {
+    humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(unix_ms)).to_string()
+}
+
+/// XEP-0359 §3: whether the room has stamped the message with an id of its own.
+pub fn gives_id(stanza: &Stanza, room: &str) -> bool {
+    let node = node_of(stanza);
+    node.children_in(ns::STANZA_ID)
+        .any(|child| child.name == "stanza-id" && child.attribute("by") == Some(room))
+}
+
+/// XEP-0421: as it stands in the occupant's presence, for his messages.
+pub fn occupant_id(presence: &Node) -> Option<String> {
+    let id = presence.child(ns::OCCUPANT_ID, "occupant-id")?.attribute("id")?;
+    Some(format!(
+        "<occupant-id xmlns='{}' id='{}'/>",
+        ns::OCCUPANT_ID,
+        escape_attribute(id)
+    ))
+}
+
+/// The same presence, away because of the link.
+pub fn away_presence(version: &Version) -> Option<(Bytes, u32)> {
+    let away = away(&version.stanza()?, "The link to this user's server is down.")?;
+    // Nothing before the place of `to` has changed.
+    Some((away.bytes().clone(), version.to_at))
+}
+
+/// A presence that says away, for this reason, and otherwise what it said.
+pub fn away(presence: &Stanza, why: &str) -> Option<Stanza> {
+    let bare = presence
+        .without_child(ns::SERVER, "show")?
+        .without_child(ns::SERVER, "status")?;
+    bare.with_child("<show>away</show>")?
+        .with_child(&format!("<status>{}</status>", escape_text(why)))
+}
+
+pub fn presence_error(
+    stanza: &Stanza,
+    occupant: &str,
+    to: &str,
+    error_type: &str,
+    condition: &str,
+    text: &str,
+) -> Option<Stanza> {
+    let id = stanza
+        .id()
+        .map(|id| format!(" id='{}'", escape_attribute(&id)))
+        .unwrap_or_default();
+    let errors = ns::STANZA_ERRORS;
+    let answer = format!(
+        "<presence type='error' from='{}' to='{}'{id}><error type='{error_type}'><{condition} xmlns='{errors}'/>\
+         <text xmlns='{errors}' xml:lang='en'>{}</text></error></presence>",
+        escape_attribute(occupant),
+        escape_attribute(to),
+        escape_text(text)
+    );
+    Stanza::parse(answer.into()).ok()
+}
+
+/// XEP-0045 §7.5: what a room answers to whom it does not let speak.
+pub fn message_error(stanza: &Stanza, text: &str) -> Option<Stanza> {
+    let (from, to) = (stanza.from()?, stanza.to()?);
+    let id = stanza
+        .id()
+        .map(|id| format!(" id='{}'", escape_attribute(&id)))
+        .unwrap_or_default();
+    let errors = ns::STANZA_ERRORS;
+    let answer = format!(
+        "<message type='error' from='{}' to='{}'{id}><error type='auth'><forbidden xmlns='{errors}'/>\
+         <text xmlns='{errors}' xml:lang='en'>{}</text></error></message>",
+        escape_attribute(&to),
+        escape_attribute(&from),
+        escape_text(text)
+    );
+    Stanza::parse(answer.into()).ok()
+}
+
+pub fn to_attribute(address: &str) -> Bytes {
+    format!(" to='{}'", escape_attribute(address)).into()
+}
+
+/// The address in a `to` attribute as a server writes it.
+pub fn address_in(attribute: &Bytes) -> Option<String> {
+    let text = std::str::from_utf8(attribute).ok()?;
+    let start = text.find(['\'', '"'])?;
+    let value = text.get(start + 1..text.len().checked_sub(1)?)?;
+    quick_xml::escape::unescape(value).ok().map(Cow::into_owned)
+}
+
+pub fn cast<'a>(template: Bytes, to_at: u32, recipients: impl Iterator<Item = &'a Bytes>) -> Cast {
+    let sorted: BTreeSet<Bytes> = recipients.cloned().collect();
+    Cast {
+        template,
+        to_at,
+        recipients: sorted.into_iter().collect(),
+    }
+}
+
+/// The cast for these of its recipients.
+pub fn narrowed(cast: Cast, recipients: Vec<Bytes>) -> Option<Cast> {
+    (!recipients.is_empty()).then_some(Cast { recipients, ..cast })
+}
