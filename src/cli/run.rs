@@ -25,7 +25,7 @@ use tracing::{error, info, warn};
 use super::{
     Exit,
     sockets::Inherited,
-    status::{self, PeerStatus, QueueStatus, Status, Traffic},
+    status::{self, PeerStatus, QueueStatus, RoomsStatus, Status, Traffic},
 };
 use crate::{
     config::{self, Compression, Config, Identity, Management},
@@ -439,6 +439,7 @@ fn settings(config: &Config, peer: &config::Peer) -> Settings {
             fragment_bytes_max: usize::try_from(link.fragment_bytes.0).unwrap_or(usize::MAX),
             ..SessionConfig::default()
         },
+        mirror: config.mirror.settings(),
     }
 }
 
@@ -498,5 +499,11 @@ fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
             link_bytes: report.link_bytes_received,
         },
         in_doubt: relay.in_doubt,
+        rooms: RoomsStatus {
+            mirrored: report.rooms.rooms as u64,
+            sessions: report.rooms.sessions as u64,
+            split: report.rooms.rooms_split as u64,
+            guests: report.rooms.guests as u64,
+        },
     }
 }

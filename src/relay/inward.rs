@@ -188,26 +188,29 @@ impl Inward {
         }
     }
 
-    /// Takes in an entry that has crossed, and says whether it is to be stored. What may not be delivered is dropped and counted.
-    pub fn handle_entry(&mut self, encoded: Bytes, stats: &mut RelayStats) -> bool {
-        let (pair, cast) = match self.admit(&encoded) {
-            Ok(Some(admitted)) => admitted,
-            Ok(None) => return false,
-            Err(drop) => {
-                stats.dropped(drop);
-                return false;
-            }
-        };
+    /// Takes in a cast for our server: one that has crossed and was [admitted](Self::admit), or one of our own. Gives the bytes of
+    /// its entry.
+    pub fn put(&mut self, pair: &DomainPair, cast: Cast) -> usize {
         let all_in_memory = self.taken == self.last;
         let seq = Seq(self.last.0 + 1);
         self.last = seq;
-        self.outputs
-            .push_back(Output::Change(Change::PutInbox { seq, entry: encoded }));
+        let entry = Entry::Cast(cast.clone()).encode();
+        let bytes = entry.len();
+        self.outputs.push_back(Output::Change(Change::PutInbox { seq, entry }));
         if all_in_memory && self.bytes < self.memory_bytes {
             self.taken = seq;
-            self.enqueue(seq, &pair, cast, Bits::default());
+            self.enqueue(seq, pair, cast, Bits::default());
         }
-        true
+        bytes
+    }
+
+    /// Which pair a cast of our own belongs to, if it is one that the server may be given.
+    pub fn pair_of(&mut self, cast: &Cast) -> Option<DomainPair> {
+        cast.check().ok()?;
+        self.admit(&Entry::Cast(cast.clone()).encode())
+            .ok()
+            .flatten()
+            .map(|(pair, _)| pair)
     }
 
     pub fn handle_read(&mut self, slots: Vec<Slot>, end: bool, stats: &mut RelayStats) {
@@ -540,7 +543,7 @@ impl Inward {
     ///
     /// The peer is trusted with its own domains only, and our server closes a stream on one bad byte, so the
     /// stanza is checked as strictly as if it had come from a server.
-    fn admit(&mut self, encoded: &Bytes) -> Result<Option<(DomainPair, Cast)>, Drop> {
+    pub fn admit(&mut self, encoded: &Bytes) -> Result<Option<(DomainPair, Cast)>, Drop> {
         let cast = match Entry::decode(encoded).map_err(|_| Drop::Malformed)? {
             Entry::Void => return Ok(None),
             Entry::Cast(cast) => cast,

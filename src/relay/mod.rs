@@ -31,17 +31,18 @@ use self::{inward::Inward, outward::Outward};
 use crate::{
     codec::{
         compress,
-        entry::{ENTRY_BYTES_MAX, Entry},
+        entry::{Cast, ENTRY_BYTES_MAX, Entry},
         frame::{self, Hello, Reason},
         position::{Added, Epoch, Received, Seq},
     },
     link::session::{self, LinkError, LinkSession, Sent, SessionConfig},
+    mirror::{self, Mirror, MirrorSettings},
     queue::{
         collapse::{Placed, Refusal},
         journal::{Batch, Change, Levels, Opening, Slot},
         scheduler::{Answer, Offer},
     },
-    stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bounce},
+    stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bounce, domain_of},
     time::{Deadline, Now},
 };
 
@@ -166,6 +167,7 @@ pub struct Settings {
     /// What this site is called, for the peer's log.
     pub site: Option<String>,
     pub session: SessionConfig,
+    pub mirror: MirrorSettings,
 }
 
 #[derive(Clone, Debug)]
@@ -310,7 +312,10 @@ pub struct Relay {
     epoch: Epoch,
     outward: Outward,
     inward: Inward,
+    mirror: Mirror,
     link: Link,
+    /// While the link is up and what waited has not come: the last of it.
+    catching_up: Option<Seq>,
     /// What has arrived from the peer; `stored` is the part of it that is on disk.
     received: Received,
     stored: Received,
@@ -347,7 +352,16 @@ impl Relay {
                 settings.memory_bytes,
                 opening.inbox_last,
             ),
+            mirror: Mirror::new(
+                settings.mirror.clone(),
+                settings.local.clone(),
+                settings.far.clone(),
+                opening.epoch,
+                &opening.state,
+                now,
+            ),
             link: Link::Down,
+            catching_up: None,
             received: opening.received.clone(),
             stored: opening.received.clone(),
             batch: Batch {
@@ -371,7 +385,7 @@ impl Relay {
     pub fn handle(&mut self, input: Input, now: Now) {
         self.transmit_due = true;
         match input {
-            Input::Stanza { leg, n, pair, stanza } => self.handle_stanza(leg, n, pair, &stanza, now),
+            Input::Stanza { leg, n, pair, stanza } => self.handle_stanza(leg, n, pair, stanza, now),
             Input::Committed { batch, levels } => self.handle_committed(batch, levels, now),
             Input::SpoolRead { slots, end } => self.outward.handle_read(slots, end, now, &mut self.stats),
             Input::InboxRead { slots, end } => self.inward.handle_read(slots, end, &mut self.stats),
@@ -382,6 +396,7 @@ impl Relay {
                 stanza_bytes_max,
             } => {
                 self.inward.handle_lane_up(&lane, life, acks, stanza_bytes_max);
+                self.mirror.handle_leg_up(&lane.pair.local, now);
             }
             Input::LaneConfirmed { lane, life, stanzas } => {
                 self.inward.handle_lane_confirmed(&lane, life, stanzas, &mut self.stats);
@@ -392,10 +407,10 @@ impl Relay {
             Input::LinkUp => self.handle_link_up(now),
             Input::LinkBytes(bytes) => match &mut self.link {
                 Link::Waiting { bytes: waiting } if waiting.len() < WAITING_PIECES_MAX => waiting.push(bytes),
-                Link::Waiting { .. } => self.close_link(LinkClose::Error(LinkError::NotAHello)),
+                Link::Waiting { .. } => self.close_link(LinkClose::Error(LinkError::NotAHello), now),
                 Link::Down | Link::Up { .. } => self.handle_session(session::Input::Bytes(bytes), now),
             },
-            Input::LinkDown => self.drop_link(),
+            Input::LinkDown => self.drop_link(now),
             Input::Drain => {
                 self.outward.seal_all(self.batch.number, now, &mut self.stats);
                 self.inward.stop();
@@ -403,6 +418,7 @@ impl Relay {
             Input::Timeout => {
                 self.outward.handle_timeout(self.batch.number, now, &mut self.stats);
                 self.handle_session(session::Input::Timeout, now);
+                self.mirror.handle_timeout(now);
             }
         }
         self.settle(now);
@@ -442,7 +458,8 @@ impl Relay {
 
     pub fn poll_timeout(&self) -> Option<Deadline> {
         let session = self.session().and_then(LinkSession::poll_timeout);
-        [self.outward.poll_timeout(), self.inward.poll_timeout(), session]
+        let mirror = self.mirror.poll_timeout();
+        [self.outward.poll_timeout(), self.inward.poll_timeout(), session, mirror]
             .into_iter()
             .fold(None, Deadline::earlier)
     }
@@ -453,6 +470,10 @@ impl Relay {
 
     pub fn levels(&self) -> Levels {
         self.levels
+    }
+
+    pub fn mirror(&self) -> &Mirror {
+        &self.mirror
     }
 
     pub fn session(&self) -> Option<&LinkSession> {
@@ -497,32 +518,39 @@ impl Relay {
         self.is_settled() && self.outward.acked() == self.outward.last() && self.inward.is_quiet()
     }
 
-    fn handle_stanza(&mut self, leg: LegId, n: u64, pair: DomainPair, stanza: &Stanza, now: Now) {
+    fn handle_stanza(&mut self, leg: LegId, n: u64, pair: DomainPair, stanza: Stanza, now: Now) {
         if self.is_spool_full() {
             self.stats.refused += 1;
             let text = "The queue for this destination is full. Try again later.";
-            if let Some(answer) = bounce(stanza, ErrorType::Wait, Condition::ResourceConstraint, text) {
+            if let Some(answer) = bounce(&stanza, ErrorType::Wait, Condition::ResourceConstraint, text) {
                 self.inward.send_own(pair, answer, &mut self.stats);
             }
         } else {
-            match self.take_in(stanza, now) {
-                Ok(placed) => {
-                    self.stats.casts += u64::from(placed.new);
-                    self.stats.copies_accepted += 1;
-                    self.stats.copy_bytes_accepted += stanza.bytes().len() as u64;
-                }
-                // The streams let nothing through without both addresses.
-                Err(Refusal::NoAddress) => self.stats.dropped(Drop::Malformed),
-                Err(Refusal::TooLarge) => {
-                    self.stats.dropped(Drop::OverPeerLimit);
-                    let text = "The stanza or its address is too long.";
-                    if let Some(answer) = bounce(stanza, ErrorType::Modify, Condition::PolicyViolation, text) {
-                        self.inward.send_own(pair, answer, &mut self.stats);
-                    }
-                }
+            self.stats.copies_accepted += 1;
+            self.stats.copy_bytes_accepted += stanza.bytes().len() as u64;
+            let rtt = self.session().and_then(|session| session.stats().rtt);
+            self.mirror.note_rtt(rtt);
+            if let Some(stanza) = self.mirror.handle_local(stanza, now) {
+                self.cross(&stanza, pair, now);
             }
         }
         self.wait(Waiting::Accept { leg, n });
+    }
+
+    /// What is to cross gets its place in the spool, or its sender is told why not.
+    fn cross(&mut self, stanza: &Stanza, pair: DomainPair, now: Now) {
+        match self.take_in(stanza, now) {
+            Ok(placed) => self.stats.casts += u64::from(placed.new),
+            // The streams let nothing through without both addresses.
+            Err(Refusal::NoAddress) => self.stats.dropped(Drop::Malformed),
+            Err(Refusal::TooLarge) => {
+                self.stats.dropped(Drop::OverPeerLimit);
+                let text = "The stanza or its address is too long.";
+                if let Some(answer) = bounce(stanza, ErrorType::Modify, Condition::PolicyViolation, text) {
+                    self.inward.send_own(pair, answer, &mut self.stats);
+                }
+            }
+        }
     }
 
     /// Gives a stanza its place in the spool.
@@ -568,9 +596,9 @@ impl Relay {
     }
 
     fn handle_link_up(&mut self, now: Now) {
-        self.drop_link();
+        self.drop_link(now);
         if self.is_inbox_full() {
-            return self.close_link(LinkClose::InboxFull);
+            return self.close_link(LinkClose::InboxFull, now);
         }
         self.stats.link_ups += 1;
         self.link = Link::Waiting { bytes: Vec::new() };
@@ -611,13 +639,15 @@ impl Relay {
         }
     }
 
-    fn drop_link(&mut self) {
+    fn drop_link(&mut self, now: Now) {
         self.link = Link::Down;
+        self.catching_up = None;
         self.outward.link_down();
+        self.mirror.handle_link_down(now);
     }
 
-    fn close_link(&mut self, why: LinkClose) {
-        self.drop_link();
+    fn close_link(&mut self, why: LinkClose, now: Now) {
+        self.drop_link(now);
         self.outputs.push_back(Output::CloseLink(why));
     }
 
@@ -626,25 +656,47 @@ impl Relay {
         let result = session.handle(input, now);
         while let Some(output) = self.link.session().and_then(LinkSession::poll_output) {
             match output {
-                session::Output::PeerHello { received, missing, .. } => self.handle_hello(received, missing),
-                session::Output::Received { seq, entry, .. } => self.handle_entry(seq, entry),
+                session::Output::PeerHello {
+                    hello,
+                    received,
+                    missing,
+                } => {
+                    self.handle_hello(received, missing, hello.last, now);
+                }
+                session::Output::Received { seq, held_ms, entry } => {
+                    self.handle_entry(seq, Duration::from_millis(held_ms), &entry, now);
+                }
                 session::Output::Acked(acked) => self.handle_acked(&acked),
                 session::Output::Quiet => self.outputs.push_back(Output::LinkQuiet(true)),
                 session::Output::Alive => self.outputs.push_back(Output::LinkQuiet(false)),
-                session::Output::Goodbye(reason) => self.close_link(LinkClose::Goodbye(reason)),
+                session::Output::Goodbye(reason) => self.close_link(LinkClose::Goodbye(reason), now),
             }
         }
         if let Err(error) = result {
-            self.close_link(LinkClose::Error(error));
+            self.close_link(LinkClose::Error(error), now);
         }
     }
 
-    fn handle_hello(&mut self, received: Received, missing: u64) {
+    fn handle_hello(&mut self, received: Received, missing: u64, last: Seq, now: Now) {
         self.stats.missing += missing;
+        if missing > 0 || received != self.received {
+            self.mirror.forget();
+        }
+        self.mirror.handle_link_up(now);
+        self.catching_up = Some(last);
         if received != self.received {
             // The first meeting, or a disk was replaced: the peer's numbering starts where its spool does.
             self.received = received;
             self.note_received();
+        }
+        self.note_caught_up();
+    }
+
+    /// Whether all has come that the peer had for us when the link came up.
+    fn note_caught_up(&mut self) {
+        if self.catching_up.is_some_and(|last| self.received.upto >= last) {
+            self.catching_up = None;
+            self.mirror.handle_caught_up();
         }
     }
 
@@ -659,21 +711,58 @@ impl Relay {
         }
     }
 
-    fn handle_entry(&mut self, seq: Seq, entry: Bytes) {
+    fn handle_entry(&mut self, seq: Seq, held: Duration, entry: &Bytes, now: Now) {
         if self.received.add(seq) != Added::New {
             self.stats.duplicates += 1;
             return;
         }
         self.stats.entries_received += 1;
-        let bytes = entry.len() as u64;
-        if self.inward.handle_entry(entry, &mut self.stats) {
-            let uncommitted = self.uncommitted();
-            uncommitted.inbox_entries += 1;
-            uncommitted.inbox_bytes += bytes;
+        match self.inward.admit(entry) {
+            Ok(Some((pair, cast))) => {
+                if let Some(cast) = self.mirror.handle_far(cast, held, now) {
+                    self.put_inbox(&pair, cast);
+                }
+            }
+            Ok(None) => {}
+            Err(drop) => self.stats.dropped(drop),
         }
+        // What follows from it comes after it, and with it.
+        self.drain_mirror(now);
         self.note_received();
+        self.note_caught_up();
+        self.drain_mirror(now);
         if self.is_inbox_full() {
-            self.close_link(LinkClose::InboxFull);
+            self.close_link(LinkClose::InboxFull, now);
+        }
+    }
+
+    fn put_inbox(&mut self, pair: &DomainPair, cast: Cast) {
+        let bytes = self.inward.put(pair, cast);
+        let uncommitted = self.uncommitted();
+        uncommitted.inbox_entries += 1;
+        uncommitted.inbox_bytes += bytes as u64;
+    }
+
+    /// Puts what the mirror has to say where it belongs, in the batch that gathers.
+    fn drain_mirror(&mut self, now: Now) {
+        while let Some(output) = self.mirror.poll_output() {
+            match output {
+                mirror::Output::PutRow { key, value } => self.batch.changes.push(Change::PutState { key, value }),
+                mirror::Output::DropRow { key } => self.batch.changes.push(Change::DropState { key }),
+                mirror::Output::Deliver(cast) => match self.inward.pair_of(&cast) {
+                    Some(pair) => self.put_inbox(&pair, cast),
+                    None => self.stats.dropped(Drop::Malformed),
+                },
+                mirror::Output::Ask(stanza) => match pair_of(&stanza) {
+                    Some(pair) => self.inward.send_own(pair, stanza.bytes().clone(), &mut self.stats),
+                    None => self.stats.dropped(Drop::Malformed),
+                },
+                mirror::Output::Cross(stanza) => match pair_of(&stanza) {
+                    // Ours is who speaks here.
+                    Some(DomainPair { local, far }) => self.cross(&stanza, DomainPair { local: far, far: local }, now),
+                    None => self.stats.dropped(Drop::Malformed),
+                },
+            }
         }
     }
 
@@ -708,6 +797,7 @@ impl Relay {
 
     /// Carries on whatever the last input made possible.
     fn settle(&mut self, now: Now) {
+        self.drain_mirror(now);
         self.inward.advance(now, &mut self.stats);
         let mut reads = Vec::new();
         self.gather(&mut reads, now);
@@ -788,6 +878,14 @@ impl Relay {
         self.outputs
             .push_back(Output::Commit(std::mem::replace(&mut self.batch, next)));
     }
+}
+
+/// Of a stanza for our server: whose it is, and whom it is for.
+fn pair_of(stanza: &Stanza) -> Option<DomainPair> {
+    Some(DomainPair {
+        local: Domain::new(domain_of(&stanza.to()?)).ok()?,
+        far: Domain::new(domain_of(&stanza.from()?)).ok()?,
+    })
 }
 
 /// Puts what the scheduler offers into the batch, as far as the session takes it.

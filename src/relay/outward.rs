@@ -224,7 +224,8 @@ impl Outward {
                     }
                 },
             };
-            self.scheduler.load(flow, slot.seq, entry, batch, now.mono);
+            let accepted = self.accepted_at(slot.seq, now);
+            self.scheduler.load(flow, slot.seq, entry, batch, accepted);
         }
         if end {
             self.pass_missing(Seq(upto.0 + 1), now);
@@ -296,6 +297,13 @@ impl Outward {
         self.ages
             .front()
             .map_or(Duration::ZERO, |(_, since)| now.mono.since(*since))
+    }
+
+    /// When this number was given out, to the second: what was there before the process started counts from then.
+    fn accepted_at(&self, seq: Seq, now: Now) -> Mono {
+        let later = self.ages.partition_point(|(noted, _)| *noted <= seq);
+        let noted = self.ages.get(later.saturating_sub(1));
+        noted.map_or(now.mono, |(_, at)| *at)
     }
 
     /// Takes the wanted number from its open group, if it has one.

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use narrows::{
     codec::position::{Epoch, Seq},
     link::session::{LinkError, SessionConfig},
+    mirror::MirrorSettings,
     queue::journal::{Batch, Change, Model},
     relay::{Drop, Input, LaneFault, LaneKey, LegId, LinkClose, Output, Relay, Settings},
     stanza::{Domain, DomainPair, Stanza, domain_of},
@@ -163,6 +164,11 @@ fn settings(name: char, other: char, faults: Faults, random: &mut Random) -> Set
             ack_entries_max: random.pick(&[1, 3, 64]),
             fragment_bytes_max: random.pick(&[100, 1024]),
             ..SessionConfig::default()
+        },
+        mirror: MirrorSettings {
+            // Bytes are compared here.
+            delay_stamp_after: Duration::MAX,
+            ..MirrorSettings::default()
         },
     }
 }
