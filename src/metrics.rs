@@ -235,6 +235,14 @@ words! {
     StanzaKind, "kind": Message = "message", Presence = "presence", Iq = "iq",
 }
 words! {
+    /// Answered near the asker instead of beyond the link.
+    NearAnswer, "question": Ping = "ping", Disco = "disco",
+}
+words! {
+    /// A message that was shown near by at once: it was shown, the room's copy of it was swallowed, the room refused it.
+    EchoEvent, "event": Shown = "shown", Reflected = "reflected", RefusedByRoom = "refused",
+}
+words! {
     AdminPath, "path": Metrics = "metrics", Healthz = "healthz", Readyz = "readyz", Status = "status", Other = "other",
 }
 words! {
@@ -398,6 +406,24 @@ declare! {
         "Copies written to a stream that has acknowledgements (XEP-0198) and not acknowledged by the server yet.";
     IN_DOUBT: Counter<Peer> = "narrows_in_doubt_total",
         "Copies of which nobody can tell whether the server got them: they were in flight on a stream without acknowledgements when it or a process died.";
+
+    MIRROR_ROOMS: Gauge<Peer> = "narrows_mirror_rooms", "The peer's rooms that local users are in.";
+    MIRROR_ROOMS_SPLIT: Gauge<Peer> = "narrows_mirror_rooms_split",
+        "Of those, the ones whose local users were told that the link is gone.";
+    MIRROR_SESSIONS: Gauge<Peer> = "narrows_mirror_sessions", "Local sessions in the peer's rooms.";
+    MIRROR_GUESTS: Gauge<Peer> = "narrows_mirror_guests", "The peer's sessions in local rooms.";
+    MIRROR_ECHOES_PENDING: Gauge<Peer> = "narrows_mirror_echoes_pending",
+        "Messages that were shown to local users and that the room has not taken yet.";
+    MIRROR_ECHOES: Counter<Peer, EchoEvent> = "narrows_mirror_echoes_total",
+        "Messages shown to local users before the room had them, by what became of them.";
+    MIRROR_ANSWERS: Counter<Peer, NearAnswer> = "narrows_mirror_answers_total",
+        "Questions of local users that were answered here, for which nothing crossed the link.";
+    MIRROR_REFUSED: Counter<Peer> = "narrows_mirror_refused_total",
+        "Joins, nick changes and commands of local users that were refused because the link was gone.";
+    MIRROR_SPLITS: Counter<Peer> = "narrows_mirror_splits_total", "Times that users were told that the link is gone.";
+    MIRROR_HEALS: Counter<Peer> = "narrows_mirror_heals_total", "Times that local users were shown who is there after all.";
+    MIRROR_GHOSTS: Counter<Peer> = "narrows_mirror_ghosts_total",
+        "The peer's sessions that a local room no longer knew, and which were told so: after a restart of the server, for one.";
 
     STORE_COMMITS: Counter<Peer> = "narrows_store_commits_total", "Commits to the peer's database; each is a flush of the disk.";
     STORE_COMMIT: Histogram(COMMIT_BOUNDS)<Peer> = "narrows_store_commit_seconds", "How long a commit took.";

@@ -40,6 +40,19 @@ pub struct PeerStatus {
     pub received: Traffic,
     /// Copies of which nobody can tell whether the server got them.
     pub in_doubt: u64,
+    pub rooms: RoomsStatus,
+}
+
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default)]
+pub struct RoomsStatus {
+    /// The peer's rooms that local users are in, and with how many sessions.
+    pub mirrored: u64,
+    pub sessions: u64,
+    /// Of those rooms, the ones whose local users were told that the link is gone.
+    pub split: u64,
+    /// The peer's sessions in local rooms.
+    pub guests: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -159,6 +172,14 @@ impl fmt::Display for Status {
         for peer in &self.peers {
             if let Some(error) = &peer.last_error {
                 writeln!(f, "{}: {error}", peer.name)?;
+            }
+            if peer.rooms.split > 0 {
+                let (split, all) = (peer.rooms.split, peer.rooms.mirrored);
+                writeln!(
+                    f,
+                    "{}: the users of {split} of {all} rooms were told that the link is gone",
+                    peer.name
+                )?;
             }
             if peer.in_doubt > 0 {
                 writeln!(f, "{}: {} copies in doubt", peer.name, peer.in_doubt)?;

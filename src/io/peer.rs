@@ -26,7 +26,8 @@ use super::{
 };
 use crate::{
     link::session::SessionStats,
-    metrics::{self as m, Direction, Layer, Leg, StanzaKind},
+    metrics::{self as m, Direction, EchoEvent, Layer, Leg, NearAnswer, StanzaKind},
+    mirror,
     queue::journal::Levels,
     relay::{Drop as Dropped, Input, LaneFault, LaneKey, LinkClose, Output, Relay, RelayStats},
     stanza::Kind,
@@ -80,6 +81,7 @@ pub struct Report {
     pub levels: Levels,
     pub spool_oldest: Duration,
     pub relay: RelayStats,
+    pub rooms: mirror::Levels,
     pub link_bytes_sent: u64,
     pub link_bytes_received: u64,
     pub lanes_up: usize,
@@ -588,6 +590,21 @@ impl Owner {
         m::INBOX_ENTRIES.set(peer, levels.inbox_entries as f64);
         m::INBOX_BYTES.set(peer, levels.inbox_bytes as f64);
         m::LANE_UNCONFIRMED.set(peer, unconfirmed as f64);
+        let (rooms, mirrored) = (self.relay.mirror().levels(), self.relay.mirror().stats());
+        m::MIRROR_ROOMS.set(peer, rooms.rooms as f64);
+        m::MIRROR_ROOMS_SPLIT.set(peer, rooms.rooms_split as f64);
+        m::MIRROR_SESSIONS.set(peer, rooms.sessions as f64);
+        m::MIRROR_GUESTS.set(peer, rooms.guests as f64);
+        m::MIRROR_ECHOES_PENDING.set(peer, rooms.echoes_pending as f64);
+        m::MIRROR_ECHOES.follow((peer, EchoEvent::Shown), mirrored.echoes);
+        m::MIRROR_ECHOES.follow((peer, EchoEvent::Reflected), mirrored.reflections_swallowed);
+        m::MIRROR_ECHOES.follow((peer, EchoEvent::RefusedByRoom), mirrored.echoes_refused);
+        m::MIRROR_ANSWERS.follow((peer, NearAnswer::Ping), mirrored.pings_answered);
+        m::MIRROR_ANSWERS.follow((peer, NearAnswer::Disco), mirrored.discos_answered);
+        m::MIRROR_REFUSED.follow(peer, mirrored.refused);
+        m::MIRROR_SPLITS.follow(peer, mirrored.splits);
+        m::MIRROR_HEALS.follow(peer, mirrored.heals);
+        m::MIRROR_GHOSTS.follow(peer, mirrored.ghosts);
         let store = self.store.stats();
         m::STORE_COMMITS.follow(peer, store.commits());
         m::STORE_BYTES.set(peer, store.bytes_on_disk() as f64);
@@ -600,6 +617,7 @@ impl Owner {
             levels,
             spool_oldest: oldest,
             relay: stats.clone(),
+            rooms,
             link_bytes_sent: tcp_sent,
             link_bytes_received: tcp_received,
             lanes_up,

@@ -7,6 +7,7 @@ mod acts;
 mod cast;
 mod faults;
 mod management;
+mod mirror;
 mod one_copy;
 mod outage;
 mod recordings;

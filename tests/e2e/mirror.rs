@@ -1,0 +1,260 @@
+//! A link that is gone for longer than `mirror.split.hold`: who is beyond it is shown as gone or away, who is near talks on, and
+//! when it is back everybody has everything and sees who is really there. Nobody ever has to enter again.
+//!
+//! The clocks are shortened: the split is declared after some seconds, not minutes.
+
+use std::{collections::BTreeSet, thread::sleep, time::Duration};
+
+use narrows_lab::{
+    Ejabberd, Layout, Profile, Prosody, ServerSpec, World,
+    client::{Client, Failure, MUC_ADMIN, Outcome},
+    scenario::{FAR_USERS, Side, Stage, WorldStage},
+};
+
+use crate::{
+    cast::{enter, make_room, sign_in},
+    faults::{held_pair, unthrottled},
+    stage::{in_company, words, world},
+};
+
+const HOLD: Duration = Duration::from_secs(4);
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What happens to the sidecars while the link is gone.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Blow {
+    None,
+    /// Both are killed before the split is declared, and again when it is.
+    Kills,
+}
+
+fn presence_of(
+    client: &Client,
+    what: &str,
+    occupant: &str,
+    kind: &str,
+    patience: Duration,
+) -> Outcome<narrows_lab::client::Stanza> {
+    client.expect(&format!("{what}, for {}", client.user()), patience, |stanza| {
+        stanza.is_presence() && stanza.from() == occupant && stanza.kind() == kind
+    })
+}
+
+fn hears(client: &Client, body: &str) -> Outcome {
+    let wanted = |stanza: &narrows_lab::client::Stanza| stanza.is_message() && stanza.body().as_deref() == Some(body);
+    client
+        .expect(&format!("{body:?}, for {}", client.user()), PATIENCE, wanted)
+        .map(drop)
+}
+
+/// How often a body was heard.
+fn heard_times(client: &Client, body: &str) -> usize {
+    let transcript = client.transcript();
+    transcript
+        .iter()
+        .filter(|stanza| stanza.is_message() && stanza.kind() != "error" && stanza.body().as_deref() == Some(body))
+        .count()
+}
+
+/// Who a client thinks is in the room, after all it was told.
+fn roster(client: &Client, room: &str) -> BTreeSet<String> {
+    let mut here = BTreeSet::new();
+    for stanza in client.transcript() {
+        if let Some(nick) = stanza.from().strip_prefix(&format!("{room}/"))
+            && stanza.is_presence()
+        {
+            match stanza.kind() {
+                "" => here.insert(nick.to_owned()),
+                "unavailable" => here.remove(nick),
+                _ => false,
+            };
+        }
+    }
+    here
+}
+
+/// Whether a client was ever told that it is out itself.
+fn was_put_out(client: &Client) -> bool {
+    let transcript = client.transcript();
+    transcript
+        .iter()
+        .any(|stanza| stanza.is_presence() && stanza.kind() == "unavailable" && stanza.has_status("110"))
+}
+
+fn kill_both(world: &World) -> Outcome {
+    for site in [&world.a, &world.b] {
+        site.sidecar().kill9()?;
+        site.sidecar().start_again()?;
+    }
+    Ok(())
+}
+
+fn split_and_heal(name: &str, a: ServerSpec, b: ServerSpec, blow: Blow) {
+    let _company = in_company();
+    let hold = format!("split: {{ hold: {}s }}", HOLD.as_secs());
+    let layout = Layout::Sidecar(held_pair().yaml("mirror", &hold));
+    let world = &world(name, Profile::lan(), unthrottled(a), unthrottled(b), 0, layout);
+    let play = || -> Outcome {
+        let stage = WorldStage::new(world);
+        let room = format!("deck@{}", stage.rooms(Side::A));
+        let nick = |user: &str| format!("{room}/{user}");
+        let alice = sign_in(&stage, Side::A, "alice")?;
+        make_room(&stage, &alice, &room)?;
+        let adam = sign_in(&stage, Side::A, "adam")?;
+        enter(&stage, &adam, &room)?;
+        let mut far = Vec::new();
+        for user in FAR_USERS {
+            let client = sign_in(&stage, Side::B, user)?;
+            // The last stays outside for now.
+            if user != "b5" {
+                enter(&stage, &client, &room)?;
+            }
+            far.push(client);
+        }
+        let [b1, b2, b3, b4, b5] = &far[..] else {
+            return Err(Failure("there are five".to_owned()));
+        };
+        alice.groupchat(&room, "before")?;
+        for client in [b1, b2, b3, b4] {
+            hears(client, "before")?;
+        }
+        world.link.down();
+        if blow == Blow::Kills {
+            kill_both(world)?;
+        }
+
+        // Those beside the ship talk on before anybody is told anything.
+        b1.groupchat(&room, "anybody?")?;
+        hears(b2, "anybody?")?;
+        for client in [b1, b2, b3, b4] {
+            presence_of(
+                client,
+                "that alice is gone",
+                &nick("alice"),
+                "unavailable",
+                HOLD + PATIENCE,
+            )?;
+            let gone = presence_of(client, "that adam is gone", &nick("adam"), "unavailable", PATIENCE)?;
+            if !gone.has_status("333") {
+                return Err(Failure(format!("not because of the link: {}", gone.raw)));
+            }
+        }
+        for user in ["b1", "b2", "b3", "b4"] {
+            for client in [&alice, &adam] {
+                client.expect(&format!("that {user} is away"), HOLD + PATIENCE, |stanza| {
+                    stanza.is_presence() && stanza.from() == nick(user) && stanza.raw.contains("<show>away</show>")
+                })?;
+            }
+        }
+        if blow == Blow::Kills {
+            kill_both(world)?;
+        }
+
+        b2.groupchat(&room, "we are alone")?;
+        for client in [b1, b2, b3, b4] {
+            hears(client, "we are alone")?;
+        }
+        alice.groupchat(&room, "so are we")?;
+        hears(&adam, "so are we")?;
+        b1.chat(&nick("b2"), "a whisper")?;
+        hears(b2, "a whisper")?;
+        let undecided = b1.ask("get", &nick("b1"), "<ping xmlns='urn:xmpp:ping'/>", PATIENCE)?;
+        if undecided.error() != Some("remote-server-timeout") {
+            return Err(Failure(format!("a ping during the split: {}", undecided.raw)));
+        }
+        b5.join(&room, "b5", None, Some(0))?;
+        let refused = presence_of(b5, "the refusal of its join", &nick("b5"), "error", PATIENCE)?;
+        if refused.error() != Some("remote-server-timeout") {
+            return Err(Failure(format!("a join during the split: {}", refused.raw)));
+        }
+        // One leaves on each side, and one of the ship's is thrown out by the room, which the ship cannot know yet.
+        b4.leave(&room, "b4", "")?;
+        for client in [b1, b2, b3] {
+            presence_of(client, "that b4 has left", &nick("b4"), "unavailable", PATIENCE)?;
+        }
+        adam.leave(&room, "adam", "")?;
+        presence_of(&alice, "that adam has left", &nick("adam"), "unavailable", PATIENCE)?;
+        let kick = format!("<query xmlns='{MUC_ADMIN}'><item nick='b3' role='none'/></query>");
+        let kicked = alice.ask("set", &room, &kick, PATIENCE)?;
+        if kicked.kind() != "result" {
+            return Err(Failure(format!("the kick: {}", kicked.raw)));
+        }
+
+        world.link.up();
+        for client in [b1, b2] {
+            hears(client, "so are we")?;
+            presence_of(client, "that alice is there after all", &nick("alice"), "", PATIENCE)?;
+        }
+        for body in ["anybody?", "we are alone"] {
+            hears(&alice, body)?;
+        }
+        let out = presence_of(b3, "that it was thrown out", &nick("b3"), "unavailable", PATIENCE)?;
+        if !out.has_status("307") {
+            return Err(Failure(format!("b3 is told: {}", out.raw)));
+        }
+        enter(&stage, b5, &room)?;
+        b1.groupchat(&room, "after")?;
+        for client in [&alice, b1, b2, b5] {
+            hears(client, "after")?;
+        }
+        let pong = b1.ask("get", &nick("b1"), "<ping xmlns='urn:xmpp:ping'/>", PATIENCE)?;
+        if pong.kind() != "result" {
+            return Err(Failure(format!("a ping after the split: {}", pong.raw)));
+        }
+        sleep(Duration::from_secs(1));
+
+        let everybody = BTreeSet::from(["alice", "b1", "b2", "b5"].map(str::to_owned));
+        for client in [&alice, b1, b2, b5] {
+            let here = roster(client, &room);
+            if here != everybody {
+                return Err(Failure(format!("{} sees {here:?}", client.user())));
+            }
+        }
+        for client in [&alice, b1, b2] {
+            if was_put_out(client) {
+                return Err(Failure(format!("{} was put out", client.user())));
+            }
+            for body in ["before", "anybody?", "we are alone", "so are we", "after"] {
+                let times = heard_times(client, body);
+                if times != 1 {
+                    return Err(Failure(format!("{} heard {body:?} {times} times", client.user())));
+                }
+            }
+        }
+        // What a client without the pair would have told: when it was really said.
+        let late = alice
+            .transcript()
+            .into_iter()
+            .find(|stanza| stanza.body().as_deref() == Some("anybody?"));
+        // The process that knew when it was said was killed.
+        if blow == Blow::None && !late.is_some_and(|stanza| stanza.raw.contains("urn:xmpp:delay")) {
+            return Err(Failure("what waited does not tell since when".to_owned()));
+        }
+        Ok(())
+    };
+    play().unwrap_or_else(|failure| panic!("{name}: {failure}\n{}\n{name}: {failure}", words(world)));
+}
+
+/// The room on Prosody, its far users on ejabberd.
+#[test]
+fn split_prosody_and_ejabberd() {
+    split_and_heal("mpe", Prosody::stock(), Ejabberd::stock(), Blow::None);
+}
+
+/// The room on ejabberd, its far users on Prosody.
+#[test]
+fn split_ejabberd_and_prosody() {
+    split_and_heal("mep", Ejabberd::stock(), Prosody::stock(), Blow::None);
+}
+
+/// Both sidecars are killed while the link is gone, before and after the split is declared.
+#[test]
+fn split_with_kills_prosody_and_ejabberd() {
+    split_and_heal("mpk", Prosody::stock(), Ejabberd::stock(), Blow::Kills);
+}
+
+/// The same with the room on ejabberd.
+#[test]
+fn split_with_kills_ejabberd_and_prosody() {
+    split_and_heal("mek", Ejabberd::stock(), Prosody::stock(), Blow::Kills);
+}
