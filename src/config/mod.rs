@@ -338,11 +338,11 @@ pub struct Queue {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Mirror {
-    /// Whether rooms of one site are kept at the other, near the users there. It takes both sites.
+    /// Whether this side knows the rooms that pass it, and acts on it: for users here in far rooms, and for far users in rooms here.
+    /// Each site decides for itself.
     ///
-    /// Default `true`: who enters a room in which others of his site are costs the link a fraction of what the first did. In an
-    /// outage people talk on with those near them, see who is out of reach, and nobody has to enter again. With `false` every stanza
-    /// crosses as it is, in an outage it waits, and nobody is told.
+    /// Default `true`: in an outage people talk on with those near them, see who is out of reach, and nobody has to enter again.
+    /// With `false` every stanza crosses as it is, in an outage it waits, and nobody is told.
     pub enabled: bool,
 
     /// When users see what they say themselves in a room of a far site. `reflect`: when the room has sent it back, as without
