@@ -1,14 +1,14 @@
 //! What has crossed: what of it our server gets, and what it teaches us.
 
-use std::{borrow::Cow, time::Duration};
+use std::{borrow::Cow, collections::BTreeSet, time::Duration};
 
 use bytes::Bytes;
 
 use super::{
     Mirror, Output, SplitNear,
     muc::MucUser,
-    room::{Echoed, Room},
-    words::{address_in, cast, gives_id, narrowed, node_of, stamped, to_attribute},
+    room::Echoed,
+    words::{address_in, cast_to, gives_id, narrowed, node_of, stamped},
 };
 use crate::{
     codec::entry::Cast,
@@ -18,6 +18,12 @@ use crate::{
 
 /// A recipient's address, and the attribute it was written in.
 type Recipient = (String, Bytes);
+
+/// Who of a cast's recipients gets it.
+enum Keeps {
+    All,
+    Only(BTreeSet<String>),
+}
 
 impl Mirror {
     /// A cast that has crossed, after waiting so long: gives what our server is to have of it.
@@ -69,6 +75,7 @@ impl Mirror {
         Some(cast)
     }
 
+    /// What the room says of an occupant.
     fn presence(
         &mut self,
         cast: Cast,
@@ -77,104 +84,96 @@ impl Mirror {
         nick: &str,
         recipients: &[Recipient],
     ) -> Option<Cast> {
-        let room = self.rooms.get_mut(name)?;
-        let node = node_of(stanza);
-        let muc = MucUser::of(&node);
-        // Who is beyond the link is shown when all has come; who enters meanwhile is told at once.
-        let withheld = room.split_shown && self.settings.split_near == SplitNear::Leave && !room.is_ours(nick);
-        let entering = |room: &Room| {
-            let joined = |address: &String| room.sessions.get(address).is_some_and(|session| session.joined);
-            recipients
-                .iter()
-                .filter(|(address, _)| !joined(address))
-                .map(|(_, attribute)| attribute.clone())
-                .collect()
-        };
-        let to_entering: Vec<Bytes> = if withheld { entering(room) } else { Vec::new() };
-        match (stanza.stanza_type().as_deref(), muc) {
-            (None, Some(muc)) => {
-                room.show(nick, &cast, recipients);
-                let mut own_changed = false;
-                if muc.is_self() {
-                    for (address, _) in recipients {
-                        if let Some(session) = room.sessions.get_mut(address)
-                            && (!session.joined || session.nick != nick)
-                        {
-                            session.joined = true;
-                            nick.clone_into(&mut session.nick);
-                            own_changed = true;
-                        }
-                    }
-                }
-                own_changed |= room.settled.remove(nick).is_some();
-                if room.is_too_large() {
-                    self.drop_room(name);
-                    return Some(cast);
-                }
-                self.write_occupant(name, nick);
-                if own_changed {
-                    self.write_room(name);
-                }
-                if withheld && !muc.is_self() {
-                    narrowed(cast, to_entering)
-                } else {
-                    Some(cast)
-                }
-            }
-            (Some("unavailable"), muc) => {
-                let muc = muc.unwrap_or_default();
-                room.hide(nick, recipients);
-                let mut changed = vec![nick.to_owned()];
-                if muc.is_self() && !muc.is_nick_change() && muc.is_leave() {
-                    for (address, _) in recipients {
-                        changed.extend(room.remove_session(address));
-                    }
-                }
-                // What was settled here is not said again.
-                let settled = room.settled.get_mut(nick).map(|told| {
-                    let (again, news): (Vec<_>, Vec<_>) =
-                        recipients.iter().partition(|(address, _)| told.contains(address));
-                    for (address, _) in again {
-                        told.remove(address);
-                    }
-                    (
-                        told.is_empty(),
-                        news.into_iter()
-                            .map(|(_, attribute)| attribute.clone())
-                            .collect::<Vec<_>>(),
-                    )
-                });
-                let news = match settled {
-                    Some((over, news)) => {
-                        if over {
-                            room.settled.remove(nick);
-                        }
-                        Some(news)
-                    }
-                    None => None,
-                };
-                let is_self = muc.is_self();
-                self.write_changed(name, &changed);
-                match news {
-                    Some(news) => narrowed(cast, news),
-                    None if withheld && !is_self => narrowed(cast, to_entering),
-                    None => Some(cast),
-                }
-            }
+        let addresses: Vec<String> = recipients.iter().map(|(address, _)| address.clone()).collect();
+        let muc = MucUser::of(&node_of(stanza));
+        let keeps: Keeps = match (stanza.stanza_type().as_deref(), muc) {
+            (None, Some(muc)) => self.available(&cast, &muc, name, nick, &addresses)?,
+            (Some("unavailable"), muc) => self.unavailable(&muc.unwrap_or_default(), name, nick, &addresses)?,
             (Some("error"), _) => {
-                let mut changed = false;
-                for (address, _) in recipients {
-                    if room.sessions.get(address).is_some_and(|session| !session.joined) {
-                        room.sessions.remove(address);
-                        changed = true;
-                    }
-                }
-                if changed {
-                    self.write_changed(name, &[]);
-                }
-                Some(cast)
+                self.not_let_in(name, &addresses);
+                Keeps::All
             }
-            _ => Some(cast),
+            _ => Keeps::All,
+        };
+        match keeps {
+            Keeps::All => Some(cast),
+            Keeps::Only(who) => {
+                let kept = recipients.iter().filter(|(address, _)| who.contains(address));
+                narrowed(cast, kept.map(|(_, attribute)| attribute.clone()).collect())
+            }
+        }
+    }
+
+    fn available(&mut self, cast: &Cast, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Option<Keeps> {
+        let keeps = self.shown_now(muc, name, nick, addresses)?;
+        let room = self.rooms.get_mut(name)?;
+        // Who has left here is gone, whatever the room said before it knew; who has asked to enter again, is there again.
+        let returned = room.sessions.values().any(|session| session.nick == nick);
+        if let Some(told) = room.settled.get(nick).filter(|_| !returned) {
+            let others = addresses.iter().filter(|address| !told.contains(*address));
+            return Some(Keeps::Only(others.cloned().collect()));
+        }
+        let mut changed = room.settled.remove(nick).is_some();
+        room.show(nick, cast, addresses);
+        for address in addresses.iter().filter(|_| muc.is_self()) {
+            if let Some(session) = room.sessions.get_mut(address)
+                && (!session.joined || session.nick != nick)
+            {
+                session.joined = true;
+                nick.clone_into(&mut session.nick);
+                changed = true;
+            }
+        }
+        if room.is_too_large() {
+            self.drop_room(name);
+            return Some(Keeps::All);
+        }
+        self.write_occupant(name, nick);
+        if changed {
+            self.write_room(name);
+        }
+        Some(keeps)
+    }
+
+    fn unavailable(&mut self, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Option<Keeps> {
+        let keeps = self.shown_now(muc, name, nick, addresses)?;
+        let room = self.rooms.get_mut(name)?;
+        room.hide(nick, addresses);
+        let mut changed = vec![nick.to_owned()];
+        if muc.is_self() && !muc.is_nick_change() && muc.is_leave() {
+            changed.extend(addresses.iter().flat_map(|address| room.remove_session(address)));
+        }
+        // What was settled here is not said again.
+        let news = room.settled.get_mut(nick).map(|told| {
+            let news = addresses.iter().filter(|address| !told.remove(*address));
+            Keeps::Only(news.cloned().collect())
+        });
+        room.settled.retain(|_, told| !told.is_empty());
+        self.write_changed(name, &changed);
+        Some(news.unwrap_or(keeps))
+    }
+
+    /// While what waited comes, who is beyond the link is shown to those only who enter; to all others when all has come.
+    fn shown_now(&self, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Option<Keeps> {
+        let room = self.rooms.get(name)?;
+        let withheld = room.split_shown && self.settings.split_near == SplitNear::Leave && !room.is_ours(nick);
+        if !withheld || muc.is_self() {
+            return Some(Keeps::All);
+        }
+        let joined = |address: &String| room.sessions.get(address).is_some_and(|session| session.joined);
+        Some(Keeps::Only(
+            addresses.iter().filter(|address| !joined(address)).cloned().collect(),
+        ))
+    }
+
+    /// The room has refused to let them in.
+    fn not_let_in(&mut self, name: &str, addresses: &[String]) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let before = room.sessions.len();
+        room.sessions
+            .retain(|address, session| session.joined || !addresses.contains(address));
+        if room.sessions.len() != before {
+            self.write_changed(name, &[]);
         }
     }
 
@@ -252,11 +251,9 @@ impl Mirror {
         let present = self.rooms[name].sessions.keys();
         let others = present
             .filter(|address| echo.shown_to.contains(*address) && author.iter().all(|(author, _)| author != *address));
-        let attributes: Vec<Bytes> = others.map(|address| to_attribute(address)).collect();
-        if !attributes.is_empty() {
-            let to_at = "<message".len() as u32;
-            self.outputs
-                .push_back(Output::Deliver(cast(template.into(), to_at, attributes.iter())));
+        let told = cast_to(template.into(), "<message".len() as u32, others);
+        if !told.recipients.is_empty() {
+            self.outputs.push_back(Output::Deliver(told));
         }
     }
 }

@@ -2,16 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use bytes::Bytes;
-
 use super::{
     ECHOES_MAX, Link, Mirror, Output, ROOMS_MAX, Said, UNHEARD_MAX,
     muc::SELF_PRESENCE,
     near,
-    room::{Echoed, Session, Version},
+    room::{Echoed, Version},
     rows,
     settings::Echo,
-    words::{cast, has_body, lost_presence, message_error, node_of, occupant_id, presence_error, to_attribute},
+    words::{cast_to, has_body, lost_presence, message_error, node_of, occupant_id, presence_error},
 };
 use crate::{
     codec::xml::Node,
@@ -96,15 +94,7 @@ impl Mirror {
                 if domain.is_some_and(|domain| self.far.contains(&domain))
                     && (self.rooms.contains_key(name) || self.rooms.len() < ROOMS_MAX)
                 {
-                    let session = Session {
-                        nick: nick.to_owned(),
-                        joined: false,
-                    };
-                    self.rooms
-                        .entry(name.to_owned())
-                        .or_default()
-                        .sessions
-                        .insert(from.to_owned(), session);
+                    self.rooms.entry(name.to_owned()).or_default().add_session(from, nick);
                     self.write_room(name);
                 }
                 None
@@ -135,38 +125,22 @@ impl Mirror {
             .count();
         let versions = room.occupants.get(&session.nick).cloned().unwrap_or_default();
         let occupant = format!("{name}/{}", session.nick);
+        let mut told = BTreeSet::from([from.to_owned()]);
         for version in &versions {
             let Some(muc) = version.muc() else { continue };
-            let (own, rest): (Vec<_>, Vec<_>) = version.shown_to.iter().partition(|(address, _)| *address == from);
-            if !own.is_empty() {
-                let (template, to_at) = lost_presence(&occupant, &muc, &[SELF_PRESENCE]);
-                self.outputs.push_back(Output::Deliver(cast(
-                    template,
-                    to_at,
-                    own.into_iter().map(|(_, attribute)| attribute),
-                )));
-            }
+            let (own, rest): (Vec<_>, Vec<_>) = room.viewers(version).partition(|address| *address == from);
             // While another session holds the nick, the occupant stays.
-            let rest: Vec<_> = rest
-                .into_iter()
-                .filter(|(address, _)| {
-                    room.sessions
-                        .get(*address)
-                        .is_none_or(|other| other.nick != session.nick)
-                })
-                .collect();
-            if others == 0 && !rest.is_empty() {
-                let (template, to_at) = lost_presence(&occupant, &muc, &[]);
-                self.outputs.push_back(Output::Deliver(cast(
-                    template,
-                    to_at,
-                    rest.into_iter().map(|(_, attribute)| attribute),
-                )));
+            let rest = rest.into_iter().filter(|_| others == 0).collect();
+            for (codes, viewers) in [(&[SELF_PRESENCE][..], own), (&[], rest)] {
+                if !viewers.is_empty() {
+                    let (template, to_at) = lost_presence(&occupant, &muc, codes);
+                    told.extend(viewers.iter().map(|address| (*address).clone()));
+                    let shown = cast_to(template, to_at, viewers.into_iter());
+                    self.outputs.push_back(Output::Deliver(shown));
+                }
             }
         }
-        let mut told: BTreeSet<String> = BTreeSet::from([from.to_owned()]);
         if others == 0 {
-            told.extend(versions.iter().flat_map(|version| version.shown_to.keys().cloned()));
             room.occupants.remove(&session.nick);
         }
         room.settled.entry(session.nick.clone()).or_default().extend(told);
@@ -274,14 +248,13 @@ impl Mirror {
         let number = self.echo_last;
         let joined = room.sessions.iter().filter(|(_, session)| session.joined);
         let shown_to: BTreeSet<String> = joined.map(|(address, _)| address.clone()).collect();
-        let attributes: Vec<Bytes> = shown_to.iter().map(|address| to_attribute(address)).collect();
+        self.outputs
+            .push_back(Output::Deliver(cast_to(said.template, said.to_at, shown_to.iter())));
         let echo = Echoed {
             nick: said.nick,
             id: said.id,
             shown_to,
         };
-        self.outputs
-            .push_back(Output::Deliver(cast(said.template, said.to_at, attributes.iter())));
         let (key, value) = (rows::Kind::Echo.key(name, &number.to_be_bytes()), echo.encode());
         room.echoes.insert(number, echo);
         self.put_row(name, key, value);
@@ -325,13 +298,9 @@ impl Mirror {
         let Some((template, to_at, _)) = shown.split_to() else {
             return;
         };
-        let attributes: Vec<Bytes> = self.rooms[name]
-            .sessions_of(other)
-            .map(|address| to_attribute(address))
-            .collect();
-        if !attributes.is_empty() {
-            self.outputs
-                .push_back(Output::Deliver(cast(template, to_at as u32, attributes.iter())));
+        let told = cast_to(template, to_at as u32, self.rooms[name].sessions_of(other));
+        if !told.recipients.is_empty() {
+            self.outputs.push_back(Output::Deliver(told));
         }
     }
 

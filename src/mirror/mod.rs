@@ -56,7 +56,7 @@ use self::{
     primary::Primary,
     room::{ECHOES_MAX, Echoed, Room},
     rows::Rows,
-    words::{away_presence, cast, lost_presence},
+    words::{away_presence, cast, cast_to, lost_presence},
 };
 use crate::{
     codec::{entry::Cast, position::Epoch},
@@ -377,7 +377,7 @@ impl Mirror {
             };
             if let Some((template, to_at)) = shown {
                 self.outputs
-                    .push_back(Output::Deliver(cast(template, to_at, version.shown_to.values())));
+                    .push_back(Output::Deliver(cast_to(template, to_at, room.viewers(version))));
             }
         }
         self.write_room(name);
@@ -395,7 +395,7 @@ impl Mirror {
         let room = &self.rooms[name];
         let beyond = room.occupants.iter().filter(|(nick, _)| !room.is_ours(nick));
         for version in beyond.flat_map(|(_, versions)| versions) {
-            let truth = cast(version.template.clone(), version.to_at, version.shown_to.values());
+            let truth = cast_to(version.template.clone(), version.to_at, room.viewers(version));
             self.outputs.push_back(Output::Deliver(truth));
         }
         self.write_room(name);

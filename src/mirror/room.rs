@@ -33,6 +33,8 @@ pub struct Session {
     pub nick: String,
     /// The room has let it in.
     pub joined: bool,
+    /// Stands for it in the rows of occupants, which would be mostly addresses otherwise. Given once in a room's life here.
+    pub number: u32,
 }
 
 /// What some sessions were shown of one occupant. Moderators see more than others, so there may be several.
@@ -40,8 +42,8 @@ pub struct Session {
 pub struct Version {
     pub template: Bytes,
     pub to_at: u32,
-    /// The attribute for each session, as the room wrote it.
-    pub shown_to: BTreeMap<String, Bytes>,
+    /// By the numbers of the sessions.
+    pub shown_to: BTreeSet<u32>,
 }
 
 impl Version {
@@ -65,6 +67,8 @@ pub struct Echoed {
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Room {
     pub sessions: BTreeMap<String, Session>,
+    /// The last number given to a session.
+    pub last: u32,
     pub occupants: BTreeMap<String, Vec<Version>>,
     pub echoes: BTreeMap<u64, Echoed>,
     /// Who was shown to whom as having left, before the room knew: its own word about it is not repeated.
@@ -88,44 +92,62 @@ impl Room {
         self.sessions.iter().filter(of_nick).map(|(address, _)| address)
     }
 
+    /// A session that has asked to enter.
+    pub fn add_session(&mut self, address: &str, nick: &str) {
+        self.last += 1;
+        let session = Session {
+            nick: nick.to_owned(),
+            joined: false,
+            number: self.last,
+        };
+        self.sessions.insert(address.to_owned(), session);
+    }
+
+    /// The addresses of those who were shown this.
+    pub fn viewers<'a>(&'a self, version: &'a Version) -> impl Iterator<Item = &'a String> + 'a {
+        let sees = |(_, session): &(&String, &Session)| version.shown_to.contains(&session.number);
+        self.sessions.iter().filter(sees).map(|(address, _)| address)
+    }
+
     /// What a session was last shown of an occupant.
     pub fn version(&self, nick: &str, session: &str) -> Option<&Version> {
-        let versions = self.occupants.get(nick)?;
-        versions.iter().find(|version| version.shown_to.contains_key(session))
+        let (versions, session) = (self.occupants.get(nick)?, self.sessions.get(session)?);
+        versions
+            .iter()
+            .find(|version| version.shown_to.contains(&session.number))
     }
 
     /// These sessions were shown this of the occupant.
-    pub fn show(&mut self, nick: &str, cast: &Cast, recipients: &[(String, Bytes)]) {
-        let versions = self.occupants.entry(nick.to_owned()).or_default();
-        for version in versions.iter_mut() {
-            version
-                .shown_to
-                .retain(|session, _| recipients.iter().all(|(address, _)| address != session));
+    pub fn show(&mut self, nick: &str, cast: &Cast, addresses: &[String]) {
+        self.hide(nick, addresses);
+        let numbers = self.numbers(addresses);
+        if numbers.is_empty() {
+            return;
         }
+        let versions = self.occupants.entry(nick.to_owned()).or_default();
         let same = versions
-            .iter()
-            .position(|version| version.template == cast.template && version.to_at == cast.to_at);
-        let at = same.unwrap_or_else(|| {
-            versions.push(Version {
+            .iter_mut()
+            .find(|version| version.template == cast.template && version.to_at == cast.to_at);
+        match same {
+            Some(version) => version.shown_to.extend(numbers),
+            None => versions.push(Version {
                 // A copy, so that the recipients of the entry are not kept in memory with it.
                 template: Bytes::copy_from_slice(&cast.template),
                 to_at: cast.to_at,
-                shown_to: BTreeMap::new(),
-            });
-            versions.len() - 1
-        });
-        versions[at].shown_to.extend(recipients.iter().cloned());
-        versions.retain(|version| !version.shown_to.is_empty());
+                shown_to: numbers.into_iter().collect(),
+            }),
+        }
     }
 
     /// These sessions no longer see the occupant.
-    pub fn hide(&mut self, nick: &str, recipients: &[(String, Bytes)]) {
+    pub fn hide(&mut self, nick: &str, addresses: &[String]) {
+        let numbers = self.numbers(addresses);
         let Some(versions) = self.occupants.get_mut(nick) else {
             return;
         };
         for version in versions.iter_mut() {
-            for (address, _) in recipients {
-                version.shown_to.remove(address);
+            for number in &numbers {
+                version.shown_to.remove(number);
             }
         }
         versions.retain(|version| !version.shown_to.is_empty());
@@ -134,17 +156,21 @@ impl Room {
         }
     }
 
+    fn numbers(&self, addresses: &[String]) -> Vec<u32> {
+        let sessions = addresses.iter().filter_map(|address| self.sessions.get(address));
+        sessions.map(|session| session.number).collect()
+    }
+
     /// A session is out; the nicks whose rows changed are given back.
     pub fn remove_session(&mut self, session: &str) -> Vec<String> {
-        self.sessions.remove(session);
+        let Some(Session { number, .. }) = self.sessions.remove(session) else {
+            return Vec::new();
+        };
         let mut changed = Vec::new();
         for (nick, versions) in &mut self.occupants {
-            let before: usize = versions.iter().map(|version| version.shown_to.len()).sum();
-            for version in versions.iter_mut() {
-                version.shown_to.remove(session);
-            }
-            versions.retain(|version| !version.shown_to.is_empty());
-            if versions.iter().map(|version| version.shown_to.len()).sum::<usize>() != before {
+            let saw = versions.iter_mut().any(|version| version.shown_to.remove(&number));
+            if saw {
+                versions.retain(|version| !version.shown_to.is_empty());
                 changed.push(nick.clone());
             }
         }
@@ -160,11 +186,13 @@ impl Room {
     pub fn encode(&self) -> Bytes {
         let mut out = vec![ROW_VERSION];
         out.push(u8::from(self.gives_ids) | u8::from(self.split_shown) << 1);
+        put_len(&mut out, self.last as usize);
         put_len(&mut out, self.sessions.len());
         for (address, session) in &self.sessions {
             put_prefixed(&mut out, address.as_bytes());
             put_prefixed(&mut out, session.nick.as_bytes());
             out.push(u8::from(session.joined));
+            put_len(&mut out, session.number as usize);
         }
         put_len(&mut out, self.settled.len());
         for (nick, sessions) in &self.settled {
@@ -182,11 +210,15 @@ impl Room {
             split_shown: flags & 2 != 0,
             ..Self::default()
         };
+        room.last = number(&mut reader)?;
         for _ in 0..reader.len_upto(SESSIONS_MAX + 1).ok()? {
             let address = text(&mut reader)?;
-            let nick = text(&mut reader)?;
-            let joined = reader.byte().ok()? != 0;
-            room.sessions.insert(address, Session { nick, joined });
+            let session = Session {
+                nick: text(&mut reader)?,
+                joined: reader.byte().ok()? != 0,
+                number: number(&mut reader)?,
+            };
+            room.sessions.insert(address, session);
         }
         for _ in 0..reader.len_upto(OCCUPANTS_MAX).ok()? {
             let nick = text(&mut reader)?;
@@ -204,9 +236,8 @@ impl Room {
             put_prefixed(&mut out, &version.template);
             put_len(&mut out, version.to_at as usize);
             put_len(&mut out, version.shown_to.len());
-            for (address, attribute) in &version.shown_to {
-                put_prefixed(&mut out, address.as_bytes());
-                put_prefixed(&mut out, attribute);
+            for &number in &version.shown_to {
+                put_len(&mut out, number as usize);
             }
         }
         Some(out.into())
@@ -218,11 +249,9 @@ impl Room {
         for _ in 0..reader.len_upto(SESSIONS_MAX + 1).ok()? {
             let template = Bytes::copy_from_slice(reader.prefixed(PART_MAX).ok()?);
             let to_at = u32::try_from(reader.len_upto(template.len()).ok()?).ok()?;
-            let mut shown_to = BTreeMap::new();
-            for _ in 0..reader.len_upto(SESSIONS_MAX + 1).ok()? {
-                let address = text(&mut reader)?;
-                shown_to.insert(address, Bytes::copy_from_slice(reader.prefixed(PART_MAX).ok()?));
-            }
+            let count = reader.len_upto(SESSIONS_MAX + 1).ok()?;
+            let shown_to: Option<BTreeSet<u32>> = (0..count).map(|_| number(&mut reader)).collect();
+            let shown_to = shown_to?;
             versions.push(Version {
                 template,
                 to_at,
@@ -268,6 +297,10 @@ pub fn begin_row() -> Vec<u8> {
 pub fn text(reader: &mut Reader<'_>) -> Option<String> {
     let bytes: Result<&[u8], ReadError> = reader.prefixed(PART_MAX);
     String::from_utf8(bytes.ok()?.to_vec()).ok()
+}
+
+fn number(reader: &mut Reader<'_>) -> Option<u32> {
+    reader.len_upto(u32::MAX as usize).ok()?.try_into().ok()
 }
 
 fn put_texts(out: &mut Vec<u8>, texts: &BTreeSet<String>) {

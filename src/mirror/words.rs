@@ -171,6 +171,12 @@ pub fn cast<'a>(template: Bytes, to_at: u32, recipients: impl Iterator<Item = &'
     }
 }
 
+/// A cast of our own, to these addresses.
+pub fn cast_to<'a>(template: Bytes, to_at: u32, addresses: impl Iterator<Item = &'a String>) -> Cast {
+    let attributes: Vec<Bytes> = addresses.map(|address| to_attribute(address)).collect();
+    cast(template, to_at, attributes.iter())
+}
+
 /// The cast for these of its recipients.
 pub fn narrowed(cast: Cast, recipients: Vec<Bytes>) -> Option<Cast> {
     (!recipients.is_empty()).then_some(Cast { recipients, ..cast })
