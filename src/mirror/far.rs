@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::{
     Mirror, Output, SplitNear,
     muc::MucUser,
-    room::Echoed,
+    room::EchoState,
     words::{address_in, cast_to, gives_id, narrowed, node_of, stamped},
 };
 use crate::{
@@ -142,8 +142,10 @@ impl Mirror {
         let mut changed = vec![nick.to_owned()];
         if muc.is_self() && !muc.is_nick_change() && muc.is_leave() {
             changed.extend(addresses.iter().flat_map(|address| room.remove_session(address)));
+            self.forget_viewers(name, addresses);
         }
         // What was settled here is not said again.
+        let room = self.rooms.get_mut(name)?;
         let news = room.settled.get_mut(nick).map(|told| {
             let news = addresses.iter().filter(|address| !told.remove(*address));
             Keeps::Only(news.cloned().collect())
@@ -199,40 +201,34 @@ impl Mirror {
                 let (Some(nick), Some(id)) = (nick, id) else {
                     return Some(cast);
                 };
-                self.is_heard(name, nick, &id);
                 let room = self.rooms.get_mut(name)?;
-                let found = room.echoes.iter().find(|(_, echo)| echo.nick == nick && echo.id == id);
-                let Some((&number, _)) = found else { return Some(cast) };
-                let echo = room.echoes.get_mut(&number)?;
-                let (seen, news): (Vec<_>, Vec<_>) = recipients
-                    .iter()
-                    .partition(|(address, _)| echo.shown_to.contains(address));
+                let (number, seen) = match room.echo_of(nick, &id) {
+                    Some(number) => (
+                        number,
+                        room.echo_seen(number, recipients.iter().map(|(address, _)| address)),
+                    ),
+                    None => return Some(cast),
+                };
+                self.write_echo(name, number);
                 if seen.is_empty() {
                     return Some(cast);
                 }
-                for (address, _) in seen {
-                    echo.shown_to.remove(address);
-                }
-                // The room sends one variant of a message; who is still missing then has left.
-                self.drop_echo(name, number);
                 self.stats.reflections_swallowed += 1;
-                let news: Vec<Bytes> = news.into_iter().map(|(_, attribute)| attribute.clone()).collect();
-                narrowed(cast, news)
+                let news = recipients.iter().filter(|(address, _)| !seen.contains(address));
+                narrowed(cast, news.map(|(_, attribute)| attribute.clone()).collect())
             }
             (Some("error"), None, Some(id)) => {
                 let author = recipients.first().and_then(|(address, _)| room.sessions.get(address));
                 let Some(author) = author.map(|session| session.nick.clone()) else {
                     return Some(cast);
                 };
-                self.is_heard(name, &author, &id);
-                let refused = self.rooms[name]
-                    .echoes
-                    .iter()
-                    .find(|(_, echo)| echo.nick == author && echo.id == id);
-                if let Some((number, echo)) = refused.map(|(number, echo)| (*number, echo.clone())) {
-                    self.drop_echo(name, number);
-                    self.stats.echoes_refused += 1;
-                    self.tell_refused(name, &author, &echo, recipients);
+                if let Some(number) = room.echo_of(&author, &id) {
+                    let echo = room.echoes.remove(&number);
+                    self.write_echo(name, number);
+                    if let Some(EchoState::Shown { to }) = echo.map(|echo| echo.state) {
+                        self.stats.echoes_refused += 1;
+                        self.tell_refused(name, &author, &to, recipients);
+                    }
                 }
                 Some(cast)
             }
@@ -241,7 +237,7 @@ impl Mirror {
     }
 
     /// Tells those who saw a message that the room has not taken it. Its author has the room's own answer.
-    fn tell_refused(&mut self, name: &str, nick: &str, echo: &Echoed, author: &[Recipient]) {
+    fn tell_refused(&mut self, name: &str, nick: &str, shown_to: &BTreeSet<String>, author: &[Recipient]) {
         let text = format!("A message of {nick}, sent while the link was down or slow, was not accepted by the room.");
         let body = escape_text(&text);
         let template = format!(
@@ -250,7 +246,7 @@ impl Mirror {
         );
         let present = self.rooms[name].sessions.keys();
         let others = present
-            .filter(|address| echo.shown_to.contains(*address) && author.iter().all(|(author, _)| author != *address));
+            .filter(|address| shown_to.contains(*address) && author.iter().all(|(author, _)| author != *address));
         let told = cast_to(template.into(), "<message".len() as u32, others);
         if !told.recipients.is_empty() {
             self.outputs.push_back(Output::Deliver(told));

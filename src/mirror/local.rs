@@ -3,11 +3,10 @@
 use std::collections::BTreeSet;
 
 use super::{
-    ECHOES_MAX, Link, Mirror, Output, ROOMS_MAX, Said, UNHEARD_MAX,
+    Link, Mirror, Output, ROOMS_MAX,
     muc::SELF_PRESENCE,
     near,
-    room::{Echoed, Version},
-    rows,
+    room::{self, ECHOES_MAX, EchoState, Version},
     settings::Echo,
     words::{cast_to, has_body, lost_presence, message_error, node_of, occupant_id, presence_error},
 };
@@ -146,6 +145,7 @@ impl Mirror {
         room.settled.entry(session.nick.clone()).or_default().extend(told);
         let mut changed = room.remove_session(from);
         changed.push(session.nick);
+        self.forget_viewers(name, &[from.to_owned()]);
         self.write_changed(name, &changed);
     }
 
@@ -206,7 +206,7 @@ impl Mirror {
                 let id = id.into_owned();
                 (stanza, id)
             }
-            None if at_once => {
+            None if split => {
                 let id = format!("narrows-{:x}-{:x}", self.epoch.0, self.echo_last + 1);
                 (stanza.with_id(&id)?, id)
             }
@@ -221,66 +221,48 @@ impl Mirror {
             shown = shown.with_child(&occupant_id)?;
         }
         let (template, to_at, _) = shown.split_to()?;
-        let said = Said {
-            nick: nick.to_owned(),
-            id,
-            template,
-            to_at: to_at as u32,
-        };
+        let to_at = to_at as u32;
+        if room.echoes.len() < ECHOES_MAX {
+            self.echo_last += 1;
+            let echo = room::Echo {
+                nick: nick.to_owned(),
+                id,
+                state: EchoState::Unheard { template, to_at },
+            };
+            self.put_echo(name, self.echo_last, echo);
+        }
         if at_once {
-            self.show(name, said);
-        } else {
-            let unheard = self.unheard.entry(name.to_owned()).or_default();
-            unheard.push_back(said);
-            if unheard.len() > UNHEARD_MAX {
-                unheard.pop_front();
-            }
+            // With all that was said before it, so that it is heard in order.
+            self.show_unheard(name);
         }
         Some(stanza)
     }
 
-    /// Shows our users what one of them has said, before the room does.
-    fn show(&mut self, name: &str, said: Said) {
-        let Some(room) = self.rooms.get_mut(name).filter(|room| room.echoes.len() < ECHOES_MAX) else {
-            return;
-        };
-        self.echo_last += 1;
-        let number = self.echo_last;
-        let joined = room.sessions.iter().filter(|(_, session)| session.joined);
-        let shown_to: BTreeSet<String> = joined.map(|(address, _)| address.clone()).collect();
-        self.outputs
-            .push_back(Output::Deliver(cast_to(said.template, said.to_at, shown_to.iter())));
-        let echo = Echoed {
-            nick: said.nick,
-            id: said.id,
-            shown_to,
-        };
-        let (key, value) = (rows::Kind::Echo.key(name, &number.to_be_bytes()), echo.encode());
-        room.echoes.insert(number, echo);
-        self.put_row(name, key, value);
-        self.stats.echoes += 1;
-    }
-
-    /// The room will not be heard for a while: what it was to reflect is shown now.
-    pub(super) fn show_unheard(&mut self) {
-        for (name, unheard) in std::mem::take(&mut self.unheard) {
-            let waits = self.link != Link::Split && self.rooms.get(&name).is_some_and(|room| room.gives_ids);
-            if waits {
-                self.unheard.insert(name, unheard);
-            } else {
-                for said in unheard {
-                    self.show(&name, said);
-                }
-            }
+    fn put_echo(&mut self, name: &str, number: u64, echo: room::Echo) {
+        if let Some(room) = self.rooms.get_mut(name) {
+            room.echoes.insert(number, echo);
+            self.write_echo(name, number);
         }
     }
 
-    /// The room has said it, or refused it.
-    pub(super) fn is_heard(&mut self, name: &str, nick: &str, id: &str) {
-        if let Some(unheard) = self.unheard.get_mut(name) {
-            unheard.retain(|said| !(said.nick == nick && said.id == id));
-            if unheard.is_empty() {
-                self.unheard.remove(name);
+    /// The room is not heard for a while: what it was to reflect is shown now.
+    pub(super) fn show_unheard(&mut self, name: &str) {
+        let Some(room) = self
+            .rooms
+            .get(name)
+            .filter(|room| self.link == Link::Split || !room.gives_ids)
+        else {
+            return;
+        };
+        let joined = room.sessions.iter().filter(|(_, session)| session.joined);
+        let to: BTreeSet<String> = joined.map(|(address, _)| address.clone()).collect();
+        for (number, echo) in room.echoes.clone() {
+            if let EchoState::Unheard { template, to_at } = echo.state {
+                self.outputs
+                    .push_back(Output::Deliver(cast_to(template, to_at, to.iter())));
+                let state = EchoState::Shown { to: to.clone() };
+                self.put_echo(name, number, room::Echo { state, ..echo });
+                self.stats.echoes += 1;
             }
         }
     }

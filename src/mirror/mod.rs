@@ -54,7 +54,7 @@ use self::{
     muc::LOST,
     near::Near,
     primary::Primary,
-    room::{ECHOES_MAX, Echoed, Room},
+    room::{EchoState, Room},
     rows::Rows,
     words::{away_presence, cast, cast_to, lost_presence},
 };
@@ -66,9 +66,6 @@ use crate::{
 
 /// Rooms that are mirrored at once, in each direction; more pass as they are.
 const ROOMS_MAX: usize = 2_000;
-
-/// Messages of one room that it has not reflected, while the link is up: some seconds of a busy room.
-const UNHEARD_MAX: usize = 100;
 
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Output {
@@ -138,24 +135,12 @@ pub struct Mirror {
     rows: Rows,
     primary: Primary,
     near: Near,
-    /// Of each room, what our users said and the room has not reflected: shown near by if the link goes meanwhile. After a kill it
-    /// waits for the room.
-    unheard: BTreeMap<String, VecDeque<Said>>,
     /// The last number given to an echo: their order.
     echo_last: u64,
     /// Makes ids of ours unlike any other's.
     epoch: Epoch,
     stats: MirrorStats,
     outputs: VecDeque<Output>,
-}
-
-/// A message of one of our users, as the room would show it.
-#[derive(Debug)]
-struct Said {
-    nick: String,
-    id: String,
-    template: Bytes,
-    to_at: u32,
 }
 
 impl Mirror {
@@ -177,7 +162,6 @@ impl Mirror {
             rtt: None,
             rooms: BTreeMap::new(),
             rows: Rows::default(),
-            unheard: BTreeMap::new(),
             echo_last: 0,
             epoch,
             stats: MirrorStats::default(),
@@ -236,7 +220,10 @@ impl Mirror {
             }
             rows::Kind::Echo => {
                 let number = u64::from_be_bytes(what.try_into().ok()?);
-                self.rooms.get_mut(room)?.echoes.insert(number, Echoed::decode(value)?);
+                self.rooms
+                    .get_mut(room)?
+                    .echoes
+                    .insert(number, room::Echo::decode(value)?);
                 self.echo_last = self.echo_last.max(number);
             }
         }
@@ -276,7 +263,7 @@ impl Mirror {
             sessions: rooms().map(|room| room.sessions.len()).sum(),
             rooms_split: rooms().filter(|room| room.split_shown).count(),
             guests: self.primary.guests(),
-            echoes_pending: rooms().map(|room| room.echoes.len()).sum(),
+            echoes_pending: rooms().map(Room::echoes_shown).sum(),
         }
     }
 
@@ -313,7 +300,10 @@ impl Mirror {
             Link::CatchingUp => Link::Waiting { since: now.mono },
             link @ (Link::Waiting { .. } | Link::Split) => link,
         };
-        self.show_unheard();
+        let rooms: Vec<String> = self.rooms.keys().cloned().collect();
+        for name in rooms {
+            self.show_unheard(&name);
+        }
     }
 
     /// How long a word takes to the peer and back, as last measured.
@@ -353,8 +343,8 @@ impl Mirror {
         let mut shown = self.primary.split(now);
         for name in rooms {
             shown |= self.show_split(&name);
+            self.show_unheard(&name);
         }
-        self.show_unheard();
         self.stats.splits += u64::from(shown);
     }
 
@@ -419,11 +409,30 @@ impl Mirror {
         }
     }
 
-    fn drop_echo(&mut self, name: &str, number: u64) {
-        if let Some(room) = self.rooms.get_mut(name) {
-            room.echoes.remove(&number);
-            self.rows
-                .remove(rows::Kind::Echo.key(name, &number.to_be_bytes()), &mut self.outputs);
+    /// Writes an echo, or that it is no more.
+    fn write_echo(&mut self, name: &str, number: u64) {
+        let key = rows::Kind::Echo.key(name, &number.to_be_bytes());
+        match self
+            .rooms
+            .get(name)
+            .and_then(|room| room.echoes.get(&number))
+            .map(room::Echo::encode)
+        {
+            Some(value) => self.put_row(name, key, value),
+            None => self.rows.remove(key, &mut self.outputs),
+        }
+    }
+
+    /// These sessions are out of the room: it will not tell them what they have seen.
+    fn forget_viewers(&mut self, name: &str, addresses: &[String]) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let numbers: Vec<u64> = room.echoes.keys().copied().collect();
+        for number in numbers {
+            let Some(room) = self.rooms.get_mut(name) else { return };
+            let unheard = matches!(room.echoes[&number].state, EchoState::Unheard { .. });
+            if !unheard && !room.echo_seen(number, addresses.iter()).is_empty() {
+                self.write_echo(name, number);
+            }
         }
     }
 
@@ -462,7 +471,6 @@ impl Mirror {
     }
 
     fn drop_room(&mut self, name: &str) {
-        self.unheard.remove(name);
         let Some(room) = self.rooms.remove(name) else { return };
         let occupants = room
             .occupants

@@ -19,7 +19,7 @@ use crate::{
 /// A room with more is not mirrored: each presence would rewrite a row of that many addresses. Debian's ejabberd has 200 a room.
 pub const SESSIONS_MAX: usize = 2_000;
 pub const OCCUPANTS_MAX: usize = 5_000;
-/// Messages of one room that were shown near by and not yet reflected; beyond it they are shown only when the room does.
+/// Messages of our users that a room has not reflected; beyond it they are shown only when the room does.
 pub const ECHOES_MAX: usize = 5_000;
 /// No part of a row is longer: it came in a stanza.
 const PART_MAX: usize = 1 << 20;
@@ -56,12 +56,20 @@ impl Version {
     }
 }
 
-/// A message that was shown here before the room had it.
+/// A message of one of our users that the room has not reflected.
 #[derive(Clone, Debug, Eq, PartialEq)]
-pub struct Echoed {
+pub struct Echo {
     pub nick: String,
     pub id: String,
-    pub shown_to: BTreeSet<String>,
+    pub state: EchoState,
+}
+
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum EchoState {
+    /// It waits for the room. As it would be shown here, if the link goes meanwhile: a template, and where `to` goes.
+    Unheard { template: Bytes, to_at: u32 },
+    /// These sessions were shown it before the room had it.
+    Shown { to: BTreeSet<String> },
 }
 
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
@@ -70,7 +78,8 @@ pub struct Room {
     /// The last number given to a session.
     pub last: u32,
     pub occupants: BTreeMap<String, Vec<Version>>,
-    pub echoes: BTreeMap<u64, Echoed>,
+    /// In the order in which they were said.
+    pub echoes: BTreeMap<u64, Echo>,
     /// Who was shown to whom as having left, before the room knew: its own word about it is not repeated.
     pub settled: BTreeMap<String, BTreeSet<String>>,
     /// Its messages carry ids of its own (XEP-0359), which an echo could not.
@@ -178,13 +187,42 @@ impl Room {
         changed
     }
 
+    /// Messages that were shown here and that the room has not taken.
+    pub fn echoes_shown(&self) -> usize {
+        let shown = |echo: &&Echo| matches!(echo.state, EchoState::Shown { .. });
+        self.echoes.values().filter(shown).count()
+    }
+
+    /// The number of a message that waits for the room.
+    pub fn echo_of(&self, nick: &str, id: &str) -> Option<u64> {
+        let found = self.echoes.iter().find(|(_, echo)| echo.nick == nick && echo.id == id);
+        found.map(|(number, _)| *number)
+    }
+
+    /// The room has said the message of this number to these: gives those who had seen it. It is kept until all have heard it from the
+    /// room, who may be told in more than one go.
+    pub fn echo_seen<'a>(&mut self, number: u64, told: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
+        let Some(echo) = self.echoes.get_mut(&number) else {
+            return BTreeSet::new();
+        };
+        let EchoState::Shown { to } = &mut echo.state else {
+            self.echoes.remove(&number);
+            return BTreeSet::new();
+        };
+        let seen = told.filter(|address| to.remove(*address)).cloned().collect();
+        if to.is_empty() {
+            self.echoes.remove(&number);
+        }
+        seen
+    }
+
     pub fn is_too_large(&self) -> bool {
         self.sessions.len() > SESSIONS_MAX || self.occupants.len() > OCCUPANTS_MAX
     }
 
     /// Its own row: everything but occupants and echoes.
     pub fn encode(&self) -> Bytes {
-        let mut out = vec![ROW_VERSION];
+        let mut out = begin_row();
         out.push(u8::from(self.gives_ids) | u8::from(self.split_shown) << 1);
         put_len(&mut out, self.last as usize);
         put_len(&mut out, self.sessions.len());
@@ -230,7 +268,7 @@ impl Room {
 
     pub fn encode_occupant(&self, nick: &str) -> Option<Bytes> {
         let versions = self.occupants.get(nick)?;
-        let mut out = vec![ROW_VERSION];
+        let mut out = begin_row();
         put_len(&mut out, versions.len());
         for version in versions {
             put_prefixed(&mut out, &version.template);
@@ -263,24 +301,41 @@ impl Room {
     }
 }
 
-impl Echoed {
+impl Echo {
     pub fn encode(&self) -> Bytes {
-        let mut out = vec![ROW_VERSION];
+        let mut out = begin_row();
         put_prefixed(&mut out, self.nick.as_bytes());
         put_prefixed(&mut out, self.id.as_bytes());
-        put_texts(&mut out, &self.shown_to);
+        match &self.state {
+            EchoState::Unheard { template, to_at } => {
+                out.push(0);
+                put_prefixed(&mut out, template);
+                put_len(&mut out, *to_at as usize);
+            }
+            EchoState::Shown { to } => {
+                out.push(1);
+                put_texts(&mut out, to);
+            }
+        }
         out.into()
     }
 
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let mut reader = row(bytes)?;
-        let echo = Self {
-            nick: text(&mut reader)?,
-            id: text(&mut reader)?,
-            shown_to: texts(&mut reader)?,
+        let (nick, id) = (text(&mut reader)?, text(&mut reader)?);
+        let state = match reader.byte().ok()? {
+            0 => {
+                let template = Bytes::copy_from_slice(reader.prefixed(PART_MAX).ok()?);
+                let to_at = u32::try_from(reader.len_upto(template.len()).ok()?).ok()?;
+                EchoState::Unheard { template, to_at }
+            }
+            1 => EchoState::Shown {
+                to: texts(&mut reader)?,
+            },
+            _ => return None,
         };
         reader.finish().ok()?;
-        Some(echo)
+        Some(Self { nick, id, state })
     }
 }
 

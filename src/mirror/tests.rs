@@ -312,11 +312,17 @@ fn an_echo_is_heard_once() {
     assert_eq!(site.far(&reflection, &all).delivered.len(), 3);
 }
 
-/// Who gives a message no id gets one before it crosses, so that its reflection is known again.
+/// Who gives a message no id gets one before it crosses, so that its reflection is known again: only when there is no other way.
 #[test]
 fn an_echo_without_an_id_gets_one() {
     let mut site = Site::populated(MirrorSettings::default());
     site.down();
+    let seen = site.local(&say("b1", "m1").replace(" id='m1'", ""));
+    assert_eq!(
+        (seen.crossed, seen.delivered.len()),
+        (vec![say("b1", "m1").replace(" id='m1'", "")], 0)
+    );
+    site.pass(300);
     let seen = site.local(&say("b1", "m1").replace(" id='m1'", ""));
     assert!(has(&seen.crossed, &[" id='narrows-ab-"]));
     assert!(has(&seen.delivered, &[" id='narrows-ab-"]));
@@ -689,4 +695,39 @@ fn a_restart_keeps_the_split() {
     assert_eq!(site.pass(300).delivered.len(), 0);
     assert!(site.join("b3").crossed.is_empty());
     assert!(has(&site.up().delivered, &["/alice'", "to='b1@"]));
+}
+
+/// One sender is heard in his order: what he says at once does not overtake what the room has not reflected, also not after a restart.
+#[test]
+fn echoes_do_not_overtake() {
+    for restarts in [false, true] {
+        let mut site = Site::populated(MirrorSettings::default());
+        assert_eq!(site.local(&say("b1", "m1")).delivered.len(), 0);
+        if restarts {
+            site.mirror = Site::mirror(&site.settings, &site.rows, site.now);
+        } else {
+            site.mirror.note_rtt(Some(Duration::from_secs(3)));
+        }
+        let heard: Vec<String> = site.local(&say("b1", "m2")).delivered;
+        let order: Vec<bool> = heard
+            .iter()
+            .filter(|text| text.contains("to='b2@"))
+            .map(|text| text.contains("m1"))
+            .collect();
+        assert_eq!(order, [true, false], "{restarts}");
+    }
+}
+
+/// A reflection that comes in two goes (the room took longer than the collapse waits) is swallowed in both.
+#[test]
+fn a_reflection_in_two_goes_is_heard_once() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.down();
+    site.local(&say("b1", "m1"));
+    site.up();
+    let reflection = format!("<message from='{ROOM}/b1' type='groupchat' id='m1'><body>hello</body></message>");
+    for to in ["b1@b.example/r", "b2@b.example/r"] {
+        assert_eq!(site.far(&reflection, &[to]).delivered.len(), 0);
+    }
+    assert_eq!(site.far(&reflection, &["b1@b.example/r"]).delivered.len(), 1);
 }
