@@ -11,7 +11,7 @@ use narrows_lab::client::{Client, Outcome};
 use narrows_lab::scenario::{Dice, Side, Stage, WorldStage, crowd_user};
 use narrows_lab::{Capture, Ejabberd, Profile, Prosody, ServerSpec, World};
 
-use crate::stage::{pair_with, stand, words};
+use crate::stage::{pair_with, stand};
 
 /// So many occupants are behind the link, step by step.
 const CROWDS: [usize; 4] = [1, 10, 50, 100];
@@ -185,7 +185,7 @@ fn play(name: &str, a: ServerSpec, b: ServerSpec) {
         let steps: Outcome<Vec<Step>> = CROWDS.into_iter().map(|occupants| talk.measure(occupants)).collect();
         steps
     });
-    let steps = measured.unwrap_or_else(|failure| panic!("{name}: {failure}\n{}", words(&stand.world)));
+    let steps = measured.unwrap_or_else(|failure| panic!("{name}: {failure}"));
     for step in &steps {
         println!("{name}: {step:?}");
     }

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, thread::sleep, time::Duration};
 
 use narrows_lab::{
     Ejabberd, Layout, Profile, Prosody, ServerSpec,
-    client::Outcome,
+    client::{Client, Outcome},
     load::{Fate, heard, tell},
     scenario::{Side, Stage, WorldStage},
 };
@@ -15,7 +15,7 @@ use narrows_lab::{
 use crate::{
     cast::{enter, make_room, sign_in},
     faults::{held_pair, unthrottled},
-    stage::{in_company, words, world},
+    stage::{in_company, world},
 };
 
 /// ejabberd as shipped stores a hundred messages for one user.
@@ -29,6 +29,12 @@ const RESTART_AT: usize = 15;
 
 /// What a server took from us and had not delivered when it stopped is its own to lose.
 const LOST_MAX: usize = 1;
+
+/// Waits until all that a client has sent to a domain is there, and what that domain has sent to it before is here.
+fn wait_through(stage: &WorldStage<'_>, client: &Client, domain: &str) -> Outcome {
+    let ping = client.sync(domain)?;
+    client.synced(&ping, stage.patience()).map(drop)
+}
 
 /// A user is written to while his server restarts: he has everything once and in order, and his rooms work when he has come back.
 fn restart(name: &str, a: ServerSpec, b: ServerSpec) {
@@ -62,7 +68,12 @@ fn restart(name: &str, a: ServerSpec, b: ServerSpec) {
             })?;
             let mut had = heard(&to, "chat");
             to.cut();
+            // Both servers of our kind keep order among what is stored and among what is live, but ejabberd lets the live overtake the
+            // stored: a session can be reached before what is stored for it is handed out. So nothing is under way while the reader
+            // comes back, and nothing is said before he has what was stored. A server answers a ping after what came before it.
+            wait_through(&stage, &from, &stage.domain(side))?;
             let again = sign_in(&stage, side, reader)?;
+            wait_through(&stage, &again, &stage.domain(side))?;
             tell(&from, &address, MESSAGES + 1, "")?;
             again.expect("the last word", stage.patience(), |stanza| {
                 narrows_lab::load::numbered(stanza).is_some_and(|(_, number)| number == MESSAGES + 1)
@@ -86,10 +97,14 @@ fn restart(name: &str, a: ServerSpec, b: ServerSpec) {
             }
             Ok(Fate::of(&sent, &had, &[]))
         };
-        let fate = play().unwrap_or_else(|failure| panic!("{name}: {failure}\n{}", words(world)));
-        println!("{name}: {:?} restarted: {fate}", site.server().kind());
-        let orderly = fate.doubled + fate.late == 0 && fate.lost() <= LOST_MAX;
-        assert!(orderly, "{name}: {fate}\n{}", words(world));
+        let fate = play().unwrap_or_else(|failure| panic!("{name}: {failure}"));
+        let told = format!("{name}: {:?} restarted: {fate}", site.server().kind());
+        println!("{told}");
+        assert!(
+            fate.doubled + fate.late == 0 && fate.lost() <= LOST_MAX,
+            "{told}, lost {:?}",
+            fate.not_entered
+        );
     }
 }
 

@@ -288,7 +288,7 @@ impl Server {
             Some(status) => Err(failure(io::ErrorKind::Other, format!("it ended: {status}"))),
             None => Ok(()),
         })
-        .map_err(|error| failure(error.kind(), format!("{what}: {error}\n{}", self.log_tail())))?;
+        .map_err(|error| failure(error.kind(), format!("{}\n{what}: {error}", self.log_tail())))?;
         *slot = Some(process);
         Ok(())
     }

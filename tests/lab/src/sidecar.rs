@@ -244,7 +244,7 @@ impl Sidecar {
             None => Err(io::Error::other("it was not started")),
         };
         wait_for(&what, START_PATIENCE, ready, runs)
-            .map_err(|error| failure(error.kind(), format!("{error}\n{}", self.log_tail())))
+            .map_err(|error| failure(error.kind(), format!("{}\n{error}", self.log_tail())))
     }
 
     /// Starts a sidecar that was stopped or killed, with the data it had, and waits until it is ready.
