@@ -52,10 +52,12 @@ pub fn long() -> bool {
 }
 
 pub fn seed(default: u64) -> u64 {
-    match std::env::var("NARROWS_E2E_SEED") {
-        Ok(seed) => seed.parse().expect("NARROWS_E2E_SEED is a number"),
-        Err(_) => default,
-    }
+    seed_to_replay().unwrap_or(default)
+}
+
+pub fn seed_to_replay() -> Option<u64> {
+    let seed = std::env::var("NARROWS_E2E_SEED").ok()?;
+    Some(seed.parse().expect("NARROWS_E2E_SEED is a number"))
 }
 
 /// Prosody's limit of 30 kB/s per stream is a matter of its own: it is lifted, as the documentation advises.
