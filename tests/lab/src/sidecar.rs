@@ -30,7 +30,7 @@ const START_PATIENCE: Duration = Duration::from_secs(30);
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Lines of the log that are shown when something fails.
-const TAIL_LINES: usize = 60;
+const TAIL_LINES: usize = 30;
 
 /// A sidecar's answer to an administrator's question comes at once or not at all.
 const ADMIN_PATIENCE: Duration = Duration::from_secs(5);
