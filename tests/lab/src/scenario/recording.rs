@@ -54,9 +54,10 @@ pub fn recording(stage: &dyn Stage, seed: u64, steps: usize) -> Outcome<Recordin
     play.settle()?;
     befriend_some(&mut play)?;
     for step in 0..steps {
-        model
-            .act(&mut play)
-            .map_err(|Failure(why)| Failure(format!("step {step} of seed {seed}: {why}")))?;
+        model.act(&mut play).map_err(|Failure(why)| {
+            let what = play.recording.steps.last().map_or("", String::as_str);
+            Failure(format!("step {step} of seed {seed}, {what}: {why}"))
+        })?;
     }
     play.step("alice destroys the rooms");
     for room in &rooms {
