@@ -5,13 +5,13 @@ use narrows_lab::{
     scenario::{WorldStage, acts},
 };
 
-use crate::stage::{in_company, pair, words, world};
+use crate::stage::{in_company, pair, world};
 
 fn play(name: &str, a: ServerSpec, b: ServerSpec) {
     let _company = in_company();
     let world = world(name, Profile::lan(), a.mam(), b, 0, pair());
     let stage = WorldStage::new(&world).archived();
-    let recording = acts::play_all(&stage).unwrap_or_else(|failure| panic!("{name}: {failure}\n{}", words(&world)));
+    let recording = acts::play_all(&stage).unwrap_or_else(|failure| panic!("{name}: {failure}"));
     assert!(
         recording.stanzas() > 500,
         "{name}: only {} stanzas",

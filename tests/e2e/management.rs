@@ -114,7 +114,7 @@ fn measure(name: &str, spec: SidecarSpec) -> Found {
         }
         Ok(found)
     };
-    run().unwrap_or_else(|failure| panic!("{name}: {failure}\n{}", crate::stage::words(world)))
+    run().unwrap_or_else(|failure| panic!("{name}: {failure}"))
 }
 
 /// Prints the table for the configuration's documentation.

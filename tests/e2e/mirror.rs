@@ -14,7 +14,7 @@ use narrows_lab::{
 use crate::{
     cast::{enter, make_room, sign_in},
     faults::{held_pair, unthrottled},
-    stage::{in_company, words, world},
+    stage::{in_company, world},
 };
 
 const HOLD: Duration = Duration::from_secs(4);
@@ -232,7 +232,7 @@ fn split_and_heal(name: &str, a: ServerSpec, b: ServerSpec, blow: Blow) {
         }
         Ok(())
     };
-    play().unwrap_or_else(|failure| panic!("{name}: {failure}\n{}\n{name}: {failure}", words(world)));
+    play().unwrap_or_else(|failure| panic!("{name}: {failure}"));
 }
 
 /// The room on Prosody, its far users on ejabberd.

@@ -18,7 +18,7 @@ use narrows_lab::{
 use crate::{
     cast::{Cast, Outcomes, make_room, sign_in},
     faults::{held_pair, long, unthrottled},
-    stage::{stand, words},
+    stage::stand,
 };
 /// What the issue asks for; plain S2S takes 50 to 57 s.
 const BACK_AFTER_MAX: Duration = Duration::from_secs(5);
@@ -52,7 +52,7 @@ fn through_an_outage(name: &str, a: ServerSpec, b: ServerSpec, outage: Duration)
         Layout::Sidecar(held_pair()),
     );
     let world = &stand.world;
-    let fail = |what: String| -> ! { panic!("{name}: {what}\n{}", words(world)) };
+    let fail = |what: String| -> ! { panic!("{name}: {what}") };
     let mut cast = Cast::gather(world, "outage").unwrap_or_else(|failure| fail(failure.0));
     let speak = |cast: &mut Cast<'_>| -> Outcome {
         cast.say(0, "from the shore")?;
@@ -136,8 +136,9 @@ fn long_outage() -> Duration {
 /// is in it.
 #[test]
 fn first_answer_over_a_cold_link() {
+    let name = "cold";
     let stand = stand(
-        "cold",
+        name,
         Profile::rtt600(),
         Prosody::stock(),
         Ejabberd::stock(),
@@ -145,7 +146,7 @@ fn first_answer_over_a_cold_link() {
         Layout::Sidecar(held_pair()),
     );
     let world = &stand.world;
-    let fail = |what: String| -> ! { panic!("{what}\n{}", words(world)) };
+    let fail = |what: String| -> ! { panic!("{name}: {what}") };
     let scene = || -> Outcome<Duration> {
         let stage = WorldStage::new(world);
         let room = format!("cold@{}", stage.rooms(Side::A));

@@ -86,17 +86,7 @@ fn world_vouched(
         Some(vouched) => builder.certificates(vouched),
         None => builder,
     };
-    builder.start().expect("the world starts")
-}
-
-/// What both sites say for themselves, for the message of a failed test.
-pub fn words(world: &World) -> String {
-    let site = |site: &narrows_lab::Site| {
-        let status = site
-            .sidecar()
-            .http("/status")
-            .map_or_else(|error| error.to_string(), |(_, body)| body);
-        format!("{status}\n{}\n", site.log_tails())
-    };
-    format!("{}{}", site(&world.a), site(&world.b))
+    builder
+        .start()
+        .unwrap_or_else(|error| panic!("the world {name} does not start: {error}"))
 }

@@ -615,7 +615,7 @@ impl Start {
             if let Some(piece) = self.framer.next_piece().map_err(Failure)? {
                 return Ok(piece);
             }
-            let count = self.tcp.read(&mut chunk)?;
+            let count = read_some(&mut self.tcp, &mut chunk)?;
             if count == 0 {
                 return Err(Failure("the server hung up".to_owned()));
             }
@@ -680,6 +680,16 @@ impl Start {
     }
 }
 
+/// Reads what is there. A socket with a read timeout is not read on by itself after a process was stopped and went on (signal(7)).
+fn read_some(tcp: &mut TcpStream, chunk: &mut [u8]) -> std::io::Result<usize> {
+    loop {
+        match tcp.read(chunk) {
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
 /// Reads until the stream or the connection ends.
 fn read(shared: &Shared, mut tcp: TcpStream, mut framer: Framer) -> Outcome {
     let mut chunk = [0; READ_CHUNK];
@@ -691,7 +701,7 @@ fn read(shared: &Shared, mut tcp: TcpStream, mut framer: Framer) -> Outcome {
                 Piece::End => return Ok(()),
             }
         }
-        let count = tcp.read(&mut chunk)?;
+        let count = read_some(&mut tcp, &mut chunk)?;
         if count == 0 {
             return Err(Failure("the server hung up".to_owned()));
         }

@@ -11,6 +11,7 @@ pub mod capture;
 pub mod client;
 pub mod dns;
 pub mod emulator;
+mod failures;
 pub mod load;
 pub mod net;
 pub mod scenario;

@@ -36,8 +36,11 @@ const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 /// ejabberd stops in 2 s, but gives some of its processes 30 s to end by themselves.
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
 
-/// Lines of a log that are shown when something fails.
-const TAIL_LINES: usize = 40;
+/// Lines of a log that are shown when something fails. Four logs and two outputs of a world have to fit where only some kilobytes are kept.
+const TAIL_LINES: usize = 20;
+
+/// Lines of what it printed: ejabberd prints its log again, and what it says when it cannot start is at the end.
+const OUTPUT_LINES: usize = 8;
 
 /// Which server.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -260,7 +263,7 @@ impl Server {
 
     /// The last lines of its log and of what it printed.
     pub fn log_tail(&self) -> String {
-        tail(&self.log_path(), TAIL_LINES) + &tail(&self.output_path(), TAIL_LINES)
+        tail(&self.log_path(), TAIL_LINES) + &tail(&self.output_path(), OUTPUT_LINES)
     }
 
     /// Starts a server that was stopped or killed, with the data it had, and waits until it is ready.
@@ -288,7 +291,7 @@ impl Server {
             Some(status) => Err(failure(io::ErrorKind::Other, format!("it ended: {status}"))),
             None => Ok(()),
         })
-        .map_err(|error| failure(error.kind(), format!("{what}: {error}\n{}", self.log_tail())))?;
+        .map_err(|error| failure(error.kind(), format!("{}\n{what}: {error}", self.log_tail())))?;
         *slot = Some(process);
         Ok(())
     }

@@ -30,7 +30,7 @@ const START_PATIENCE: Duration = Duration::from_secs(30);
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Lines of the log that are shown when something fails.
-const TAIL_LINES: usize = 60;
+const TAIL_LINES: usize = 30;
 
 /// A sidecar's answer to an administrator's question comes at once or not at all.
 const ADMIN_PATIENCE: Duration = Duration::from_secs(5);
@@ -244,7 +244,7 @@ impl Sidecar {
             None => Err(io::Error::other("it was not started")),
         };
         wait_for(&what, START_PATIENCE, ready, runs)
-            .map_err(|error| failure(error.kind(), format!("{error}\n{}", self.log_tail())))
+            .map_err(|error| failure(error.kind(), format!("{}\n{error}", self.log_tail())))
     }
 
     /// Starts a sidecar that was stopped or killed, with the data it had, and waits until it is ready.

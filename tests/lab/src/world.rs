@@ -25,6 +25,7 @@ use std::sync::{Arc, Mutex};
 
 use crate::dns::{Dns, Record};
 use crate::emulator::{Link, Profile};
+use crate::failures;
 use crate::net::{Guard, Namespace};
 use crate::servers::{self, Authority, C2S_PORT, Certificate, Place, S2S_PORT, Server, ServerSpec};
 use crate::sidecar::{Dial, LEGS_PORT, LINK_PORT, Post, Sidecar, SidecarSpec};
@@ -136,6 +137,7 @@ impl WorldBuilder {
 
     /// Makes the world. Everything runs and is ready afterwards.
     pub fn start(self) -> io::Result<World> {
+        failures::remember();
         let guard = Guard::new(&self.name)?;
         let label = guard.label();
         let mut namespaces = [
@@ -442,10 +444,15 @@ impl Site {
         }
     }
 
-    /// The last lines of everything that logs here.
+    /// The last lines of everything that logs here, and what the sidecar says of itself (of up to a second ago).
     pub fn log_tails(&self) -> String {
         let server = self.server.as_ref().map(Server::log_tail).unwrap_or_default();
-        server + &self.sidecar.as_ref().map(Sidecar::log_tail).unwrap_or_default()
+        let sidecar = self.sidecar.as_ref().map(|sidecar| {
+            let status = sidecar.http("/status");
+            let status = status.map_or_else(|error| error.to_string(), |(_, body)| body);
+            format!("{}{status}\n", sidecar.log_tail())
+        });
+        server + &sidecar.unwrap_or_default()
     }
 }
 
@@ -490,9 +497,9 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        // A test that fails shows what the servers had to say.
+        // A test that fails shows what the servers had to say, and then once more why it failed.
         if std::thread::panicking() {
-            eprintln!("{}{}", self.a.log_tails(), self.b.log_tails());
+            eprintln!("{}{}{}", self.a.log_tails(), self.b.log_tails(), failures::remembered());
         }
     }
 }

@@ -54,9 +54,10 @@ pub fn recording(stage: &dyn Stage, seed: u64, steps: usize) -> Outcome<Recordin
     play.settle()?;
     befriend_some(&mut play)?;
     for step in 0..steps {
-        model
-            .act(&mut play)
-            .map_err(|Failure(why)| Failure(format!("step {step} of seed {seed}: {why}")))?;
+        model.act(&mut play).map_err(|Failure(why)| {
+            let what = play.recording.steps.last().map_or("", String::as_str);
+            Failure(format!("step {step} of seed {seed}, {what}: {why}"))
+        })?;
     }
     play.step("alice destroys the rooms");
     for room in &rooms {
@@ -110,6 +111,8 @@ struct Model {
     rooms: Vec<String>,
     /// Of (room, session): the nick.
     inside: BTreeMap<(String, String), String>,
+    /// Every (room, session, nick) that was asked for since the session signed in, in vain or not.
+    asked: BTreeSet<(String, String, String)>,
     /// Texts are numbered, so that each of them is recognised.
     said: usize,
 }
@@ -120,8 +123,13 @@ impl Model {
             dice: Dice::new(seed),
             rooms,
             inside: BTreeMap::new(),
+            asked: BTreeSet::new(),
             said: 0,
         }
+    }
+
+    fn ask_for(&mut self, room: &str, name: &str, nick: &str) {
+        self.asked.insert((room.to_owned(), name.to_owned(), nick.to_owned()));
     }
 
     fn enter(&mut self, room: &str, name: &str, nick: &str) {
@@ -237,6 +245,7 @@ impl Model {
         let nick = wanted.unwrap_or_else(|| user.to_owned());
         play.step(format!("{name} joins {room} as {nick}, history {history:?}"));
         play.client(name).join(room, &nick, None, history)?;
+        self.ask_for(room, name, &nick);
         play.settle()?;
         // A nick may be shared with one's own other session only.
         let taken = others
@@ -337,6 +346,7 @@ impl Model {
         };
         play.step(format!("{name} becomes {new} in {room}"));
         play.client(name).presence_to(&format!("{room}/{new}"), "", "")?;
+        self.ask_for(room, name, &new);
         if new != "alice" {
             self.enter(room, name, &new);
         }
@@ -447,6 +457,9 @@ impl Model {
     }
 
     /// Others cannot ping for a server that notices a lost connection in its own time: whoever would see it waits for it.
+    ///
+    /// Who has asked for several nicks leaves the room first. Prosody says goodbye to each of them, in the order of a hash table, and the
+    /// first one counts; if it is a nick that two sessions share, ejabberd takes it that one of those has gone, and tells nobody.
     fn sign_out(&mut self, play: &mut Play<'_>, name: &str, orderly: bool) -> Outcome {
         let rooms: Vec<(String, String)> = self
             .inside
@@ -454,6 +467,14 @@ impl Model {
             .filter(|((_, of), _)| of == name)
             .map(|((room, _), nick)| (room.clone(), nick.clone()))
             .collect();
+        for (room, nick) in &rooms {
+            let nicks = self.asked.iter().filter(|(of, by, _)| of == room && by == name).count();
+            if nicks > 1 {
+                play.client(name).leave(room, nick, "")?;
+                play.settle()?;
+            }
+        }
+        self.asked.retain(|(_, by, _)| by != name);
         play.sign_out(name, orderly)?;
         for (room, nick) in rooms {
             let single = self.is_single(&room, &nick);
