@@ -405,7 +405,7 @@ declare! {
     LANE_UNCONFIRMED: Gauge<Peer> = "narrows_lane_unconfirmed",
         "Copies written to a stream that has acknowledgements (XEP-0198) and not acknowledged by the server yet.";
     IN_DOUBT: Counter<Peer> = "narrows_in_doubt_total",
-        "Copies of which nobody can tell whether the server got them: they were in flight on a stream without acknowledgements when it or a process died.";
+        "Copies of which nobody can tell whether the server got them, at most: they were in flight on a stream without acknowledgements when it died, or given out when a process died.";
 
     MIRROR_ROOMS: Gauge<Peer> = "narrows_mirror_rooms", "The peer's rooms that local users are in.";
     MIRROR_ROOMS_SPLIT: Gauge<Peer> = "narrows_mirror_rooms_split",

@@ -465,6 +465,20 @@ fn show(path: &[Step]) -> String {
     text
 }
 
+/// For a [`Visitor`] of what lies in sections and lists: a scalar is right wherever it stands.
+macro_rules! pass_over_scalars {
+    () => { pass_over_scalars! { visit_str: &str, visit_bool: bool, visit_u64: u64, visit_i64: i64, visit_f64: f64 } };
+    ($($visit:ident: $scalar:ty),*) => {
+        $(fn $visit<E: de::Error>(self, _: $scalar) -> Result<(), E> {
+            Ok(())
+        })*
+
+        fn visit_unit<E: de::Error>(self) -> Result<(), E> {
+            Ok(())
+        }
+    };
+}
+
 /// Whether the name or what it stands for is meant.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Target {
@@ -542,29 +556,7 @@ impl<'de> Visitor<'de> for Locate<'_> {
     }
 
     // A scalar stands where the path goes on: not the place that was meant, but near enough to go back from.
-    fn visit_str<E: de::Error>(self, _: &str) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_bool<E: de::Error>(self, _: bool) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_u64<E: de::Error>(self, _: u64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_i64<E: de::Error>(self, _: i64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_f64<E: de::Error>(self, _: f64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_unit<E: de::Error>(self) -> Result<(), E> {
-        Ok(())
-    }
+    pass_over_scalars!();
 }
 
 #[derive(Clone, Copy)]
@@ -628,29 +620,7 @@ impl<'de> Visitor<'de> for Twice {
         Ok(())
     }
 
-    fn visit_str<E: de::Error>(self, _: &str) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_bool<E: de::Error>(self, _: bool) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_u64<E: de::Error>(self, _: u64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_i64<E: de::Error>(self, _: i64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_f64<E: de::Error>(self, _: f64) -> Result<(), E> {
-        Ok(())
-    }
-
-    fn visit_unit<E: de::Error>(self) -> Result<(), E> {
-        Ok(())
-    }
+    pass_over_scalars!();
 }
 
 impl<'de> DeserializeSeed<'de> for Unseen<'_> {

@@ -13,4 +13,5 @@ pub mod peer;
 pub mod receipts;
 pub mod store;
 pub mod tls;
+mod verifier;
 pub mod wire;

@@ -4,7 +4,7 @@
 //! disk, events of lanes, bytes of the link and the passing of time come in, and the relay says what to do.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     io,
     sync::Arc,
     time::Duration,
@@ -119,6 +119,8 @@ struct Owner {
     up: bool,
     since: Mono,
     last_error: Option<String>,
+    /// Reasons for which something was dropped, that the log has.
+    told_dropped: BTreeSet<Dropped>,
 }
 
 /// What has been counted by sessions and connections that are gone.
@@ -175,6 +177,7 @@ pub async fn run(peer: Peer) -> Result<(), StoreError> {
         up: false,
         since: clock.now().mono,
         last_error: None,
+        told_dropped: BTreeSet::new(),
     };
     let mut report_tick = tokio::time::interval(REPORT_EVERY);
     let mut drain_until = None;
@@ -543,7 +546,7 @@ impl Owner {
     }
 
     /// Tells metrics and `/status` how things stand.
-    fn tell(&self) {
+    fn tell(&mut self) {
         let now = self.clock.now();
         let (lanes_up, unconfirmed) = self.relay.lanes_up();
         let (levels, stats) = (self.relay.levels(), self.relay.stats());
@@ -581,7 +584,11 @@ impl Owner {
         m::DUPLICATES_DROPPED.follow(peer, stats.duplicates);
         m::IN_DOUBT.follow(peer, stats.in_doubt);
         for dropped in Dropped::ALL {
-            m::DROPPED.follow((peer, dropped.as_label()), stats.dropped_total(dropped));
+            let total = stats.dropped_total(dropped);
+            m::DROPPED.follow((peer, dropped.as_label()), total);
+            if total > 0 && self.told_dropped.insert(dropped) {
+                warn!(peer = %self.name, reason = dropped.as_label(), "Stanzas are not delivered. This is said once; the metrics count them.");
+            }
         }
         m::REFUSED.follow((peer, "queue_full"), stats.refused);
         m::SPOOL_ENTRIES.set(peer, levels.spool_entries as f64);

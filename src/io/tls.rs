@@ -19,17 +19,11 @@ use tokio::{net::TcpStream, time::timeout};
 use tokio_rustls::{
     TlsAcceptor, TlsConnector, TlsStream,
     rustls::{
-        self, ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme,
-        client::{
-            ResolvesClientCert, Resumption,
-            danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-        },
-        crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
+        self, ClientConfig, ServerConfig, SignatureScheme,
+        client::{ResolvesClientCert, Resumption},
+        crypto::ring,
         pki_types::{CertificateDer, PrivateKeyDer, ServerName, TrustAnchor, UnixTime, pem::PemObject},
-        server::{
-            ClientHello, NoServerSessionStorage, ResolvesServerCert,
-            danger::{ClientCertVerified, ClientCertVerifier},
-        },
+        server::{ClientHello, NoServerSessionStorage, ResolvesServerCert},
         sign::CertifiedKey,
         version::{TLS12, TLS13},
     },
@@ -41,7 +35,7 @@ use x509_parser::{
     prelude::X509Certificate,
 };
 
-use super::dns;
+use super::{dns, verifier::Verifier};
 use crate::{stanza::Domain, stream::Certificate};
 
 /// XEP-0368 §2
@@ -253,11 +247,10 @@ pub struct Acceptor {
 
 impl Acceptor {
     pub fn new(identity: Arc<Identity>, roots: Arc<Roots>) -> Result<Self, TlsError> {
-        let provider = Arc::new(ring::default_provider());
-        let mut starttls = ServerConfig::builder_with_provider(Arc::clone(&provider))
+        let mut starttls = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_protocol_versions(&[&TLS12, &TLS13])
             .map_err(TlsError::SetUp)?
-            .with_client_cert_verifier(Arc::new(AnyCertificate { provider }))
+            .with_client_cert_verifier(Verifier::any_certificate())
             .with_cert_resolver(identity);
         starttls.session_storage = Arc::new(NoServerSessionStorage {});
         starttls.send_tls13_tickets = 0;
@@ -298,12 +291,11 @@ pub struct Connector {
 
 impl Connector {
     pub fn new(identity: Arc<Identity>, roots: Arc<Roots>, trust: ServerTrust) -> Result<Self, TlsError> {
-        let provider = Arc::new(ring::default_provider());
-        let mut starttls = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        let mut starttls = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
             .with_protocol_versions(&[&TLS12, &TLS13])
             .map_err(TlsError::SetUp)?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(AnyCertificate { provider }))
+            .with_custom_certificate_verifier(Verifier::any_certificate())
             .with_client_cert_resolver(identity);
         starttls.resumption = Resumption::disabled();
         let mut direct = starttls.clone();
@@ -396,122 +388,6 @@ fn names(certificate: &X509Certificate<'_>) -> Certificate {
 fn other_name(value: &[u8]) -> Option<String> {
     let (_, tagged) = TaggedExplicit::<Any<'_>, x509_parser::der_parser::asn1_rs::Error, 0>::from_der(value).ok()?;
     str::from_utf8(tagged.into_inner().data).ok().map(str::to_owned)
-}
-
-/// Lets any certificate through, if the other side holds its key. What it is worth is found out afterwards.
-#[derive(Debug)]
-struct AnyCertificate {
-    provider: Arc<CryptoProvider>,
-}
-
-impl AnyCertificate {
-    fn tls12(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls12_signature(
-            message,
-            certificate,
-            signed,
-            &self.provider.signature_verification_algorithms,
-        )
-    }
-
-    fn tls13(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(
-            message,
-            certificate,
-            signed,
-            &self.provider.signature_verification_algorithms,
-        )
-    }
-
-    fn schemes(&self) -> Vec<SignatureScheme> {
-        self.provider.signature_verification_algorithms.supported_schemes()
-    }
-}
-
-impl ServerCertVerifier for AnyCertificate {
-    fn verify_server_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: &ServerName<'_>,
-        _: &[u8],
-        _: UnixTime,
-    ) -> Result<ServerCertVerified, rustls::Error> {
-        Ok(ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.tls12(message, certificate, signed)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.tls13(message, certificate, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.schemes()
-    }
-}
-
-impl ClientCertVerifier for AnyCertificate {
-    fn client_auth_mandatory(&self) -> bool {
-        false
-    }
-
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        _: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
-        _: UnixTime,
-    ) -> Result<ClientCertVerified, rustls::Error> {
-        Ok(ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.tls12(message, certificate, signed)
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.tls13(message, certificate, signed)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.schemes()
-    }
 }
 
 #[cfg(test)]

@@ -307,7 +307,11 @@ impl Inward {
             }
         }
         if !acks {
-            stats.in_doubt += lane.in_flight.len() as u64;
+            let copies = lane
+                .in_flight
+                .iter()
+                .filter(|(copy, _)| matches!(copy, Copy::Of { .. }));
+            stats.in_doubt += copies.count() as u64;
         }
         let again: Vec<Copy> = lane.in_flight.drain(..).map(|(copy, _)| copy).collect();
         lane.in_flight_bytes = 0;

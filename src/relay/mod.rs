@@ -432,13 +432,17 @@ impl Relay {
     pub fn poll_transmit(&mut self, now: Now) -> Option<Bytes> {
         let session = self.link.session()?;
         let stats = &mut self.stats;
+        let mut over_limit = Vec::new();
         while session.batch_bytes() < self.settings.batch_bytes
-            && self
-                .outward
-                .offer(self.committed, |offer| answer(session, stats, offer, now))
+            && self.outward.offer(self.committed, |offer| {
+                answer(session, stats, &mut over_limit, offer, now)
+            })
         {}
         let transmit = session.poll_transmit(now);
         self.transmit_due = transmit.is_some();
+        for cast in over_limit {
+            self.tell_over_limit(&cast);
+        }
         self.settle(now);
         transmit
     }
@@ -545,10 +549,36 @@ impl Relay {
             Err(Refusal::NoAddress) => self.stats.dropped(Drop::Malformed),
             Err(Refusal::TooLarge) => {
                 self.stats.dropped(Drop::OverPeerLimit);
-                let text = "The stanza or its address is too long.";
-                if let Some(answer) = bounce(stanza, ErrorType::Modify, Condition::PolicyViolation, text) {
-                    self.inward.send_own(pair, answer, &mut self.stats);
-                }
+                self.tell_too_long(pair, stanza);
+            }
+        }
+    }
+
+    /// Tells the sender, if it may be told.
+    fn tell_too_long(&mut self, pair: DomainPair, stanza: &Stanza) -> bool {
+        let text = "The stanza or its address is too long.";
+        let answer = bounce(stanza, ErrorType::Modify, Condition::PolicyViolation, text);
+        let told = answer.is_some();
+        if let Some(answer) = answer {
+            self.inward.send_own(pair, answer, &mut self.stats);
+        }
+        told
+    }
+
+    /// The peer takes less than an entry of ours may hold, so this one will not be delivered.
+    fn tell_over_limit(&mut self, cast: &Cast) {
+        for index in 0..cast.recipients.len() {
+            let told = cast
+                .copy(index)
+                .and_then(|copy| Stanza::parse(copy).ok())
+                .and_then(|stanza| Some((pair_of(&stanza)?, stanza)))
+                // It is named as one for our server is.
+                .is_some_and(|(DomainPair { local: far, far: local }, stanza)| {
+                    self.tell_too_long(DomainPair { local, far }, &stanza)
+                });
+            // The copies differ only in `to`: where one has no answer, as a room's has none, the others have none either.
+            if !told {
+                return;
             }
         }
     }
@@ -889,7 +919,15 @@ fn pair_of(stanza: &Stanza) -> Option<DomainPair> {
 }
 
 /// Puts what the scheduler offers into the batch, as far as the session takes it.
-fn answer(session: &mut LinkSession, stats: &mut RelayStats, offer: Offer<'_>, now: Now) -> Answer {
+///
+/// What the peer does not take is left in `over_limit`; a void goes in its place.
+fn answer(
+    session: &mut LinkSession,
+    stats: &mut RelayStats,
+    over_limit: &mut Vec<Cast>,
+    offer: Offer<'_>,
+    now: Now,
+) -> Answer {
     match offer {
         Offer::Whole { seq, entry, accepted } => match session.send(seq, entry, now.mono.since(accepted)) {
             Sent::Whole => {
@@ -903,6 +941,9 @@ fn answer(session: &mut LinkSession, stats: &mut RelayStats, offer: Offer<'_>, n
             Sent::Refused => match session.send(seq, &Entry::Void, Duration::ZERO) {
                 Sent::Whole => {
                     stats.dropped(Drop::OverPeerLimit);
+                    if let Entry::Cast(cast) = entry {
+                        over_limit.push(cast.clone());
+                    }
                     Answer::Takes(0)
                 }
                 _ => Answer::Full,

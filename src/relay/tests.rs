@@ -1,6 +1,6 @@
 //! What needs a certain moment that chance rarely brings about. The rest is in `tests/sim`.
 
-use super::{outward::Output, *};
+use super::*;
 use crate::{
     queue::journal::Model,
     time::{Mono, Wall},
@@ -51,8 +51,8 @@ impl Half {
         let (mut changes, mut reads) = (Vec::new(), Vec::new());
         while let Some(output) = self.outward.poll_output() {
             match output {
-                Output::Change(change) => changes.push(change),
-                Output::Read { from, bytes_max, .. } => reads.push((from, bytes_max)),
+                outward::Output::Change(change) => changes.push(change),
+                outward::Output::Read { from, bytes_max, .. } => reads.push((from, bytes_max)),
             }
         }
         self.disk.apply(Batch {
@@ -177,4 +177,170 @@ fn a_draining_process_waits_for_no_lane() {
     assert!(inward.poll_timeout().is_some());
     inward.stop();
     assert_eq!(inward.poll_timeout(), None);
+}
+
+/// A server whose lane dies is not in doubt about an answer of ours: only what crossed is counted.
+#[test]
+fn answers_of_our_own_are_never_in_doubt() {
+    let (local, far) = (Domain::new("b.example").unwrap(), Domain::new("a.example").unwrap());
+    let pair = DomainPair { local, far };
+    let (mut inward, mut stats) = (
+        Inward::new(
+            vec![pair.local.clone()],
+            vec![pair.far.clone()],
+            1,
+            Duration::from_secs(15),
+            1 << 20,
+            Seq(0),
+        ),
+        RelayStats::default(),
+    );
+    let template = Bytes::from("<message from='u@a.example/r'/>");
+    let cast = Cast {
+        to_at: "<message from='u@a.example/r'".len() as u32,
+        template,
+        recipients: vec![" to='v@b.example/r'".into()],
+    };
+    inward.put(&pair, cast);
+    inward.send_own(pair.clone(), Bytes::from_static(b"<iq/>"), &mut stats);
+    inward.advance(at(0), &mut stats);
+    let lane = LaneKey { pair, lane: 0 };
+    inward.handle_lane_up(&lane, 1, false, None);
+    inward.advance(at(0), &mut stats);
+    assert_eq!(inward.lanes_up(), (1, 2));
+    inward.handle_lane_down(&lane, 1, LaneFault::Gone, at(0), &mut stats);
+    assert_eq!(stats.in_doubt, 1);
+}
+
+/// A relay with a disk that finishes at once, and a server that takes everything: what it is given to read.
+struct Whole {
+    relay: Relay,
+    disk: Model,
+    read: Vec<Bytes>,
+}
+
+impl Whole {
+    fn handle(&mut self, input: Input) {
+        self.relay.handle(input, at(0));
+        self.finish();
+    }
+
+    fn finish(&mut self) {
+        while let Some(output) = self.relay.poll_output() {
+            match output {
+                Output::Commit(batch) => {
+                    let number = batch.number;
+                    self.disk.apply(batch);
+                    self.disk.commit(number);
+                    let levels = self.disk.opening().levels;
+                    self.handle(Input::Committed { batch: number, levels });
+                }
+                Output::OpenLane { lane, life } => self.handle(Input::LaneUp {
+                    lane,
+                    life,
+                    acks: false,
+                    stanza_bytes_max: None,
+                }),
+                Output::WriteLane { stanzas, .. } => self.read.extend(stanzas),
+                Output::ReadSpool {
+                    from,
+                    entries_max,
+                    bytes_max,
+                } => {
+                    let (slots, end) = self.disk.read_spool(from, entries_max, bytes_max);
+                    self.handle(Input::SpoolRead { slots, end });
+                }
+                Output::ReadInbox { .. } | Output::Accepted { .. } | Output::LinkQuiet(_) | Output::CloseLink(_) => {}
+            }
+        }
+    }
+}
+
+/// A peer that takes smaller entries than ours may be, as another version may: the sender of what is too large is told once, a room
+/// never is, and the rest crosses.
+#[test]
+fn who_sends_more_than_the_peer_takes_is_told() {
+    let disk = Model::new(Epoch(1));
+    let settings = Settings {
+        local: vec![Domain::new("a.example").unwrap()],
+        far: vec![Domain::new("b.example").unwrap()],
+        collapse_window: Duration::ZERO,
+        queue_bytes_max: 1 << 30,
+        queue_entries_max: 1 << 30,
+        lanes_per_pair: 1,
+        lane_retry_max: Duration::from_secs(15),
+        memory_bytes: 1 << 20,
+        batch_bytes: 4096,
+        compress: false,
+        site: None,
+        session: SessionConfig::default(),
+        mirror: MirrorSettings::default(),
+    };
+    let mut whole = Whole {
+        relay: Relay::new(settings.clone(), &disk.opening(), at(0)),
+        disk,
+        read: Vec::new(),
+    };
+    let pair = DomainPair {
+        local: settings.local[0].clone(),
+        far: settings.far[0].clone(),
+    };
+    let large = "x".repeat(1000);
+    for (n, (from, stanza_type, body)) in [
+        ("u@a.example/r", "chat", large.as_str()),
+        ("room@a.example/n", "groupchat", &large),
+        ("u@a.example/r", "chat", "small"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let text = format!(
+            "<message id='{n}' type='{stanza_type}' from='{from}' to='v@b.example/r'><body>{body}</body></message>"
+        );
+        whole.handle(Input::Stanza {
+            leg: LegId(1),
+            n: n as u64 + 1,
+            pair: pair.clone(),
+            stanza: Stanza::parse(text.into()).unwrap(),
+        });
+    }
+    let hello = Hello {
+        version: frame::VERSION,
+        capabilities: 0,
+        epoch: Epoch(2),
+        received: Received::default(),
+        first_unacked: Seq(1),
+        last: Seq(0),
+        site: None,
+        dictionary: compress::NO_COMPRESSION,
+        entry_bytes_max: 500,
+        ack_delay_ms: 0,
+    };
+    let mut peer = LinkSession::new(SessionConfig::default(), hello, at(0));
+    whole.handle(Input::LinkUp);
+    let mut crossed = Vec::new();
+    for _ in 0..4 {
+        while let Some(bytes) = peer.poll_transmit(at(0)) {
+            whole.handle(Input::LinkBytes(bytes));
+        }
+        while let Some(bytes) = whole.relay.poll_transmit(at(0)) {
+            whole.finish();
+            peer.handle(session::Input::Bytes(bytes), at(0)).unwrap();
+        }
+        while let Some(output) = peer.poll_output() {
+            if let session::Output::Received { seq, entry, .. } = output {
+                crossed.push((seq.0, Entry::decode(&entry).unwrap() == Entry::Void));
+            }
+        }
+    }
+    crossed.sort_unstable();
+    assert_eq!(crossed, [(1, true), (2, true), (3, false)]);
+    assert_eq!(whole.relay.stats().dropped_total(Drop::OverPeerLimit), 2);
+    let told: Vec<Stanza> = whole
+        .read
+        .iter()
+        .map(|bytes| Stanza::parse(bytes.clone()).unwrap())
+        .collect();
+    assert_eq!(told.len(), 1);
+    assert!(told[0].is_error() && told[0].id().as_deref() == Some("0"), "{told:?}");
 }

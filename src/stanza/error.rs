@@ -58,8 +58,8 @@ impl ErrorType {
 }
 
 /// The answer that returns `stanza` to its sender, or `None` where an answer is not allowed or would do harm:
-/// to an error or result (RFC 6120 §8.3.1), to any presence (a MUC expels on `presence type='error'`), and to a bare room
-/// or other address without a resource that may be a room (ejabberd expels on any `message type='error'` to the bare room).
+/// to an error or result (RFC 6120 §8.3.1), to any presence but a user's wish to enter a room (a MUC expels on
+/// `presence type='error'`, and never asks for that), and to a bare room or other address without a resource that may be a room (ejabberd expels on any `message type='error'` to the bare room).
 ///
 /// The payload is not returned (XEP-0205: an answer must not amplify what it answers).
 pub fn bounce(stanza: &Stanza, error_type: ErrorType, condition: Condition, text: &str) -> Option<Bytes> {
@@ -74,8 +74,13 @@ pub fn bounce(stanza: &Stanza, error_type: ErrorType, condition: Condition, text
     if let Some(id) = stanza.raw_id() {
         error.extend_from_slice(&[b" id=", id].concat());
     }
+    error.push(b'>');
+    if stanza.kind() == Kind::Presence {
+        // By this clients know which of a room's errors are about their joining (XEP-0045, examples 21 to 27).
+        error.extend_from_slice(format!("<x xmlns='{}'/>", ns::MUC).as_bytes());
+    }
     let (error_type, condition, namespace) = (error_type.as_str(), condition.as_str(), ns::STANZA_ERRORS);
-    error.extend_from_slice(format!("><error type='{error_type}'><{condition} xmlns='{namespace}'/>").as_bytes());
+    error.extend_from_slice(format!("<error type='{error_type}'><{condition} xmlns='{namespace}'/>").as_bytes());
     if !text.is_empty() {
         let text = escape_text(text);
         error.extend_from_slice(format!("<text xmlns='{namespace}' xml:lang='en'>{text}</text>").as_bytes());
@@ -87,7 +92,9 @@ pub fn bounce(stanza: &Stanza, error_type: ErrorType, condition: Condition, text
 fn is_answerable(stanza: &Stanza, condition: Condition) -> bool {
     let stanza_type = stanza.stanza_type();
     match (stanza.kind(), stanza_type.as_deref()) {
-        (Kind::Presence, _) => false,
+        // XEP-0045 §7.2: who may not enter is told so by the room.
+        (Kind::Presence, None) => is_from_client(stanza) && stanza.is_join(),
+        (Kind::Presence, Some(_)) => false,
         // "An entity that receives an IQ request of type 'get' or 'set' MUST reply." Rooms do not expel on these.
         (Kind::Iq, Some("get" | "set")) => true,
         (Kind::Iq, _) => false,
@@ -129,6 +136,8 @@ mod tests {
         let far = "v@b.example/r";
         let plain = "<body>x</body>";
         let x = "<x xmlns='http://jabber.org/protocol/muc#user'/>";
+        let muc = "<x xmlns='http://jabber.org/protocol/muc'><password>p</password></x>";
+        let both = "<x xmlns='http://jabber.org/protocol/muc'/><x xmlns='http://jabber.org/protocol/muc#user'/>";
         let table = [
             // A client's messages, to a client, an account, a room.
             ("message", "chat", USER, far, plain, true, true),
@@ -152,7 +161,17 @@ mod tests {
             ("iq", "error", USER, far, plain, false, false),
             ("iq", "result", USER, far, plain, false, false),
             ("iq", "", USER, far, plain, false, false),
+            // A user's wish to enter a room; and presences that only look like one.
+            ("presence", "", USER, "room@b.example/n", muc, true, true),
             ("presence", "", USER, "room@b.example/n", "", false, false),
+            ("presence", "", USER, "room@b.example", muc, false, false),
+            ("presence", "", USER, "b.example/n", muc, false, false),
+            ("presence", "", BARE, "room@b.example/n", muc, false, false),
+            ("presence", "", ROOM, far, muc, false, false),
+            ("presence", "", NICK, far, x, false, false),
+            ("presence", "", NICK, far, both, false, false),
+            ("presence", "unavailable", USER, "room@b.example/n", muc, false, false),
+            ("presence", "error", USER, "room@b.example/n", muc, false, false),
             ("presence", "unavailable", USER, far, "", false, false),
             ("presence", "subscribe", BARE, "v@b.example", "", false, false),
             ("presence", "probe", BARE, "v@b.example", "", false, false),
@@ -199,6 +218,17 @@ mod tests {
         assert_eq!(
             bounce(&error, ErrorType::Cancel, Condition::ServiceUnavailable, ""),
             None
+        );
+    }
+
+    /// The room tells a user who may not enter, and says that it is about entering.
+    #[test]
+    fn a_refused_join_is_answered_by_the_room() {
+        let join = "<presence from='u@a.example/r' to='room@b.example/n' id='j'><x xmlns='http://jabber.org/protocol/muc'/></presence>";
+        assert_eq!(
+            answer(join, Condition::ResourceConstraint).unwrap(),
+            "<presence type='error' from='room@b.example/n' to='u@a.example/r' id='j'><x xmlns='http://jabber.org/protocol/muc'/>\
+             <error type='wait'><resource-constraint xmlns='urn:ietf:params:xml:ns:xmpp-stanzas'/></error></presence>"
         );
     }
 

@@ -10,7 +10,7 @@ use quick_xml::{
     name::{Namespace, PrefixDeclaration, QName, ResolveResult},
 };
 
-use super::{escape_attribute, ns};
+use super::{bare, escape_attribute, ns, resource_of};
 
 /// RFC 6120 §8.2
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -235,6 +235,20 @@ impl Stanza {
                 _ => {}
             }
         }
+    }
+
+    /// Whether a user asks a room to let it in (XEP-0045 §7.2.1). A room's own presences have an `x` in `muc#user`, whatever else its
+    /// occupants put into them.
+    pub(super) fn is_join(&self) -> bool {
+        let is_occupant_jid = |to: Cow<'_, str>| resource_of(&to).is_some() && bare(&to).contains('@');
+        self.kind == Kind::Presence
+            && self.stanza_type().is_none()
+            && self.to().is_some_and(is_occupant_jid)
+            && memmem::find(&self.bytes, ns::MUC.as_bytes()).is_some()
+            && self.children().is_some_and(|children| {
+                let has_x = |namespace: &str| children.iter().any(|child| child.0 == namespace && child.1 == "x");
+                has_x(ns::MUC) && !has_x(ns::MUC_USER)
+            })
     }
 
     /// Namespace and name of each child element.

@@ -4,33 +4,28 @@
 use std::sync::Arc;
 
 use tokio_rustls::rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, ServerConfig, SignatureScheme,
-    client::{
-        AlwaysResolvesClientRawPublicKeys, Resumption,
-        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    },
+    ClientConfig, Error, ServerConfig,
+    client::{AlwaysResolvesClientRawPublicKeys, Resumption},
     crypto::{
-        CryptoProvider, WebPkiSupportedAlgorithms,
+        CryptoProvider,
         ring::{self, cipher_suite::TLS13_CHACHA20_POLY1305_SHA256, kx_group::X25519},
-        verify_tls13_signature_with_raw_key,
     },
-    pki_types::{CertificateDer, ServerName, SubjectPublicKeyInfoDer, UnixTime},
-    server::{
-        AlwaysResolvesServerRawPublicKeys, NoServerSessionStorage,
-        danger::{ClientCertVerified, ClientCertVerifier},
-    },
+    pki_types::CertificateDer,
+    server::{AlwaysResolvesServerRawPublicKeys, NoServerSessionStorage},
     version::TLS13,
 };
 
-use crate::io::keys::{PrivateKey, PublicKey};
+use crate::io::{
+    keys::{PrivateKey, PublicKey},
+    verifier::Verifier,
+};
 
 /// For dialling a peer that must prove `theirs`.
 pub fn client_config(ours: &PrivateKey, theirs: PublicKey) -> Result<ClientConfig, Error> {
-    let verifier = Arc::new(Pinned::new(vec![theirs]));
     let mut config = ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
         .dangerous()
-        .with_custom_certificate_verifier(verifier)
+        .with_custom_certificate_verifier(Verifier::pinned(vec![theirs]))
         .with_client_cert_resolver(Arc::new(AlwaysResolvesClientRawPublicKeys::new(ours.certified())));
     // Names play no part: the key is who it is.
     config.enable_sni = false;
@@ -43,7 +38,7 @@ pub fn client_config(ours: &PrivateKey, theirs: PublicKey) -> Result<ClientConfi
 pub fn server_config(ours: &PrivateKey, theirs: Vec<PublicKey>) -> Result<ServerConfig, Error> {
     let mut config = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])?
-        .with_client_cert_verifier(Arc::new(Pinned::new(theirs)))
+        .with_client_cert_verifier(Verifier::pinned(theirs))
         .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(ours.certified())));
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
@@ -67,128 +62,9 @@ fn provider() -> Arc<CryptoProvider> {
     })
 }
 
-/// Accepts these keys and no others, proven by a signature of this handshake.
-#[derive(Debug)]
-struct Pinned {
-    keys: Vec<PublicKey>,
-    algorithms: WebPkiSupportedAlgorithms,
-}
-
-impl Pinned {
-    fn new(keys: Vec<PublicKey>) -> Self {
-        Self {
-            keys,
-            algorithms: ring::default_provider().signature_verification_algorithms,
-        }
-    }
-
-    fn check_key(&self, spki: &CertificateDer<'_>) -> Result<(), Error> {
-        let refused = || Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure);
-        let key = PublicKey::from_spki(spki).ok_or_else(refused)?;
-        // All are looked at, each in constant time.
-        let known = self.keys.iter().fold(false, |known, pinned| known | pinned.is(&key));
-        if known { Ok(()) } else { Err(refused()) }
-    }
-
-    fn check_signature(
-        &self,
-        message: &[u8],
-        spki: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        let spki = SubjectPublicKeyInfoDer::from(spki.as_ref());
-        verify_tls13_signature_with_raw_key(message, &spki, signature, &self.algorithms)
-    }
-}
-
-/// TLS 1.2 is not offered, so nobody can come here with it.
-fn no_tls12() -> Result<HandshakeSignatureValid, Error> {
-    Err(Error::General("TLS 1.2 on the link".to_owned()))
-}
-
-impl ServerCertVerifier for Pinned {
-    fn verify_server_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _server_name: &ServerName<'_>,
-        _ocsp_response: &[u8],
-        _now: UnixTime,
-    ) -> Result<ServerCertVerified, Error> {
-        self.check_key(end_entity).map(|()| ServerCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        no_tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.check_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        vec![SignatureScheme::ED25519]
-    }
-
-    fn requires_raw_public_keys(&self) -> bool {
-        true
-    }
-}
-
-impl ClientCertVerifier for Pinned {
-    fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
-    }
-
-    fn verify_client_cert(
-        &self,
-        end_entity: &CertificateDer<'_>,
-        _intermediates: &[CertificateDer<'_>],
-        _now: UnixTime,
-    ) -> Result<ClientCertVerified, Error> {
-        self.check_key(end_entity).map(|()| ClientCertVerified::assertion())
-    }
-
-    fn verify_tls12_signature(
-        &self,
-        _message: &[u8],
-        _cert: &CertificateDer<'_>,
-        _dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        no_tls12()
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        cert: &CertificateDer<'_>,
-        dss: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        self.check_signature(message, cert, dss)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        vec![SignatureScheme::ED25519]
-    }
-
-    fn requires_raw_public_keys(&self) -> bool {
-        true
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use tokio_rustls::rustls::{ClientConnection, ServerConnection};
+    use tokio_rustls::rustls::{CertificateError, ClientConnection, ServerConnection, pki_types::ServerName};
 
     use super::*;
 
