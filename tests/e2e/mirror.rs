@@ -3,7 +3,11 @@
 //!
 //! The clocks are shortened: the split is declared after some seconds, not minutes.
 
-use std::{collections::BTreeSet, thread::sleep, time::Duration};
+use std::{
+    collections::BTreeSet,
+    thread::sleep,
+    time::{Duration, Instant},
+};
 
 use narrows_lab::{
     Ejabberd, Layout, Profile, Prosody, ServerSpec, World,
@@ -81,8 +85,22 @@ fn was_put_out(client: &Client) -> bool {
         .any(|stanza| stanza.is_presence() && stanza.kind() == "unavailable" && stanza.has_status("110"))
 }
 
+/// Kills both, when no server is setting up a stream to one of them: what Prosody has queued for a stream that fails then, it returns to
+/// the room, and the room puts those occupants out. That is no matter of the split; README.md tells it.
 fn kill_both(world: &World) -> Outcome {
     for site in [&world.a, &world.b] {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let metrics = site.sidecar().metrics()?;
+            let legs = |state: &str| metrics.sum("narrows_legs", &["leg=\"receiving\"", &format!("state=\"{state}\"")]);
+            if legs("negotiating") == 0.0 && legs("ready") > 0.0 {
+                break;
+            }
+            if Instant::now() > deadline {
+                return Err(Failure("the server's stream is not set up".to_owned()));
+            }
+            sleep(Duration::from_millis(50));
+        }
         site.sidecar().kill9()?;
         site.sidecar().start_again()?;
     }
