@@ -62,6 +62,10 @@ const TLS_HANDSHAKE: u8 = 0x16;
 /// on the owner's mistakes), not a window: the channel to the owner is full long before.
 const UNCOMMITTED_MAX: u64 = 65_536;
 
+/// Their bytes: the burst for which [`EVENTS_MAX`] is, with 1 kB a copy, twice, or sixteen of the largest stanzas that servers
+/// send. What is on its way to the disk takes milliseconds, so a server that is held up here for 15 s has a broken disk beside it.
+pub const UNCOMMITTED_BYTES_MAX: usize = 8 * 1024 * 1024;
+
 /// Answers that the server does not take. Above it the stream is not read: it only asks for more of them.
 const WAITING_BYTES_MAX: usize = 256 * 1024;
 
@@ -242,6 +246,9 @@ struct Leg<'a> {
     owners: Vec<mpsc::Sender<LegEvent>>,
     taken: u64,
     committed: u64,
+    /// What was taken and is not committed: the numbers and sizes.
+    uncommitted: VecDeque<(u64, usize)>,
+    uncommitted_bytes: usize,
     verifications: JoinSet<(u64, Verdict)>,
     counted: Counted,
 }
@@ -265,6 +272,8 @@ impl<'a> Leg<'a> {
             owners: Vec::new(),
             taken: 0,
             committed: 0,
+            uncommitted: VecDeque::new(),
+            uncommitted_bytes: 0,
             verifications: JoinSet::new(),
             counted: Counted::new(Role::Receiving),
         }
@@ -319,7 +328,8 @@ impl<'a> Leg<'a> {
 
             let read = self.waiting.is_empty()
                 && wire.waiting() < WAITING_BYTES_MAX
-                && self.taken - self.committed < UNCOMMITTED_MAX;
+                && self.taken - self.committed < UNCOMMITTED_MAX
+                && self.uncommitted_bytes < UNCOMMITTED_BYTES_MAX;
             tokio::select! {
                 event = wire.next(read) => match event? {
                     WireEvent::Bytes(bytes) => stream.handle(Input::Bytes(bytes), clock.now()),
@@ -330,7 +340,7 @@ impl<'a> Leg<'a> {
                 () = ledger.changed.notified() => {
                     let upto = lock(&ledger.committed).upto.min(self.taken);
                     if upto > self.committed {
-                        self.committed = upto;
+                        self.commit(upto);
                         stream.handle(Input::Committed { upto }, clock.now());
                     }
                 }
@@ -421,6 +431,8 @@ impl<'a> Leg<'a> {
             return Err(io::Error::other("no owner"));
         };
         self.taken = n;
+        self.uncommitted.push_back((n, stanza.bytes().len()));
+        self.uncommitted_bytes += stanza.bytes().len();
         if self.inner.context.receipts.take(&pair, &stanza) {
             self.inner.handle.committed(self.id, n);
             return Ok(());
@@ -432,6 +444,17 @@ impl<'a> Leg<'a> {
         self.waiting
             .push_back((owner.clone(), LegEvent::Stanza { leg, n, pair, stanza }));
         Ok(())
+    }
+
+    /// All stanzas up to this one are on disk or refused.
+    fn commit(&mut self, upto: u64) {
+        self.committed = upto;
+        while let Some(&(n, bytes)) = self.uncommitted.front()
+            && n <= upto
+        {
+            self.uncommitted.pop_front();
+            self.uncommitted_bytes -= bytes;
+        }
     }
 
     /// Gives the owners what they have room for, in order.
