@@ -286,6 +286,24 @@ async fn an_idle_disk_holds_the_stream_back() {
     }
 }
 
+/// A stream of the server counts as open from when it has authenticated until it is over.
+#[tokio::test]
+async fn open_streams_are_counted() {
+    let mut facing = Facing::start(Proof::Certificates, 64).await;
+    assert_eq!(facing.other.ready(), 0);
+    let lane = facing.lane(1);
+    facing.up().await;
+    assert_eq!(facing.other.ready(), 1);
+    lane.drain();
+    facing.down().await;
+    let over = async {
+        while facing.other.ready() > 0 {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(PATIENCE, over).await.unwrap();
+}
+
 /// A drained lane writes what it was given, and both ends agree that it is over.
 #[tokio::test]
 async fn drains_after_the_last_stanza() {

@@ -15,7 +15,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -156,6 +156,8 @@ struct Inner {
     routes: Routes,
     handle: LegHandle,
     next_leg: AtomicU64,
+    /// Streams that have authenticated and are open.
+    ready: AtomicUsize,
     unauthenticated: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     verifications: Arc<Semaphore>,
@@ -170,6 +172,7 @@ impl Legs {
             routes,
             handle,
             next_leg: AtomicU64::new(1),
+            ready: AtomicUsize::new(0),
             unauthenticated: Arc::new(Semaphore::new(UNAUTHENTICATED_MAX)),
             connections: Arc::new(Semaphore::new(connections_max as usize)),
             verifications: Arc::new(Semaphore::new(VERIFICATIONS_MAX)),
@@ -203,6 +206,11 @@ impl Legs {
         if timeout(patience, self.0.connections.acquire_many(all)).await.is_err() {
             warn!("Some streams of the server were still open after the time for draining.");
         }
+    }
+
+    /// Streams that have authenticated and are open, for `/status`.
+    pub fn ready(&self) -> usize {
+        self.0.ready.load(Ordering::Relaxed)
     }
 
     fn admit(&self, tcp: TcpStream, address: SocketAddr) {
@@ -256,6 +264,9 @@ struct Leg<'a> {
 impl Drop for Leg<'_> {
     fn drop(&mut self) {
         lock(&self.inner.handle.0).remove(&self.id);
+        if self.unauthenticated.is_none() {
+            self.inner.ready.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -416,6 +427,7 @@ impl<'a> Leg<'a> {
     fn authenticated(&mut self, pair: &DomainPair, how: Method) {
         if self.unauthenticated.take().is_some() {
             self.counted.ready();
+            self.inner.ready.fetch_add(1, Ordering::Relaxed);
         }
         let method = match how {
             Method::External => "external",
