@@ -19,7 +19,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     clock::Clock,
-    lane::{self, DownReason, LaneEvent, LaneHandle, LegContext},
+    lane::{self, DownReason, LaneEvent, LaneHandle, LegContext, Parcel},
     legs::{LegEvent, LegHandle},
     link::{LinkConnection, LinkEvent, LinkReader, LinkTimes, LinkWriter, PeerLink, Survivor, survivor},
     store::{Answer, Request, Store, StoreError},
@@ -93,7 +93,7 @@ struct Lane {
     life: u64,
     handle: LaneHandle,
     /// Written by the relay, not yet taken by the lane's task. The relay bounds what is unconfirmed.
-    waiting: VecDeque<Vec<Bytes>>,
+    waiting: VecDeque<Parcel>,
 }
 
 #[derive(Debug)]
@@ -394,11 +394,16 @@ impl Owner {
                 }),
                 Output::Accepted { leg, n } => self.leg_handle.committed(leg, n),
                 Output::OpenLane { lane, life } => self.open_lane(lane, life),
-                Output::WriteLane { lane, life, stanzas } => {
+                Output::WriteLane {
+                    lane,
+                    life,
+                    batch,
+                    stanzas,
+                } => {
                     if let Some(known) = self.lanes.get_mut(&lane)
                         && known.life == life
                     {
-                        known.waiting.push_back(stanzas);
+                        known.waiting.push_back(Parcel { batch, stanzas });
                         self.write_waiting(&lane);
                     }
                 }
@@ -436,6 +441,10 @@ impl Owner {
             Arc::clone(&self.leg_context),
             lane.clone(),
             life,
+            {
+                let release = self.store.release();
+                Arc::new(move |batch| release.note(batch))
+            },
             self.lane_events.clone(),
         );
         let waiting = VecDeque::new();
@@ -444,9 +453,9 @@ impl Owner {
 
     fn write_waiting(&mut self, lane: &LaneKey) {
         let Some(lane) = self.lanes.get_mut(lane) else { return };
-        while let Some(stanzas) = lane.waiting.pop_front() {
-            if let Err(stanzas) = lane.handle.try_write(stanzas) {
-                lane.waiting.push_front(stanzas);
+        while let Some(parcel) = lane.waiting.pop_front() {
+            if let Err(parcel) = lane.handle.try_write(parcel) {
+                lane.waiting.push_front(parcel);
                 return;
             }
         }
