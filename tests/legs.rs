@@ -19,7 +19,7 @@ use narrows::{
         ca::Authority,
         clock::Clock,
         dns::{Location, Resolver, Target},
-        lane::{self, LaneEvent, LaneHandle, LegContext},
+        lane::{self, LaneEvent, LaneHandle, LegContext, Parcel},
         legs::{EVENTS_MAX, LegEvent, LegHandle, Legs, Routes},
         tls::{Acceptor, Connector, Identity, Roots, ServerTrust},
     },
@@ -215,7 +215,13 @@ impl Sidecar {
             far: domain(FAR),
         };
         let key = LaneKey { pair, lane: 0 };
-        lane::spawn(Arc::clone(&self.context), key, life, self.lane_events_tx.clone())
+        lane::spawn(
+            Arc::clone(&self.context),
+            key,
+            life,
+            Arc::new(|_| Ok(())),
+            self.lane_events_tx.clone(),
+        )
     }
 
     async fn lane_event(&mut self) -> LaneEvent {
@@ -259,11 +265,15 @@ impl Sidecar {
 
     /// A question crosses on the lane, and its answer comes on the stream that the server opens for it.
     async fn ask(&mut self, lane: &LaneHandle, id: &str) {
-        lane.try_write(vec![ping(id)]).unwrap();
+        hand(lane, vec![ping(id)]);
         let answer = self.stanza().await;
         assert_eq!(answer.id().as_deref(), Some(id));
         assert_eq!(answer.stanza_type().as_deref(), Some("result"));
     }
+}
+
+fn hand(lane: &LaneHandle, stanzas: Vec<Bytes>) {
+    lane.try_write(Parcel { batch: 1, stanzas }).unwrap();
 }
 
 fn domain(name: &str) -> Domain {
@@ -283,7 +293,7 @@ async fn everyday(lab: &Lab, proof: Proof, acks: bool) {
     sidecar.confirmed(1).await;
 
     let batch: Vec<_> = (0..500).map(|n| ping(&format!("batch-{n}"))).collect();
-    lane.try_write(batch).unwrap();
+    hand(&lane, batch);
     for n in 0..500 {
         assert_eq!(sidecar.stanza().await.id().as_deref(), Some(&*format!("batch-{n}")));
     }

@@ -181,7 +181,7 @@ async fn assemble(config: Config, mut inherited: Inherited) -> Result<(), RunErr
         background.spawn(async move { legs.serve(listener).await });
     }
     drop(inherited);
-    let status = status_of(&config, started, reports);
+    let status = status_of(&config, started, reports, legs.clone());
     let (healthy, ready) = (Arc::clone(&alive), Arc::clone(&alive));
     let admin = Admin {
         metrics,
@@ -445,7 +445,12 @@ fn settings(config: &Config, peer: &config::Peer) -> Settings {
 
 type Reports = Vec<(config::Peer, watch::Receiver<Report>)>;
 
-fn status_of(config: &Config, started: Instant, reports: Reports) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
+fn status_of(
+    config: &Config,
+    started: Instant,
+    reports: Reports,
+    legs: Legs,
+) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
     let site = config.site.to_string();
     Arc::new(move || {
         let peers: Vec<PeerStatus> = reports
@@ -459,8 +464,8 @@ fn status_of(config: &Config, started: Instant, reports: Reports) -> Arc<dyn Fn(
             not_ready: None,
             peers,
             legs: status::Legs {
+                receiving: legs.ready() as u64,
                 initiating: reports.iter().map(|(_, report)| report.borrow().lanes_up as u64).sum(),
-                ..status::Legs::default()
             },
         };
         serde_json::to_value(status).unwrap_or_default()

@@ -79,10 +79,20 @@ pub struct LegContext {
     pub connections_max: u32,
 }
 
+/// Complete stanzas, in order, and the batch that marks them as given.
+#[derive(Clone, Debug)]
+pub struct Parcel {
+    pub batch: u64,
+    pub stanzas: Vec<Bytes>,
+}
+
+/// Called with a batch before anything that it marks is written. It must be quick; if it fails, nothing is written and the life ends.
+pub type BeforeWrite = Arc<dyn Fn(u64) -> io::Result<()> + Send + Sync>;
+
 #[derive(Debug)]
 pub enum LaneCommand {
-    /// Complete stanzas, in order. Only after [`LaneEvent::Up`]; what comes earlier waits.
-    Write { stanzas: Vec<Bytes> },
+    /// Only after [`LaneEvent::Up`]; what comes earlier waits.
+    Write(Parcel),
     /// Close gracefully after all that was to be written. Dropping the handle does the same.
     Drain,
 }
@@ -145,12 +155,12 @@ pub struct LaneHandle {
 
 impl LaneHandle {
     /// Hands stanzas over, or gives them back if the lane has enough for now (or is gone, as its `Down` says).
-    pub fn try_write(&self, stanzas: Vec<Bytes>) -> Result<(), Vec<Bytes>> {
+    pub fn try_write(&self, parcel: Parcel) -> Result<(), Parcel> {
         self.tx
-            .try_send(LaneCommand::Write { stanzas })
+            .try_send(LaneCommand::Write(parcel))
             .map_err(|error| match error.into_inner() {
-                LaneCommand::Write { stanzas } => stanzas,
-                LaneCommand::Drain => Vec::new(),
+                LaneCommand::Write(parcel) => parcel,
+                LaneCommand::Drain => unreachable!("a parcel was sent"),
             })
     }
 
@@ -164,10 +174,16 @@ impl LaneHandle {
 }
 
 /// Starts a life. `life` is the owner's number for it, so that late events of an earlier one are known for what they are.
-pub fn spawn(context: Arc<LegContext>, lane: LaneKey, life: u64, events: mpsc::Sender<LaneEvent>) -> LaneHandle {
+pub fn spawn(
+    context: Arc<LegContext>,
+    lane: LaneKey,
+    life: u64,
+    before_write: BeforeWrite,
+    events: mpsc::Sender<LaneEvent>,
+) -> LaneHandle {
     let (tx, commands) = mpsc::channel(COMMANDS_MAX);
     let task = tokio::spawn(async move {
-        let reason = live(&context, &lane, life, commands, &events).await;
+        let reason = live(&context, &lane, life, &before_write, commands, &events).await;
         info!(pair = %lane.pair, lane = lane.lane, life, %reason, "Leg to the server is down.");
         LEG_CLOSED.increment((Leg::Initiating, reason.as_label()));
         // Nobody hears it any more if the owner is gone.
@@ -263,6 +279,7 @@ async fn live(
     context: &LegContext,
     lane: &LaneKey,
     life: u64,
+    before_write: &BeforeWrite,
     mut commands: mpsc::Receiver<LaneCommand>,
     events: &mpsc::Sender<LaneEvent>,
 ) -> DownReason {
@@ -279,7 +296,7 @@ async fn live(
                 continue;
             }
         };
-        let mut delivery = Delivery::new(lane, life, events);
+        let mut delivery = Delivery::new(lane, life, before_write, events);
         failure = delivery.run(context, wire, stream, &mut commands).await;
         if delivery.was_ready {
             // The owner may be waiting to hand something over, and must be able to hear the last events.
@@ -297,6 +314,7 @@ async fn live(
 struct Delivery<'a> {
     lane: &'a LaneKey,
     life: u64,
+    before_write: &'a BeforeWrite,
     events: &'a mpsc::Sender<LaneEvent>,
     was_ready: bool,
     acks: bool,
@@ -304,8 +322,8 @@ struct Delivery<'a> {
     up: Option<LaneEvent>,
     confirmed: u64,
     told: u64,
-    /// Handed over, but not given to the machine yet.
-    queue: VecDeque<Bytes>,
+    /// Handed over, but not given to the machine yet; with the batches.
+    queue: VecDeque<(u64, Bytes)>,
     written: u64,
     /// Without acks: what was written, and how it will be confirmed.
     marks: VecDeque<Mark>,
@@ -331,10 +349,11 @@ struct Mark {
 }
 
 impl<'a> Delivery<'a> {
-    fn new(lane: &'a LaneKey, life: u64, events: &'a mpsc::Sender<LaneEvent>) -> Self {
+    fn new(lane: &'a LaneKey, life: u64, before_write: &'a BeforeWrite, events: &'a mpsc::Sender<LaneEvent>) -> Self {
         Self {
             lane,
             life,
+            before_write,
             events,
             was_ready: false,
             acks: false,
@@ -364,7 +383,11 @@ impl<'a> Delivery<'a> {
                 break reason;
             }
             if self.was_ready && wire.waiting() == 0 && !self.queue.is_empty() {
-                let (slice, ping) = self.next_slice();
+                let (slice, batch, ping) = self.next_slice();
+                // From here on a kill may find them written.
+                if let Err(error) = (self.before_write)(batch) {
+                    break error.into();
+                }
                 stream.handle(Input::Write(slice), context.clock.now());
                 if let Some(reason) = self.carry_out(context, &mut wire, &mut stream).await {
                     break reason;
@@ -392,7 +415,9 @@ impl<'a> Delivery<'a> {
                 () = context.clock.sleep_until(deadline) => stream.handle(Input::Timeout, now()),
                 () = answer(self.asker.as_ref()) => {}
                 command = commands.recv(), if self.was_ready && self.queue.is_empty() && !self.draining => match command {
-                    Some(LaneCommand::Write { stanzas }) => self.queue.extend(stanzas),
+                    Some(LaneCommand::Write(Parcel { batch, stanzas })) => {
+                        self.queue.extend(stanzas.into_iter().map(|stanza| (batch, stanza)));
+                    }
                     // While nothing waits to be given to the machine, all that was handed over is before the closing tag.
                     Some(LaneCommand::Drain) | None => {
                         self.draining = true;
@@ -456,24 +481,26 @@ impl<'a> Delivery<'a> {
         });
     }
 
-    /// What to write next, and the number of the ping at its end.
-    fn next_slice(&mut self) -> (Vec<Bytes>, u64) {
+    /// What to write next, the last batch in it, and the number of the ping at its end.
+    fn next_slice(&mut self) -> (Vec<Bytes>, u64, u64) {
         let mut slice = Vec::new();
-        let mut bytes = 0;
-        while let Some(stanza) = self.queue.front() {
+        let (mut bytes, mut last_batch) = (0, 0);
+        while let Some((batch, stanza)) = self.queue.pop_front() {
             if bytes > 0 && bytes + stanza.len() > SLICE_BYTES {
+                self.queue.push_front((batch, stanza));
                 break;
             }
             bytes += stanza.len();
-            slice.extend(self.queue.pop_front());
+            last_batch = batch;
+            slice.push(stanza);
         }
         self.written += slice.len() as u64;
         let Some(asker) = &mut self.asker else {
-            return (slice, 0);
+            return (slice, last_batch, 0);
         };
         let (ping, number) = asker.ask(&self.lane.pair);
         slice.push(ping);
-        (slice, number)
+        (slice, last_batch, number)
     }
 
     fn confirm_read(&mut self, wire: &Wire, now: Mono) {

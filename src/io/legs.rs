@@ -15,7 +15,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
 };
@@ -61,6 +61,10 @@ const TLS_HANDSHAKE: u8 = 0x16;
 /// Stanzas of one stream that its owner has not committed. Above it the stream is not read. It is a bound on memory (and
 /// on the owner's mistakes), not a window: the channel to the owner is full long before.
 const UNCOMMITTED_MAX: u64 = 65_536;
+
+/// Their bytes: the burst for which [`EVENTS_MAX`] is, with 1 kB a copy, twice, or sixteen of the largest stanzas that servers
+/// send. What is on its way to the disk takes milliseconds, so a server that is held up here for 15 s has a broken disk beside it.
+pub const UNCOMMITTED_BYTES_MAX: usize = 8 * 1024 * 1024;
 
 /// Answers that the server does not take. Above it the stream is not read: it only asks for more of them.
 const WAITING_BYTES_MAX: usize = 256 * 1024;
@@ -152,6 +156,8 @@ struct Inner {
     routes: Routes,
     handle: LegHandle,
     next_leg: AtomicU64,
+    /// Streams that have authenticated and are open.
+    ready: AtomicUsize,
     unauthenticated: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     verifications: Arc<Semaphore>,
@@ -166,6 +172,7 @@ impl Legs {
             routes,
             handle,
             next_leg: AtomicU64::new(1),
+            ready: AtomicUsize::new(0),
             unauthenticated: Arc::new(Semaphore::new(UNAUTHENTICATED_MAX)),
             connections: Arc::new(Semaphore::new(connections_max as usize)),
             verifications: Arc::new(Semaphore::new(VERIFICATIONS_MAX)),
@@ -199,6 +206,11 @@ impl Legs {
         if timeout(patience, self.0.connections.acquire_many(all)).await.is_err() {
             warn!("Some streams of the server were still open after the time for draining.");
         }
+    }
+
+    /// Streams that have authenticated and are open, for `/status`.
+    pub fn ready(&self) -> usize {
+        self.0.ready.load(Ordering::Relaxed)
     }
 
     fn admit(&self, tcp: TcpStream, address: SocketAddr) {
@@ -242,6 +254,9 @@ struct Leg<'a> {
     owners: Vec<mpsc::Sender<LegEvent>>,
     taken: u64,
     committed: u64,
+    /// What was taken and is not committed: the numbers and sizes.
+    uncommitted: VecDeque<(u64, usize)>,
+    uncommitted_bytes: usize,
     verifications: JoinSet<(u64, Verdict)>,
     counted: Counted,
 }
@@ -249,6 +264,9 @@ struct Leg<'a> {
 impl Drop for Leg<'_> {
     fn drop(&mut self) {
         lock(&self.inner.handle.0).remove(&self.id);
+        if self.unauthenticated.is_none() {
+            self.inner.ready.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 }
 
@@ -265,6 +283,8 @@ impl<'a> Leg<'a> {
             owners: Vec::new(),
             taken: 0,
             committed: 0,
+            uncommitted: VecDeque::new(),
+            uncommitted_bytes: 0,
             verifications: JoinSet::new(),
             counted: Counted::new(Role::Receiving),
         }
@@ -319,7 +339,8 @@ impl<'a> Leg<'a> {
 
             let read = self.waiting.is_empty()
                 && wire.waiting() < WAITING_BYTES_MAX
-                && self.taken - self.committed < UNCOMMITTED_MAX;
+                && self.taken - self.committed < UNCOMMITTED_MAX
+                && self.uncommitted_bytes < UNCOMMITTED_BYTES_MAX;
             tokio::select! {
                 event = wire.next(read) => match event? {
                     WireEvent::Bytes(bytes) => stream.handle(Input::Bytes(bytes), clock.now()),
@@ -330,7 +351,7 @@ impl<'a> Leg<'a> {
                 () = ledger.changed.notified() => {
                     let upto = lock(&ledger.committed).upto.min(self.taken);
                     if upto > self.committed {
-                        self.committed = upto;
+                        self.commit(upto);
                         stream.handle(Input::Committed { upto }, clock.now());
                     }
                 }
@@ -406,6 +427,7 @@ impl<'a> Leg<'a> {
     fn authenticated(&mut self, pair: &DomainPair, how: Method) {
         if self.unauthenticated.take().is_some() {
             self.counted.ready();
+            self.inner.ready.fetch_add(1, Ordering::Relaxed);
         }
         let method = match how {
             Method::External => "external",
@@ -421,6 +443,8 @@ impl<'a> Leg<'a> {
             return Err(io::Error::other("no owner"));
         };
         self.taken = n;
+        self.uncommitted.push_back((n, stanza.bytes().len()));
+        self.uncommitted_bytes += stanza.bytes().len();
         if self.inner.context.receipts.take(&pair, &stanza) {
             self.inner.handle.committed(self.id, n);
             return Ok(());
@@ -432,6 +456,17 @@ impl<'a> Leg<'a> {
         self.waiting
             .push_back((owner.clone(), LegEvent::Stanza { leg, n, pair, stanza }));
         Ok(())
+    }
+
+    /// All stanzas up to this one are on disk or refused.
+    fn commit(&mut self, upto: u64) {
+        self.committed = upto;
+        while let Some(&(n, bytes)) = self.uncommitted.front()
+            && n <= upto
+        {
+            self.uncommitted.pop_front();
+            self.uncommitted_bytes -= bytes;
+        }
     }
 
     /// Gives the owners what they have room for, in order.

@@ -19,7 +19,7 @@ use tracing::{debug, info, warn};
 
 use super::{
     clock::Clock,
-    lane::{self, DownReason, LaneEvent, LaneHandle, LegContext},
+    lane::{self, DownReason, LaneEvent, LaneHandle, LegContext, Parcel},
     legs::{LegEvent, LegHandle},
     link::{LinkConnection, LinkEvent, LinkReader, LinkTimes, LinkWriter, PeerLink, Survivor, survivor},
     store::{Answer, Request, Store, StoreError},
@@ -35,7 +35,7 @@ use crate::{
     time::{Deadline, Mono},
 };
 
-/// Stanzas that are taken in before time and sockets are looked at again, so that a flood does not starve the others.
+/// Stanzas that are taken in at one turn, so that a flood of them does not starve the others.
 const BURST_MAX: usize = 256;
 
 /// Events of lanes that wait for the owner. A lane confirms batches, not stanzas, so this is plenty.
@@ -93,7 +93,7 @@ struct Lane {
     life: u64,
     handle: LaneHandle,
     /// Written by the relay, not yet taken by the lane's task. The relay bounds what is unconfirmed.
-    waiting: VecDeque<Vec<Bytes>>,
+    waiting: VecDeque<Parcel>,
 }
 
 #[derive(Debug)]
@@ -197,19 +197,19 @@ pub async fn run(peer: Peer) -> Result<(), StoreError> {
             event = owner.link.next_event() => owner.handle_link(event),
             read = read_link(reader) => owner.handle_read(read),
             ready = writable(writer, transmit) => owner.handle_writable(ready),
-            Some(event) = legs.recv() => {
-                owner.handle_leg(event);
-                for _ in 1..BURST_MAX {
-                    let Ok(event) = legs.try_recv() else { break };
-                    owner.handle_leg(event);
-                }
-            }
+            Some(event) = legs.recv() => owner.handle_leg(event),
             () = clock.sleep_until(deadline) => owner.handle_timeout(),
             _ = report_tick.tick() => owner.tell(),
             _ = draining.wait_for(|draining| *draining), if drain_until.is_none() => {
                 drain_until = Some(clock.now().mono + DRAIN_MAX);
                 owner.handle(Input::Drain);
             }
+        }
+        // Whatever else there is to do, what our server has sent goes towards the disk at every turn: until it is there, a kill
+        // loses it. Behind a returning link's burst it would wait for hundreds of milliseconds.
+        for _ in 0..BURST_MAX {
+            let Ok(event) = legs.try_recv() else { break };
+            owner.handle_leg(event);
         }
         owner.carry_out();
         if let Some(until) = drain_until
@@ -394,11 +394,16 @@ impl Owner {
                 }),
                 Output::Accepted { leg, n } => self.leg_handle.committed(leg, n),
                 Output::OpenLane { lane, life } => self.open_lane(lane, life),
-                Output::WriteLane { lane, life, stanzas } => {
+                Output::WriteLane {
+                    lane,
+                    life,
+                    batch,
+                    stanzas,
+                } => {
                     if let Some(known) = self.lanes.get_mut(&lane)
                         && known.life == life
                     {
-                        known.waiting.push_back(stanzas);
+                        known.waiting.push_back(Parcel { batch, stanzas });
                         self.write_waiting(&lane);
                     }
                 }
@@ -436,6 +441,10 @@ impl Owner {
             Arc::clone(&self.leg_context),
             lane.clone(),
             life,
+            {
+                let release = self.store.release();
+                Arc::new(move |batch| release.note(batch))
+            },
             self.lane_events.clone(),
         );
         let waiting = VecDeque::new();
@@ -444,9 +453,9 @@ impl Owner {
 
     fn write_waiting(&mut self, lane: &LaneKey) {
         let Some(lane) = self.lanes.get_mut(lane) else { return };
-        while let Some(stanzas) = lane.waiting.pop_front() {
-            if let Err(stanzas) = lane.handle.try_write(stanzas) {
-                lane.waiting.push_front(stanzas);
+        while let Some(parcel) = lane.waiting.pop_front() {
+            if let Err(parcel) = lane.handle.try_write(parcel) {
+                lane.waiting.push_front(parcel);
                 return;
             }
         }

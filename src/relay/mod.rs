@@ -242,6 +242,8 @@ pub enum Output {
     WriteLane {
         lane: LaneKey,
         life: u64,
+        /// The one that marks them.
+        batch: u64,
         stanzas: Vec<Bytes>,
     },
     /// Nothing was heard from the peer for longer than it should take (or again, after that): another connection may be
@@ -610,11 +612,19 @@ impl Relay {
         self.uncommitted.retain(|(batch, _)| *batch > self.committed);
         let later = self.waiting.split_off(&(self.committed + 1));
         let done = std::mem::replace(&mut self.waiting, later);
-        for waiting in done.into_values().flatten() {
+        let done = done
+            .into_iter()
+            .flat_map(|(batch, waiting)| waiting.into_iter().map(move |waiting| (batch, waiting)));
+        for (batch, waiting) in done {
             match waiting {
                 Waiting::Accept { leg, n } => self.outputs.push_back(Output::Accepted { leg, n }),
                 Waiting::Write { lane, life, stanzas } => {
-                    self.outputs.push_back(Output::WriteLane { lane, life, stanzas });
+                    self.outputs.push_back(Output::WriteLane {
+                        lane,
+                        life,
+                        batch,
+                        stanzas,
+                    });
                 }
                 Waiting::Stored(received) => {
                     self.stored = received.clone();

@@ -17,6 +17,14 @@ fn play(name: &str, a: ServerSpec, b: ServerSpec) {
         "{name}: only {} stanzas",
         recording.stanzas()
     );
+    for site in [&world.a, &world.b] {
+        let (_, status) = site.sidecar().http("/status").expect("the sidecar answers");
+        let status: serde_json::Value = serde_json::from_str(&status).expect("/status is JSON");
+        for direction in ["receiving", "initiating"] {
+            let legs = status["legs"][direction].as_u64();
+            assert!(legs > Some(0), "{name}: stanzas came and went, but {status}");
+        }
+    }
 }
 
 /// Rooms on Prosody, far users on ejabberd.

@@ -32,10 +32,10 @@ const MESSAGES: usize = 2000;
 /// Between two messages, on average: 45 a second are some 250 copies a second for the server beside the room.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// Messages in flight that a kill may cost. The aim is under one: on an idle machine it was 2 of 12 kills, beside other work, when a
-/// process takes its time to die, about one a kill. Twice a kill right after an outage cost more at once (18, and 11 with a
-/// smaller window towards the server), which is not understood yet; more than this is a regression.
-const IN_FLIGHT_A_KILL_MAX: usize = 3;
+/// Messages in flight that a kill may cost, on average. The aim is under one, and most kills cost none. But one that meets a returning
+/// link's burst to the room finds what the room has just said to it: as much as a lane may have under way, some eleven messages. On a
+/// busy machine that made 7 and 12 in storms of 12 kills.
+const IN_FLIGHT_A_KILL_MAX: usize = 2;
 
 /// After the storm: longer than any back-off of ours or of the servers.
 const SETTLE: Duration = Duration::from_secs(60);
@@ -45,6 +45,12 @@ pub fn held_pair() -> SidecarSpec {
     SidecarSpec::new(env!("CARGO_BIN_EXE_narrows"))
         .held()
         .env("RUST_LOG", "narrows=trace")
+}
+
+/// The pair that is compared with the room's own order: while the link is down, a local echo would show near users their own words
+/// before it.
+pub fn ordered_pair() -> SidecarSpec {
+    held_pair().yaml("mirror", "echo: reflect")
 }
 
 pub fn long() -> bool {
@@ -157,7 +163,7 @@ fn weather(name: &str, a: ServerSpec, b: ServerSpec, seed: u64) {
         unthrottled(a),
         unthrottled(b),
         0,
-        Layout::Sidecar(held_pair().in_memory()),
+        Layout::Sidecar(ordered_pair().in_memory()),
     );
     let world = &stand.world;
     let fail = |what: String| -> ! { panic!("{name}, seed {seed}: {what}") };
@@ -209,10 +215,13 @@ fn weather_ejabberd_and_prosody() {
     weather("wep", Ejabberd::stock(), Prosody::stock(), seed(2));
 }
 
-/// A kill in the middle of what a returning link brings loses what the kernel has and the server has not read, and no more.
+/// A kill in the middle of what a returning link brings loses nothing of it: what is marked as given and was not written is written
+/// by the next process.
 ///
 /// Messages gather while the sidecar beside the room is away; soon after the link is back the one beside their readers is killed, sooner or
-/// later each time. Before receipts and marks that can be taken back, each such kill lost up to forty of them.
+/// later each time. Before receipts and marks that can be taken back, each such kill lost up to forty of them; while marks were
+/// final before the write was due, one kill in three lost what the window towards the server holds, up to eleven. What
+/// is left is a word said while the room's server has not noticed that the first sidecar is gone: under one a kill.
 #[test]
 fn kill_in_a_burst() {
     const KILLS: usize = 6;
@@ -224,7 +233,7 @@ fn kill_in_a_burst() {
         unthrottled(Prosody::stock()),
         unthrottled(Ejabberd::stock()),
         0,
-        Layout::Sidecar(held_pair().in_memory()),
+        Layout::Sidecar(ordered_pair().in_memory()),
     );
     let world = &stand.world;
     let links = || {
@@ -257,8 +266,5 @@ fn kill_in_a_burst() {
     };
     let outcomes = play().unwrap_or_else(|failure| panic!("{name}: {failure}"));
     println!("{name}: {KILLS} kills of each sidecar\n{outcomes}");
-    assert!(
-        outcomes.is_orderly() && outcomes.lost() < 2 * KILLS,
-        "{name}: {outcomes}"
-    );
+    assert!(outcomes.is_orderly() && outcomes.lost() < KILLS, "{name}: {outcomes}");
 }

@@ -17,7 +17,7 @@ use narrows_lab::{
 
 use crate::{
     cast::{Cast, Outcomes, make_room, sign_in},
-    faults::{held_pair, long, unthrottled},
+    faults::{held_pair, long, ordered_pair, unthrottled},
     stage::stand,
 };
 /// What the issue asks for; plain S2S takes 50 to 57 s.
@@ -49,7 +49,8 @@ fn through_an_outage(name: &str, a: ServerSpec, b: ServerSpec, outage: Duration)
         unthrottled(a),
         unthrottled(b),
         0,
-        Layout::Sidecar(held_pair()),
+        // Nobody is told of a split: `mirror.rs` plays that.
+        Layout::Sidecar(ordered_pair().yaml("mirror", "split: { hold: 1h }")),
     );
     let world = &stand.world;
     let fail = |what: String| -> ! { panic!("{name}: {what}") };

@@ -867,7 +867,9 @@ impl World {
                     "one stream for a lane at a time"
                 );
             }
-            Output::WriteLane { lane, life, stanzas } => {
+            Output::WriteLane {
+                lane, life, stanzas, ..
+            } => {
                 if let Some(end) = site.lanes.get_mut(&lane)
                     && end.life == life
                 {

@@ -104,7 +104,9 @@ pub fn run(path: &Path, options: Options, mut answered: impl Write) -> io::Error
         match answers.recv() {
             Ok(Answer::Committed { batch: upto, .. }) => {
                 outstanding.retain(|&number| number > upto);
-                if let Err(error) = answered.write_all(&upto.to_be_bytes()) {
+                // As before a write to a leg.
+                let noted = store.release().note(upto);
+                if let Err(error) = noted.and_then(|()| answered.write_all(&upto.to_be_bytes())) {
                     return error;
                 }
             }
@@ -146,7 +148,7 @@ impl Checker {
         assert!(found >= matters_upto, "{answered} was answered, {found} found");
         let actual = (opening.clone(), read_all(&store, &answers));
         store.close();
-        // Of the last commit, if it was not answered, the marks are taken back.
+        // Of the last commits, if they were not noted, the marks are taken back.
         let is_there = |told: u64| {
             let model = self.after(told, found);
             let mut trimmed = model.clone();

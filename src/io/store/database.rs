@@ -6,6 +6,7 @@ use std::{
     io::{ErrorKind, Read},
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -57,12 +58,12 @@ const SCHEMA: &str = "
 CREATE TABLE spool (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL, sum INTEGER NOT NULL) STRICT;
 CREATE TABLE inbox (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL, sum INTEGER NOT NULL) STRICT;
 CREATE TABLE given (
-    seq INTEGER PRIMARY KEY,
+    seq INTEGER NOT NULL,
+    turn INTEGER NOT NULL,
     copies BLOB NOT NULL,
     sum INTEGER NOT NULL,
-    before BLOB NOT NULL,
-    turn INTEGER NOT NULL
-) STRICT;
+    PRIMARY KEY (seq, turn)
+) STRICT, WITHOUT ROWID;
 CREATE TABLE rooms (key BLOB PRIMARY KEY, value BLOB NOT NULL, sum INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 CREATE TABLE state (
     id INTEGER PRIMARY KEY CHECK (id = 1),
@@ -81,11 +82,21 @@ CREATE TABLE state (
 ) STRICT;
 ";
 
-/// What `SCHEMA` has and version 2 had not. The sum in the table `state` stays as it is: where `rooms` is empty, it covers the same text.
+/// What `SCHEMA` has and version 2 had not. Version 2 kept one state of an entry's marks: all that it has count. The sum in the table `state` stays as it is: where `rooms` is empty, it covers the same text.
 const UPGRADE: &str = "
 CREATE TABLE rooms (key BLOB PRIMARY KEY, value BLOB NOT NULL, sum INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 ALTER TABLE state ADD COLUMN rooms_rows INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE state ADD COLUMN rooms_bytes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE given RENAME TO given_2;
+CREATE TABLE given (
+    seq INTEGER NOT NULL,
+    turn INTEGER NOT NULL,
+    copies BLOB NOT NULL,
+    sum INTEGER NOT NULL,
+    PRIMARY KEY (seq, turn)
+) STRICT, WITHOUT ROWID;
+INSERT INTO given (seq, turn, copies, sum) SELECT seq, 0, copies, sum FROM given_2;
+DROP TABLE given_2;
 ";
 
 /// An open store file, held alone.
@@ -96,10 +107,7 @@ pub(super) struct Database {
     wal_path: PathBuf,
     state: State,
     in_transaction: bool,
-    release: Release,
-    /// Which marks of the open transaction are; see [`Release`].
-    turn: i64,
-    marked: bool,
+    release: Arc<Release>,
 }
 
 /// The one row of the table `state`, as the open transaction will leave it.
@@ -176,17 +184,15 @@ impl Database {
             )
         })?;
         let release_path = beside(path, "-given");
-        let (release, released) = Release::open(&release_path, options.boot_id, state.epoch)
-            .map_err(|error| StoreError::io(&release_path, &error))?;
+        let fail_note = |error| StoreError::io(&release_path, &error);
+        let (release, released) = Release::open(&release_path, options.boot_id, state.epoch).map_err(fail_note)?;
         let mut database = Self {
             connection,
             path: path.to_owned(),
             wal_path,
             state,
             in_transaction: false,
-            release,
-            turn: 0,
-            marked: false,
+            release: Arc::new(release),
         };
         database.check_ends()?;
         let rooms = match version {
@@ -197,11 +203,8 @@ impl Database {
         if version == BEFORE_ROOMS {
             database.upgrade()?;
         }
-        database.undo_marks(released)?;
-        database
-            .release
-            .note(database.turn - 1)
-            .map_err(|error| StoreError::io(&release_path, &error))?;
+        let last = undo_marks(&mut database.connection, released).map_err(fail)?;
+        database.release.begin(last).map_err(fail_note)?;
         let opening = database.opening(rooms)?;
         Ok((database, opening))
     }
@@ -216,39 +219,6 @@ impl Database {
         upgraded.map_err(|error| self.failed(error))?;
         // An older narrows, which looks at the header of the database, is to see it there.
         self.wal("PRAGMA wal_checkpoint(TRUNCATE)").map(|_| ())
-    }
-
-    /// Takes back the marks that nobody was told of, if it is known which: their copies were not written to a leg.
-    fn undo_marks(&mut self, released: Option<i64>) -> Result<(), StoreError> {
-        let last: Option<i64> = self
-            .connection
-            .query_row("SELECT max(turn) FROM given", [], |row| row.get(0))
-            .map_err(|error| self.failed(error))?;
-        self.turn = last.max(released).unwrap_or(0) + 1;
-        let Some(released) = released.filter(|released| last > Some(*released)) else {
-            return Ok(());
-        };
-        self.execute("BEGIN IMMEDIATE", [])?;
-        let undone = self
-            .connection
-            .prepare("SELECT seq, before FROM given WHERE turn > ?1")
-            .and_then(|mut statement| {
-                let rows = statement.query_map([released], |row| Ok((row.get(0)?, row.get(1)?)))?;
-                rows.collect::<Result<Vec<(i64, Vec<u8>)>, _>>()
-            })
-            .map_err(|error| self.failed(error))?;
-        for (id, before) in undone {
-            if before.is_empty() {
-                self.execute("DELETE FROM given WHERE seq = ?1", [id])?;
-            } else {
-                self.execute(
-                    "UPDATE given SET copies = ?2, sum = ?3, turn = ?4 WHERE seq = ?1",
-                    params![id, before, checksum(seq_of(id), &before), released],
-                )?;
-            }
-        }
-        self.execute("COMMIT", [])?;
-        Ok(())
     }
 
     /// Looks at both ends of the tables only: the whole of a large file is not read at every start.
@@ -354,7 +324,7 @@ impl Database {
 
     /// Carries out a change within the open transaction, which it begins if there is none. After an error only
     /// dropping the database is right.
-    pub(super) fn carry_out(&mut self, change: &Change) -> Result<(), StoreError> {
+    pub(super) fn carry_out(&mut self, change: &Change, batch: u64) -> Result<(), StoreError> {
         if !self.in_transaction {
             self.execute("BEGIN IMMEDIATE", [])?;
             self.in_transaction = true;
@@ -363,7 +333,7 @@ impl Database {
             Change::PutSpool { seq, entry } => self.put_spool(*seq, entry),
             Change::DropSpool { upto, beyond } => self.drop_spool(*upto, beyond),
             Change::PutInbox { seq, entry } => self.put_inbox(*seq, entry),
-            Change::MarkInbox { seq, given } => self.mark_inbox(*seq, given),
+            Change::MarkInbox { seq, given } => self.mark_inbox(*seq, given, batch),
             Change::DropInbox { seq } => self.drop_inbox(*seq),
             Change::SetReceived(received) => {
                 self.state.received.clone_from(received);
@@ -431,18 +401,22 @@ impl Database {
         Ok(())
     }
 
-    fn mark_inbox(&mut self, seq: Seq, given: &[u8]) -> Result<(), StoreError> {
+    fn mark_inbox(&mut self, seq: Seq, given: &[u8], batch: u64) -> Result<(), StoreError> {
         let Ok(id) = i64::try_from(seq.0) else {
             return Ok(());
         };
+        let (turn, noted) = self.release.turns(batch);
         // In a table of its own: a mark does not write a large entry again.
         self.execute(
-            "INSERT INTO given (seq, copies, sum, before, turn) SELECT seq, ?2, ?3, x'', ?4 FROM inbox WHERE seq = ?1 \
-             ON CONFLICT (seq) DO UPDATE SET before = CASE WHEN turn = excluded.turn THEN before ELSE copies END, \
-             copies = excluded.copies, sum = excluded.sum, turn = excluded.turn",
-            params![id, given, checksum(seq, given), self.turn],
+            "INSERT INTO given (seq, turn, copies, sum) SELECT seq, ?2, ?3, ?4 FROM inbox WHERE seq = ?1 \
+             ON CONFLICT (seq, turn) DO UPDATE SET copies = excluded.copies, sum = excluded.sum",
+            params![id, turn, given, checksum(seq, given)],
         )?;
-        self.marked = true;
+        // What a kill could bring back: the last state that may have been written, and those after it.
+        self.execute(
+            "DELETE FROM given WHERE seq = ?1 AND turn < (SELECT max(turn) FROM given WHERE seq = ?1 AND turn <= ?2)",
+            params![id, noted],
+        )?;
         Ok(())
     }
 
@@ -521,12 +495,6 @@ impl Database {
         )?;
         self.execute("COMMIT", [])?;
         self.in_transaction = false;
-        if std::mem::take(&mut self.marked) {
-            self.release
-                .note(self.turn)
-                .map_err(|error| StoreError::io(&self.path, &error))?;
-            self.turn += 1;
-        }
         Ok(())
     }
 
@@ -595,7 +563,9 @@ impl Database {
         bytes_max: usize,
     ) -> Result<(Vec<Slot>, bool), StoreError> {
         let sql = "SELECT inbox.seq, inbox.entry, inbox.sum, given.copies, given.sum FROM inbox \
-                   LEFT JOIN given ON given.seq = inbox.seq WHERE inbox.seq >= ?1 ORDER BY inbox.seq";
+                   LEFT JOIN given ON given.seq = inbox.seq \
+                   AND given.turn = (SELECT max(turn) FROM given WHERE seq = inbox.seq) \
+                   WHERE inbox.seq >= ?1 ORDER BY inbox.seq";
         self.read(sql, from, entries_max, bytes_max)
     }
 
@@ -630,6 +600,10 @@ impl Database {
             bytes += slot.entry.len();
             slots.push(slot);
         }
+    }
+
+    pub(super) fn release(&self) -> Arc<Release> {
+        Arc::clone(&self.release)
     }
 
     /// What the database and its log take on disk.
@@ -995,16 +969,64 @@ fn remove_draft(draft: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Which marks may have been followed by a write to a leg: those of the turns up to the one noted here.
+/// Takes back the marks of which no copy was written to a leg, if it is known which, and says which turn was the last.
 ///
-/// A mark is in the file before a copy is written, so that no copy is written twice. But the flush takes milliseconds, and
-/// a kill in the middle of it leaves the mark and no copy: the copy would be lost. So after the flush, and before anyone is told, the
-/// turn is noted here, which takes microseconds and outlives a kill. It need not outlive a power cut, after which, known by
-/// the system's boot id, the marks themselves count.
+/// Given is what was given in the last turn that was noted, and not taken back in any later one: a copy that a leg died with is
+/// to be written again, noted or not.
+fn undo_marks(connection: &mut Connection, released: Option<i64>) -> rusqlite::Result<i64> {
+    if let Some(released) = released {
+        let transaction = connection.transaction()?;
+        transaction.execute(
+            "DELETE FROM given AS old WHERE turn < (SELECT max(turn) FROM given WHERE seq = old.seq AND turn <= ?1)",
+            [released],
+        )?;
+        let rows = transaction
+            .prepare(
+                "SELECT seq, turn, copies FROM given WHERE seq IN (SELECT seq FROM given WHERE turn > ?1) ORDER BY seq, turn",
+            )?
+            .query_map([released], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
+            .collect::<Result<Vec<(i64, i64, Vec<u8>)>, _>>()?;
+        for states in rows.chunk_by(|(seq, ..), (next, ..)| seq == next) {
+            // No chunk is empty.
+            let (seq, first, ref copies) = states[0];
+            let mut given = copies.clone();
+            for (_, _, copies) in &states[1..] {
+                given.truncate(copies.len());
+                given.iter_mut().zip(copies).for_each(|(given, later)| *given &= later);
+            }
+            transaction.execute("DELETE FROM given WHERE seq = ?1", [seq])?;
+            if first <= released {
+                transaction.execute(
+                    "INSERT INTO given (seq, turn, copies, sum) VALUES (?1, ?2, ?3, ?4)",
+                    params![seq, first, given, checksum(seq_of(seq), &given)],
+                )?;
+            }
+        }
+        transaction.commit()?;
+    }
+    let last: Option<i64> = connection.query_row("SELECT max(turn) FROM given", [], |row| row.get(0))?;
+    Ok(last.max(released).unwrap_or(0))
+}
+
+/// Which marks may have been followed by a write to a leg: those of the batches up to the one noted here.
+///
+/// A mark is in the file before a copy is written, so that no copy is written twice. But from there to the write it is a flush
+/// of the disk and some changes of threads, and a kill on that way leaves the mark and no copy: the copy would be lost. So who writes
+/// notes the mark's batch here, right before, which takes microseconds and outlives a kill. It need not outlive a power cut, after
+/// which, known by the system's boot id, the marks themselves count.
 #[derive(Debug)]
-struct Release {
+pub struct Release {
     file: fs::File,
     head: Option<[u8; RELEASE_HEAD]>,
+    turns: Mutex<Turns>,
+}
+
+/// Batches are counted from 1 in each life, turns are not.
+#[derive(Debug, Default)]
+struct Turns {
+    /// The last one of earlier lives.
+    before: i64,
+    noted: i64,
 }
 
 /// Bytes: the boot id, and the epoch of the store that the note is about.
@@ -1036,17 +1058,60 @@ impl Release {
         let (there, turn) = noted.split_at(RELEASE_HEAD);
         let turn = turn.try_into().map(i64::from_be_bytes).ok();
         let ours = whole && head.is_some_and(|head| head == there);
-        Ok((Self { file, head }, turn.filter(|_| ours)))
+        let release = Self {
+            file,
+            head,
+            turns: Mutex::default(),
+        };
+        Ok((release, turn.filter(|_| ours)))
     }
 
-    fn note(&self, turn: i64) -> std::io::Result<()> {
-        let Some(head) = self.head else { return Ok(()) };
-        let mut note = [0; RELEASE_HEAD + 8];
-        note[..RELEASE_HEAD].copy_from_slice(&head);
-        note[RELEASE_HEAD..].copy_from_slice(&turn.to_be_bytes());
-        // One small write at one place: a kill leaves the old note or the new one.
-        self.file.write_all_at(&note, 0)
+    /// To be called before the first copy that is marked in this batch, or in one before it, is written to a leg.
+    pub fn note(&self, batch: u64) -> std::io::Result<()> {
+        // Held while it is written, so that an earlier note does not replace a later one.
+        let mut turns = lock(&self.turns);
+        let turn = turns.of(batch);
+        if turn > turns.noted {
+            self.write(turn)?;
+            turns.noted = turn;
+        }
+        Ok(())
     }
+
+    /// A new life begins: every mark that is there counts.
+    fn begin(&self, before: i64) -> std::io::Result<()> {
+        self.write(before)?;
+        *lock(&self.turns) = Turns { before, noted: before };
+        Ok(())
+    }
+
+    fn write(&self, turn: i64) -> std::io::Result<()> {
+        if let Some(head) = self.head {
+            let mut note = [0; RELEASE_HEAD + 8];
+            note[..RELEASE_HEAD].copy_from_slice(&head);
+            note[RELEASE_HEAD..].copy_from_slice(&turn.to_be_bytes());
+            // One small write at one place: a kill leaves the old note or the new one.
+            self.file.write_all_at(&note, 0)?;
+        }
+        Ok(())
+    }
+
+    /// The turn of a batch, and the last one noted.
+    fn turns(&self, batch: u64) -> (i64, i64) {
+        let turns = lock(&self.turns);
+        (turns.of(batch), turns.noted)
+    }
+}
+
+impl Turns {
+    fn of(&self, batch: u64) -> i64 {
+        self.before.saturating_add(i64::try_from(batch).unwrap_or(i64::MAX))
+    }
+}
+
+/// Who panicked left two numbers behind.
+fn lock(turns: &Mutex<Turns>) -> MutexGuard<'_, Turns> {
+    turns.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn beside(path: &Path, suffix: &str) -> PathBuf {

@@ -11,8 +11,8 @@
 //!   never wait.
 //! - A read sees every batch submitted before it, and shows nothing that is not on disk: a spool number that a peer has seen must not
 //!   come to mean something else after a crash.
-//! - A mark in the inbox that nobody was told of is taken back at the next opening, if the system has run since: nothing was written
-//!   for it. After a restart of the system it cannot be known what was told, and every mark counts.
+//! - A mark in the inbox is taken back at the next opening if its batch was not noted ([`Release`]) and the system has run since: nothing
+//!   was written for it. After a restart of the system it cannot be known what was noted, and every mark counts.
 //! - An opening reads the ends of spool and inbox and all of the rooms' state, which is bounded
 //!   ([`STATE_BYTES_MAX`](crate::queue::journal::STATE_BYTES_MAX)), so it takes a bounded time however much waits.
 //! - After the first error nothing more is accepted, read or answered. What failed is never tried again as if nothing had
@@ -22,13 +22,13 @@
 //!
 //! `<data_dir>/<peer>.sqlite`, with `-wal` beside it while narrows runs and after a crash; the two belong together. narrows holds it
 //! alone (`database is locked` to all others), so look inside with `sqlite3` when narrows is stopped, or at a copy of both. In
-//! `<peer>.sqlite-given` is noted which marks were told; without it, every mark counts.
+//! `<peer>.sqlite-given` is noted which marks may have been written; without it, every mark counts.
 //!
 //! | table | row | columns |
 //! | --- | --- | --- |
 //! | `spool` | an entry that waits to cross | `seq` our number, `entry` as `codec::entry` writes it, `sum` |
 //! | `inbox` | an entry that has crossed and waits for the local server | `seq` the peer's number, `entry`, `sum` |
-//! | `given` | of an inbox entry, the copies that were given to a leg | `seq`, `copies` bit k for recipient k, `sum`; `before` the last commit that changed them, which has the number `turn` |
+//! | `given` | of an inbox entry, the copies that were given to a leg, after the batch that has this `turn` | `seq`, `turn`, `copies` bit k for recipient k, `sum` |
 //! | `rooms` | a piece of the rooms' state | `key` and `value` as the mirror writes them, `sum` |
 //! | `state` | the only one | `epoch`; `spool_last`, the last number given out; entries and bytes of spool and inbox; rows and bytes of `rooms` (bytes as [`state_bytes`](crate::queue::journal::state_bytes) counts); `received_epoch`, `received_upto`, `received_beyond` (with commas): the position in the peer's numbering; `sum` |
 //!
@@ -55,6 +55,7 @@ use std::{
 };
 
 use self::database::Database;
+pub use self::database::Release;
 pub use self::error::{Fault, StoreError};
 use crate::{
     codec::position::Seq,
@@ -188,6 +189,7 @@ pub struct Store {
     requests: mpsc::Sender<Request>,
     thread: thread::JoinHandle<()>,
     stats: Arc<Stats>,
+    release: Arc<Release>,
 }
 
 impl fmt::Debug for Store {
@@ -209,6 +211,7 @@ pub fn open(
     let (database, opening) = Database::open(path, &options)?;
     let stats = Arc::new(Stats::default());
     stats.bytes_on_disk.store(database.bytes_on_disk(), Ordering::Relaxed);
+    let release = database.release();
     let (requests, incoming) = mpsc::channel();
     let writer = Writer {
         database,
@@ -225,6 +228,7 @@ pub fn open(
         requests,
         thread,
         stats,
+        release,
     };
     Ok((store, opening))
 }
@@ -239,6 +243,11 @@ impl Store {
 
     pub fn stats(&self) -> Arc<Stats> {
         Arc::clone(&self.stats)
+    }
+
+    /// For whoever writes what is marked.
+    pub fn release(&self) -> Arc<Release> {
+        Arc::clone(&self.release)
     }
 
     /// Waits until all that was submitted is done and answered, and the file is closed. Not to be called from `answers`.
@@ -369,7 +378,7 @@ impl<F: Fn(Answer)> Writer<F> {
 
     fn carry_out(&mut self, batch: &Batch) -> Result<(), StoreError> {
         for change in &batch.changes {
-            self.database.carry_out(change)?;
+            self.database.carry_out(change, batch.number)?;
         }
         let size = batch.changes.iter().map(size_of_change).sum::<usize>();
         let last = batch.number;
