@@ -664,6 +664,7 @@ impl Relay {
             session: Box::new(LinkSession::new(self.settings.session.clone(), hello, now)),
             greeted: false,
         };
+        self.outward.greet();
         for bytes in bytes {
             self.handle_session(session::Input::Bytes(bytes), now);
         }
