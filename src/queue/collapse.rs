@@ -104,12 +104,14 @@ struct Key {
     to_domain: String,
 }
 
+/// The sender's full address, the kind and the id, if there is one: the copies of one event share them, whatever their variant.
+type Event = (String, Kind, Option<String>);
+
 #[derive(Debug)]
 struct Group {
     flow: Flow,
     key: Key,
-    /// The sender's full address, the kind and the id, if there is one: the copies of one event share them, whatever their variant.
-    event: (String, Kind, Option<String>),
+    event: Event,
     /// The attribute that each address was written in: quotes and escapes may differ, and are kept.
     recipients: BTreeMap<Address, Bytes>,
     recipient_bytes: usize,
@@ -219,7 +221,17 @@ impl Collapse {
             // It tells nothing of who else is in the room.
             spread = Spread::Some;
         }
+        if spread == Spread::Some && stanza.is_join() {
+            spread = Spread::One;
+        }
         let to: Address = to.into();
+        let event = (from.into_owned(), stanza.kind(), stanza.id().map(Cow::into_owned));
+        if stanza.kind() == Kind::Presence && stanza.has_muc_status("110") {
+            self.seal_list(&flow, &to, &event);
+            if !self.rooms.contains_key(&flow) {
+                spread = Spread::One;
+            }
+        }
         self.learn(&flow, stanza, stanza_type.as_deref(), &to);
 
         if spread != Spread::One
@@ -236,7 +248,7 @@ impl Collapse {
             Group {
                 flow,
                 key,
-                event: (from.into_owned(), stanza.kind(), stanza.id().map(Cow::into_owned)),
+                event,
                 recipients: BTreeMap::new(),
                 recipient_bytes: 0,
                 encoded_bytes: empty_bytes,
@@ -369,6 +381,24 @@ impl Collapse {
         }
         let flow = group.flow;
         self.outputs.push_back(Output::Sealed { seq, flow, cast });
+    }
+
+    /// A room has said all that a newcomer is told before its own presence (XEP-0045 §7.2.2): who else is there. What has gone to it
+    /// alone so far is not for others.
+    fn seal_list(&mut self, flow: &Flow, newcomer: &Address, own: &Event) {
+        let Some(state) = self.flows.get(flow) else { return };
+        let is_listed = |group: &Group| {
+            group.event != *own && group.recipients.len() == 1 && group.recipients.contains_key(newcomer)
+        };
+        let listed: Vec<Seq> = state
+            .open
+            .iter()
+            .copied()
+            .filter(|seq| is_listed(&self.groups[seq]))
+            .collect();
+        for seq in listed {
+            self.seal(seq);
+        }
     }
 
     /// Seals the groups of this group's event if together they reach every session of the room.
