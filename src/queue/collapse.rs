@@ -602,6 +602,30 @@ mod tests {
         assert_eq!(sealed(&mut collapse), [(4, 4)]);
     }
 
+    /// Neither a wish to enter a room waits for a window, nor what the room then tells the newcomer alone: who is there, and that it
+    /// is. What goes to others meanwhile is not touched.
+    #[test]
+    fn an_entrance_waits_for_no_window() {
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
+        let take_in = |collapse: &mut Collapse, stanza: &Stanza| {
+            collapse.handle_stanza(stanza, at(0)).unwrap();
+        };
+        let wish = "<presence from='b1@b.example/r' to='r@c.example/b1'><x xmlns='http://jabber.org/protocol/muc'/></presence>";
+        take_in(&mut collapse, &stanza(wish));
+        assert_eq!(sealed(&mut collapse), [(1, 1)]);
+        take_in(&mut collapse, &message("r@c.example/n", "b9@b.example/r", "to all"));
+        for nick in ["n", "m"] {
+            let there = "<x xmlns='http://jabber.org/protocol/muc#user'><item role='participant'/></x>";
+            let listed = format!("<presence from='r@c.example/{nick}' to='b1@b.example/r'>{there}</presence>");
+            take_in(&mut collapse, &stanza(&listed));
+        }
+        assert_eq!(sealed(&mut collapse), []);
+        take_in(&mut collapse, &own_presence("r@c.example", "b1@b.example/r"));
+        assert_eq!(sealed(&mut collapse), [(3, 1), (4, 1), (5, 1)]);
+        collapse.handle_timeout(at(50));
+        assert_eq!(sealed(&mut collapse), [(2, 1)]);
+    }
+
     /// What a room plays back to a newcomer does not make it forget the others: its next message is one cast again.
     ///
     /// Three are known, a fourth enters and is sent old messages and the subject, then the room speaks.

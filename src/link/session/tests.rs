@@ -146,6 +146,31 @@ fn ack_rides_on_an_entry() {
     assert_eq!(b.session.stats().acks_sent_alone, 0);
 }
 
+/// Where entries are rare each is acknowledged at once, but for a moment in which an answer may take it along: TCP has to
+/// acknowledge it anyway. Where they are not, one acknowledgement does for all of a delay, at the moment when one has come.
+#[test]
+fn ack_goes_along_with_that_of_tcp() {
+    let acked_at = |pause: f64| {
+        let (mut a, mut b) = open_pair();
+        let mut acked = Vec::new();
+        for seq in 1..=12 {
+            let now = at(seq as f64 * pause);
+            a.session.send(Seq(seq), &Entry::Void, Duration::ZERO);
+            pass(&mut a, &mut b, now).unwrap();
+            b.store_all(now);
+            assert_eq!(b.session.poll_transmit(now), None);
+            let moment = at(seq as f64 * pause + 0.025);
+            assert!(b.session.poll_timeout().is_some_and(|next| next.at >= moment.mono));
+            if pass(&mut b, &mut a, moment).unwrap() > 0 {
+                acked.push(seq);
+            }
+        }
+        acked
+    };
+    assert_eq!(acked_at(10.0), (1..=12).collect::<Vec<_>>());
+    assert_eq!(acked_at(1.0), [4, 9]);
+}
+
 /// A peer that sends much is acknowledged before the delay is over: at the 64th entry, not at the 63rd.
 #[test]
 fn ack_does_not_wait_for_many() {
