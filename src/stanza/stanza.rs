@@ -482,26 +482,6 @@ mod tests {
         assert_eq!(Stanza::join(b"<iq/>", 99, b"!"), "<iq/>!");
     }
 
-    /// A wish to enter a room is told from what rooms say, and from the wish to leave it.
-    #[test]
-    fn finds_wishes_to_enter() {
-        let asks = |text: &str| stanza(text).asks_to_enter();
-        let (muc, user) = (ns::MUC, ns::MUC_USER);
-        assert!(asks(&format!(
-            "<presence><c/><x xmlns='{muc}'><password>x</password></x></presence>"
-        )));
-        assert!(asks(&format!("<presence><p:x xmlns:p=\"{muc}\"/></presence>")));
-        for other in [
-            format!("<presence><x xmlns='{user}'/></presence>"),
-            format!("<presence type='unavailable'><x xmlns='{muc}'/></presence>"),
-            format!("<presence><y><x xmlns='{muc}'/></y></presence>"),
-            format!("<message><x xmlns='{muc}'/></message>"),
-            "<presence/>".to_owned(),
-        ] {
-            assert!(!asks(&other), "{other}");
-        }
-    }
-
     /// Status codes count only where XEP-0045 has them, whatever the prefixes.
     #[test]
     fn finds_muc_status_codes() {
