@@ -25,7 +25,7 @@ const FASTER: u32 = 4;
 /// A busy room: a line every second.
 const BUSY: Duration = Duration::from_secs(1);
 
-/// A quiet one, in which every line has an acknowledgement of its own.
+/// A quiet one, in which every line is acknowledged by itself.
 const QUIET: Duration = Duration::from_secs(10);
 
 /// The default of `link.ack_delay`.

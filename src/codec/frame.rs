@@ -5,6 +5,7 @@
 //! batch  = varint(len << 1 | compressed)  len bytes
 //!          plain:       frame*
 //!          compressed:  varint(ids_len)  ids  zstd block(s) of frame*
+//!          early:       a plain one that begins with EARLY; what follows that is as in a compressed one
 //! frame  = type …                                    numbers are varints; length-prefixed where a size is not known
 //! ```
 //!
@@ -16,6 +17,9 @@
 //!   a UUID, 32 hex digits, 24 characters of base64url (Prosody's archive) or 16 digits (ejabberd's archive: microseconds).
 //!
 //! Fragments never touch that state: they may be cut off and start again on another connection.
+//!
+//! An *early* batch is written before the peer's hello has been read, as if that agreed with ours in everything. Where it does not, the
+//! peer passes such batches over, see [`Hello::takes_early_of`], and their writer begins anew.
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use bytes::{Buf, Bytes, BytesMut};
@@ -27,7 +31,7 @@ use crate::codec::{
 };
 
 /// The version of everything in this file, [`crate::codec::entry`] and [`crate::codec::compress`].
-pub const VERSION: u64 = 1;
+pub const VERSION: u64 = 2;
 
 /// Frames of one batch, before compression. It must hold the largest whole entry ([`SET_BYTES_MAX`] and a template).
 pub const BATCH_INFLATED_MAX: usize = 192 * 1024;
@@ -37,6 +41,10 @@ const FRAMES_BESIDE_MAX: usize = 8 * 1024;
 
 /// A batch on the wire: what does not compress grows by a few bytes per 128 KiB, and ids stand beside it.
 pub const BATCH_BYTES_MAX: usize = BATCH_INFLATED_MAX + 64 * 1024;
+
+/// Frames of all early batches of a connection, before compression, and so the largest entry in them: a few stanzas. They may turn out
+/// to be with the peer already, which at 9600 bit/s may cost half a second, and not more.
+pub const EARLY_BYTES_MAX: usize = 1024;
 
 /// A recipient set larger than this is sent with its entry in fragments, and not remembered. About 3,000 recipients.
 pub const SET_BYTES_MAX: usize = 128 * 1024;
@@ -80,6 +88,8 @@ mod frame_type {
     pub const PONG: u8 = 6;
     pub const GOODBYE: u8 = 7;
     pub const HELLO: u8 = 8;
+    /// Only as the first byte of a batch.
+    pub const EARLY: u8 = 9;
     pub const OPTIONAL: u8 = 0x40;
 }
 
@@ -135,6 +145,13 @@ pub struct Hello {
     pub entry_bytes_max: u64,
     /// How long the sender of this may keep an acknowledgement back.
     pub ack_delay_ms: u64,
+}
+
+impl Hello {
+    /// Whether the sender of this reads the early batches of the sender of `other`. Both ends work it out from the two hellos.
+    pub fn takes_early_of(&self, other: &Self) -> bool {
+        self.dictionary == other.dictionary && self.entry_bytes_max >= EARLY_BYTES_MAX as u64
+    }
 }
 
 /// Why one end closes in good order.
@@ -297,8 +314,9 @@ impl Memory {
     }
 }
 
-/// What a cast takes in a batch if nothing of it is known: each piece ends with a mark, and bytes that are marks are escaped.
-fn packed_bytes_max(cast: &Cast) -> usize {
+/// What an entry takes in a batch if nothing of it is known: each piece ends with a mark, and bytes that are marks are escaped.
+fn packed_bytes_max(entry: &Entry) -> usize {
+    let Entry::Cast(cast) = entry else { return 16 };
     let packed = |text: &Bytes| text.len() + 1 + text.iter().filter(|byte| **byte <= mark::LAST).count();
     32 + packed(&cast.template) + cast.recipients.iter().map(packed).sum::<usize>()
 }
@@ -389,18 +407,23 @@ impl FrameWriter {
             Entry::Cast(cast) => {
                 cast.template.len() <= template_max.min(TEMPLATE_WHOLE_MAX)
                     && set_bytes(&cast.recipients) <= SET_BYTES_MAX
-                    && packed_bytes_max(cast) <= BATCH_INFLATED_MAX - FRAMES_BESIDE_MAX
+                    && packed_bytes_max(entry) <= BATCH_INFLATED_MAX - FRAMES_BESIDE_MAX
             }
         }
     }
 
     /// Whether the batch has room for such an entry, at the most that it can take.
     pub fn has_room_for(&self, entry: &Entry) -> bool {
-        let entry_bytes = match entry {
-            Entry::Void => 16,
-            Entry::Cast(cast) => packed_bytes_max(cast),
+        self.text.len() + packed_bytes_max(entry) <= BATCH_INFLATED_MAX - FRAMES_BESIDE_MAX
+    }
+
+    /// Whether it may go early, when `gone` bytes of frames have gone so before this batch.
+    pub fn has_early_room_for(&self, entry: &Entry, gone: usize) -> bool {
+        let fits = match entry {
+            Entry::Void => true,
+            Entry::Cast(cast) => cast.encoded_bytes() <= EARLY_BYTES_MAX,
         };
-        self.text.len() + entry_bytes <= BATCH_INFLATED_MAX - FRAMES_BESIDE_MAX
+        fits && gone + self.bytes() + packed_bytes_max(entry) <= EARLY_BYTES_MAX
     }
 
     /// Whether the batch has room for a fragment.
@@ -1033,9 +1056,25 @@ pub fn pack_dictionary(lines: &str) -> Vec<u8> {
     out
 }
 
+/// How the body of a batch is to be read.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum BatchKind {
+    /// Frames as they are.
+    Plain,
+    /// Ids, and frames as the agreed coder writes them.
+    Compressed,
+    /// The same, from before there was an agreement.
+    Early,
+}
+
 /// Appends a batch as it goes over the wire.
-pub fn put_batch(out: &mut Vec<u8>, compressed: bool, body: &[u8]) {
-    put_varint(out, (body.len() as u64) << 1 | u64::from(compressed));
+pub fn put_batch(out: &mut Vec<u8>, kind: BatchKind, body: &[u8]) {
+    let early = kind == BatchKind::Early;
+    let len = body.len() + usize::from(early);
+    put_varint(out, (len as u64) << 1 | u64::from(kind == BatchKind::Compressed));
+    if early {
+        out.push(frame_type::EARLY);
+    }
     out.extend_from_slice(body);
 }
 
@@ -1048,7 +1087,7 @@ pub struct BatchBuffer {
 /// A batch as it came over the wire.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct WireBatch {
-    pub compressed: bool,
+    pub kind: BatchKind,
     pub body: Bytes,
 }
 
@@ -1080,10 +1119,16 @@ impl BatchBuffer {
             return Ok(None);
         }
         self.bytes.advance(head_len);
-        Ok(Some(WireBatch {
-            compressed: head & 1 == 1,
-            body: self.bytes.split_to(len).freeze(),
-        }))
+        let mut body = self.bytes.split_to(len).freeze();
+        let kind = if head & 1 == 1 {
+            BatchKind::Compressed
+        } else if body.first() == Some(&frame_type::EARLY) {
+            body.advance(1);
+            BatchKind::Early
+        } else {
+            BatchKind::Plain
+        };
+        Ok(Some(WireBatch { kind, body }))
     }
 }
 

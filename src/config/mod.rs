@@ -223,7 +223,7 @@ pub struct Link {
 
     /// How long an acknowledgement waits for something to ride on before it is sent alone.
     ///
-    /// Default `5s`: alone it costs some 130 bytes in both directions, as much as a chat line, and nothing waits for it but
+    /// Default `5s`: alone it costs 80 to 130 bytes in both directions, as much as a chat line, and nothing waits for it but
     /// the peer's disk. Many entries are acknowledged sooner.
     #[serde(default = "Link::ack_delay")]
     pub ack_delay: Period,

@@ -104,12 +104,14 @@ struct Key {
     to_domain: String,
 }
 
+/// The sender's full address, the kind and the id, if there is one: the copies of one event share them, whatever their variant.
+type Event = (String, Kind, Option<String>);
+
 #[derive(Debug)]
 struct Group {
     flow: Flow,
     key: Key,
-    /// The sender's full address, the kind and the id, if there is one: the copies of one event share them, whatever their variant.
-    event: (String, Kind, Option<String>),
+    event: Event,
     /// The attribute that each address was written in: quotes and escapes may differ, and are kept.
     recipients: BTreeMap<Address, Bytes>,
     recipient_bytes: usize,
@@ -219,7 +221,17 @@ impl Collapse {
             // It tells nothing of who else is in the room.
             spread = Spread::Some;
         }
+        if spread == Spread::Some && stanza.is_join() {
+            spread = Spread::One;
+        }
         let to: Address = to.into();
+        let event = (from.into_owned(), stanza.kind(), stanza.id().map(Cow::into_owned));
+        if stanza.kind() == Kind::Presence && stanza.has_muc_status("110") {
+            self.seal_list(&flow, &to, &event);
+            if !self.rooms.contains_key(&flow) {
+                spread = Spread::One;
+            }
+        }
         self.learn(&flow, stanza, stanza_type.as_deref(), &to);
 
         if spread != Spread::One
@@ -236,7 +248,7 @@ impl Collapse {
             Group {
                 flow,
                 key,
-                event: (from.into_owned(), stanza.kind(), stanza.id().map(Cow::into_owned)),
+                event,
                 recipients: BTreeMap::new(),
                 recipient_bytes: 0,
                 encoded_bytes: empty_bytes,
@@ -369,6 +381,24 @@ impl Collapse {
         }
         let flow = group.flow;
         self.outputs.push_back(Output::Sealed { seq, flow, cast });
+    }
+
+    /// A room has said all that a newcomer is told before its own presence (XEP-0045 §7.2.2): who else is there. What has gone to it
+    /// alone so far is not for others.
+    fn seal_list(&mut self, flow: &Flow, newcomer: &Address, own: &Event) {
+        let Some(state) = self.flows.get(flow) else { return };
+        let is_listed = |group: &Group| {
+            group.event != *own && group.recipients.len() == 1 && group.recipients.contains_key(newcomer)
+        };
+        let listed: Vec<Seq> = state
+            .open
+            .iter()
+            .copied()
+            .filter(|seq| is_listed(&self.groups[seq]))
+            .collect();
+        for seq in listed {
+            self.seal(seq);
+        }
     }
 
     /// Seals the groups of this group's event if together they reach every session of the room.
@@ -570,6 +600,30 @@ mod tests {
         assert_eq!(sealed(&mut collapse), []);
         say(&mut collapse, 3..4, "welcome", 501);
         assert_eq!(sealed(&mut collapse), [(4, 4)]);
+    }
+
+    /// Neither a wish to enter a room waits for a window, nor what the room then tells the newcomer alone: who is there, and that it
+    /// is. What goes to others meanwhile is not touched.
+    #[test]
+    fn an_entrance_waits_for_no_window() {
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
+        let take_in = |collapse: &mut Collapse, stanza: &Stanza| {
+            collapse.handle_stanza(stanza, at(0)).unwrap();
+        };
+        let wish = "<presence from='b1@b.example/r' to='r@c.example/b1'><x xmlns='http://jabber.org/protocol/muc'/></presence>";
+        take_in(&mut collapse, &stanza(wish));
+        assert_eq!(sealed(&mut collapse), [(1, 1)]);
+        take_in(&mut collapse, &message("r@c.example/n", "b9@b.example/r", "to all"));
+        for nick in ["n", "m"] {
+            let there = "<x xmlns='http://jabber.org/protocol/muc#user'><item role='participant'/></x>";
+            let listed = format!("<presence from='r@c.example/{nick}' to='b1@b.example/r'>{there}</presence>");
+            take_in(&mut collapse, &stanza(&listed));
+        }
+        assert_eq!(sealed(&mut collapse), []);
+        take_in(&mut collapse, &own_presence("r@c.example", "b1@b.example/r"));
+        assert_eq!(sealed(&mut collapse), [(3, 1), (4, 1), (5, 1)]);
+        collapse.handle_timeout(at(50));
+        assert_eq!(sealed(&mut collapse), [(2, 1)]);
     }
 
     /// What a room plays back to a newcomer does not make it forget the others: its next message is one cast again.

@@ -125,6 +125,8 @@ enum LaneState {
 #[derive(Debug)]
 struct Lane {
     state: LaneState,
+    /// Opened if it is not open yet, though nothing is queued.
+    expected: bool,
     queue: VecDeque<Copy>,
     /// Of them, answers of our own.
     own: usize,
@@ -384,6 +386,19 @@ impl Inward {
         lane.queue.push_back(Copy::Own(stanza));
     }
 
+    /// Somebody here speaks to the far end: what comes back will need this lane, and opening it takes longer than writing to it.
+    pub fn expect(&mut self, pair: DomainPair, speaker: &str) {
+        let key = self.lane_key(pair, hash(bare(speaker).as_bytes()));
+        self.lanes.entry(key).or_insert_with(Lane::new).expected = true;
+    }
+
+    fn lane_key(&self, pair: DomainPair, hash: u64) -> LaneKey {
+        LaneKey {
+            pair,
+            lane: u8::try_from(hash % u64::from(self.lanes_per_pair)).unwrap_or(0),
+        }
+    }
+
     /// Gives nothing more to lanes; what they have may still be confirmed.
     pub fn stop(&mut self) {
         self.stopped = true;
@@ -406,7 +421,8 @@ impl Inward {
         let mut writes = Vec::new();
         let mut oversize = Vec::new();
         for (key, lane) in &mut self.lanes {
-            if lane.queue.is_empty() {
+            let expected = std::mem::take(&mut lane.expected);
+            if lane.queue.is_empty() && !expected {
                 continue;
             }
             match lane.state {
@@ -515,10 +531,7 @@ impl Inward {
             let hash = self
                 .recipient(&cast.recipients[index])
                 .map_or(0, |recipient| recipient.hash);
-            let key = LaneKey {
-                pair: pair.clone(),
-                lane: u8::try_from(hash % u64::from(self.lanes_per_pair)).unwrap_or(0),
-            };
+            let key = self.lane_key(pair.clone(), hash);
             let lane = self.lanes.entry(key).or_insert_with(Lane::new);
             lane.queue.push_back(Copy::Of { seq, index });
         }
@@ -602,6 +615,7 @@ impl Lane {
     fn new() -> Self {
         Self {
             state: LaneState::Closed,
+            expected: false,
             queue: VecDeque::new(),
             own: 0,
             in_flight: VecDeque::new(),

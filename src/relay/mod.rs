@@ -546,7 +546,13 @@ impl Relay {
     /// What is to cross gets its place in the spool, or its sender is told why not.
     fn cross(&mut self, stanza: &Stanza, pair: DomainPair, now: Now) {
         match self.take_in(stanza, now) {
-            Ok(placed) => self.stats.casts += u64::from(placed.new),
+            Ok(placed) if placed.new => {
+                self.stats.casts += 1;
+                if let Some(from) = stanza.from() {
+                    self.inward.expect(pair, &from);
+                }
+            }
+            Ok(_) => {}
             // The streams let nothing through without both addresses.
             Err(Refusal::NoAddress) => self.stats.dropped(Drop::Malformed),
             Err(Refusal::TooLarge) => {
@@ -674,6 +680,7 @@ impl Relay {
             session: Box::new(LinkSession::new(self.settings.session.clone(), hello, now)),
             greeted: false,
         };
+        self.outward.greet();
         for bytes in bytes {
             self.handle_session(session::Input::Bytes(bytes), now);
         }

@@ -64,7 +64,7 @@ pub struct Outward {
     memory_bytes: usize,
     collapse: Collapse,
     scheduler: Scheduler,
-    /// Whether entries may cross: the peer has said what it holds.
+    /// Whether entries may cross.
     open: bool,
     acked: Seq,
     /// Beyond `acked`, these are with the peer too, and not on our disk any more.
@@ -148,7 +148,14 @@ impl Outward {
         self.drain_collapse(batch, now, stats);
     }
 
-    /// The link is up and the peer holds what `received` says.
+    /// The link is up. Until the peer has said what it holds, we go by what it last acknowledged.
+    pub fn greet(&mut self) {
+        self.scheduler.restart(self.acked);
+        self.open = true;
+        self.take_in_open();
+    }
+
+    /// The peer holds what `received` says. All is offered from there on: the session knows what has gone early.
     pub fn link_up(&mut self, received: &Received) {
         self.handle_acked(received);
         // A peer that lost its disk no longer has what it had acknowledged.

@@ -155,6 +155,33 @@ fn a_gap_that_nobody_can_fill_is_filled_with_voids() {
     assert_eq!(crossed, [(1, 1), (2, 0), (3, 1), (4, 0)]);
 }
 
+/// A word from our server opens the lane that its answer will take, before there is one, and once.
+#[test]
+fn what_will_be_answered_opens_the_lane() {
+    let (local, far) = (Domain::new("b.example").unwrap(), Domain::new("a.example").unwrap());
+    let pair = DomainPair {
+        local: local.clone(),
+        far: far.clone(),
+    };
+    let mut inward = Inward::new(vec![local], vec![far], 3, Duration::from_secs(15), 1 << 20, Seq(0));
+    let mut stats = RelayStats::default();
+    let mut opened = |inward: &mut Inward, ms| {
+        inward.advance(at(ms), &mut stats);
+        inward.poll_output()
+    };
+    inward.expect(pair.clone(), "b1@b.example/r");
+    let Some(inward::Output::OpenLane { lane, life }) = opened(&mut inward, 0) else {
+        panic!("no lane is opened");
+    };
+    assert_eq!(lane.pair, pair);
+    inward.expect(pair, "b1@b.example/other");
+    assert_eq!(opened(&mut inward, 0), None);
+    // A server that is away is not asked again and again.
+    inward.handle_lane_down(&lane, life, LaneFault::Gone, at(0), &mut RelayStats::default());
+    assert_eq!(opened(&mut inward, 100_000), None);
+    assert_eq!(inward.poll_timeout(), None);
+}
+
 /// A process that drains opens no lane any more, so a lane's retry does not wake it, again and again.
 #[test]
 fn a_draining_process_waits_for_no_lane() {

@@ -239,7 +239,7 @@ impl Stanza {
 
     /// Whether a user asks a room to let it in (XEP-0045 §7.2.1). A room's own presences have an `x` in `muc#user`, whatever else its
     /// occupants put into them.
-    pub(super) fn is_join(&self) -> bool {
+    pub fn is_join(&self) -> bool {
         let is_occupant_jid = |to: Cow<'_, str>| resource_of(&to).is_some() && bare(&to).contains('@');
         self.kind == Kind::Presence
             && self.stanza_type().is_none()

@@ -1,6 +1,7 @@
 //! Links that are thin, slow and away for a while: what waits is delivered at once when they are back, and nobody falls out.
 //!
-//! The one timed assertion of the tests is here: the last queued message is there five seconds after the link is back.
+//! The timed assertions of the tests are here: the last queued message is there five seconds after the link is back, and the first
+//! answer four round trips after the first packet.
 //! `NARROWS_LONG=1` makes the long outage ten minutes long.
 
 use std::{
@@ -130,11 +131,11 @@ fn long_outage() -> Duration {
     }
 }
 
-/// From the first packet on a cold link to the answer of a room: four round trips. TCP takes one, TLS one, the greeting half of one
-/// each way, and the join and its answer the last; plain S2S takes 15 to 19.
+/// From the first packet on a cold link to the answer of a room: at most four round trips. TCP takes one, TLS one, and the join and its
+/// answer the last, because it goes with the hello; plain S2S takes 15 to 19.
 ///
 /// The join waits at the ship's server until the sidecars run. What is counted is time over the round trip, so what the servers take
-/// is in it.
+/// is in it, and has the fourth: 0.3 to 0.5 s, most of it the stream of the room's server being set up.
 #[test]
 fn first_answer_over_a_cold_link() {
     let name = "cold";
@@ -173,7 +174,6 @@ fn first_answer_over_a_cold_link() {
     let took = scene().unwrap_or_else(|failure| fail(failure.0));
     let round_trips = took.as_secs_f64() / 0.6;
     println!("cold link: the first answer after {took:.2?}, {round_trips:.2} round trips");
-    // The aim is 4, and is not met: 4.4 to 4.6 on a quiet machine, 5.2 on a busy one, because what the servers take counts too. A whole
-    // round trip more than that is a regression.
-    assert!(round_trips < 6.0, "{round_trips:.2} round trips");
+    // Seen: 3.4 to 3.9, and once 4.02, on two cores with ten times as much to do as they can do. One flight more is over this.
+    assert!(round_trips <= 4.0, "{round_trips:.2} round trips");
 }

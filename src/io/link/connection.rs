@@ -53,6 +53,7 @@ impl LinkConnection {
         let (read, write) = tokio::io::split(stream);
         let reader = LinkReader {
             half: read,
+            tcp: tcp.clone(),
             buffer: BytesMut::new(),
             dialled: info.dialled,
             heard: false,
@@ -71,6 +72,7 @@ impl LinkConnection {
 #[derive(Debug)]
 pub struct LinkReader {
     half: ReadHalf<TlsStream<SharedTcp>>,
+    tcp: Arc<TcpStream>,
     buffer: BytesMut,
     dialled: bool,
     heard: bool,
@@ -82,6 +84,7 @@ impl LinkReader {
     /// In TLS 1.3 the listening end refuses a key only after the dialling end believes to be through: the refusal comes here, as
     /// `PermissionDenied` (RFC 8446 §4.4.2.4).
     pub async fn read(&mut self) -> io::Result<Option<Bytes>> {
+        kernel::delay_acks(&self.tcp);
         self.buffer.reserve(READ_BYTES_MAX);
         let limit = READ_BYTES_MAX as u64;
         let count = (&mut self.half)

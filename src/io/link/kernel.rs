@@ -30,6 +30,14 @@ pub fn prepare(stream: &TcpStream) -> io::Result<()> {
     socket.set_tcp_thin_linear_timeouts(true)
 }
 
+/// Asks the kernel to keep its own acknowledgements back for a moment, 40 ms or more: what we say meanwhile takes them along, and saves
+/// 52 bytes. Left alone, it acknowledges at once what we have read. It forgets when a packet was lost, and when we said nothing in that
+/// moment, so it is asked before every read.
+pub fn delay_acks(stream: &TcpStream) {
+    // Without it all works, and costs more.
+    let _ = SockRef::from(stream).set_tcp_quickack(false);
+}
+
 /// From now on closing throws away what the kernel still holds, and resets: an old connection must not go on
 /// retransmitting over the link what the new one carries.
 pub fn forget_on_close(stream: &TcpStream) {

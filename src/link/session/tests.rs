@@ -109,7 +109,7 @@ fn say(b: &mut End, write: impl FnOnce(&mut FrameWriter)) -> Result<(), LinkErro
     let mut writer = FrameWriter::default();
     write(&mut writer);
     let mut wire = Vec::new();
-    put_batch(&mut wire, false, &writer.take().text);
+    put_batch(&mut wire, BatchKind::Plain, &writer.take().text);
     b.handle(Input::Bytes(wire.into()), at(1.0))
 }
 
@@ -146,6 +146,31 @@ fn ack_rides_on_an_entry() {
     assert_eq!(b.session.stats().acks_sent_alone, 0);
 }
 
+/// Where entries are rare each is acknowledged at once, but for a moment in which an answer may take it along: TCP has to
+/// acknowledge it anyway. Where they are not, one acknowledgement does for all of a delay, at the moment when one has come.
+#[test]
+fn ack_goes_along_with_that_of_tcp() {
+    let acked_at = |pause: f64| {
+        let (mut a, mut b) = open_pair();
+        let mut acked = Vec::new();
+        for seq in 1..=12 {
+            let now = at(seq as f64 * pause);
+            a.session.send(Seq(seq), &Entry::Void, Duration::ZERO);
+            pass(&mut a, &mut b, now).unwrap();
+            b.store_all(now);
+            assert_eq!(b.session.poll_transmit(now), None);
+            let moment = at(seq as f64 * pause + 0.025);
+            assert!(b.session.poll_timeout().is_some_and(|next| next.at >= moment.mono));
+            if pass(&mut b, &mut a, moment).unwrap() > 0 {
+                acked.push(seq);
+            }
+        }
+        acked
+    };
+    assert_eq!(acked_at(10.0), (1..=12).collect::<Vec<_>>());
+    assert_eq!(acked_at(1.0), [4, 9]);
+}
+
 /// A peer that sends much is acknowledged before the delay is over: at the 64th entry, not at the 63rd.
 #[test]
 fn ack_does_not_wait_for_many() {
@@ -158,13 +183,210 @@ fn ack_does_not_wait_for_many() {
     }
 }
 
-/// Entries wait for the peer's hello: it says where to go on.
+/// What waits goes along with our hello, is there as soon as that is, and does not go again.
 #[test]
-fn entries_follow_the_hello_of_the_peer() {
-    let mut a = End::new(hello(1));
-    assert_eq!(a.session.send(Seq(1), &Entry::Void, Duration::ZERO), Sent::Blocked);
-    assert!(a.session.poll_transmit(at(0.0)).is_some());
+fn first_entries_go_with_the_hello() {
+    let (mut a, mut b) = (End::new(hello(1)), End::new(hello(2)));
+    let sent = [1, 2].map(|n| (Seq(n), entry(&format!("<message>{n}</message>"), &["b1@b.example"])));
+    for (seq, entry) in &sent {
+        assert_eq!(a.session.send(*seq, entry, Duration::ZERO), Sent::Whole);
+    }
+    let first = a.session.poll_transmit(at(0.0)).unwrap();
     assert_eq!(a.session.poll_transmit(at(0.0)), None);
+    b.handle(Input::Bytes(first), at(0.3)).unwrap();
+    assert_eq!(b.received(), sent);
+    b.store_all(at(0.3));
+    pass(&mut b, &mut a, at(0.6)).unwrap();
+    assert_eq!(a.session.send(Seq(1), &sent[0].1, Duration::ZERO), Sent::Known);
+    assert_eq!(a.session.send(Seq(3), &sent[0].1, Duration::ZERO), Sent::Whole);
+    pass(&mut a, &mut b, at(0.6)).unwrap();
+    assert_eq!(b.received().last(), Some(&(Seq(3), sent[0].1.clone())));
+}
+
+/// Nothing is asked of a peer that has not greeted, also if entries have gone early: only its hello is awaited.
+#[test]
+fn early_entries_do_not_hasten_the_peer() {
+    let mut a = End::new(hello(1));
+    for seq in 1..3 {
+        a.session.send(Seq(seq), &Entry::Void, Duration::ZERO);
+        assert!(a.session.poll_transmit(at(0.0)).is_some());
+    }
+    a.handle(Input::Timeout, at(59.9)).unwrap();
+    assert_eq!(a.session.poll_transmit(at(59.9)), None);
+    assert_eq!(
+        a.handle(Input::Timeout, at(60.0)),
+        Err(LinkError::PeerSilent { for_ms: 60_000 })
+    );
+}
+
+/// Early entries are few and small: up to the limit they go, the next and what is large waits for the peer's hello.
+#[test]
+fn early_entries_are_bounded() {
+    let mut a = End::new(hello(1));
+    let large = entry(&"x".repeat(EARLY_BYTES_MAX), &["b1@b.example"]);
+    assert_eq!(a.session.send(Seq(1), &large, Duration::ZERO), Sent::Blocked);
+    assert_eq!(a.session.send_fragment(Seq(1), &large.encode(), 0, Duration::ZERO), 0);
+    let invalid = Entry::Cast(Cast {
+        template: "<message/>".into(),
+        to_at: 8,
+        recipients: vec![],
+    });
+    assert_eq!(a.session.send(Seq(1), &invalid, Duration::ZERO), Sent::Blocked);
+    let small = entry(&"x".repeat(100), &["b1@b.example"]);
+    let gone = (1..100).take_while(|seq| {
+        let sent = a.session.send(Seq(*seq), &small, Duration::ZERO);
+        a.session.poll_transmit(at(0.0));
+        sent == Sent::Whole
+    });
+    let gone = gone.count();
+    assert!((6..=9).contains(&gone), "{gone}");
+}
+
+/// A peer that has stored what goes early takes it once; both ends then stand where the peer said.
+#[test]
+fn early_entries_that_the_peer_has_are_dropped() {
+    let ours = Hello {
+        first_unacked: Seq(3),
+        last: Seq(9),
+        ..hello(1)
+    };
+    let theirs = Hello {
+        received: Received {
+            epoch: Epoch(1),
+            upto: Seq(4),
+            beyond: vec![Seq(6)],
+        },
+        ..hello(2)
+    };
+    let (mut a, mut b) = (End::new(ours), End::new(theirs));
+    let to = entry("<message/>", &["b1@b.example", "b2@b.example"]);
+    for seq in 3..=6 {
+        assert_eq!(a.session.send(Seq(seq), &to, Duration::ZERO), Sent::Whole);
+    }
+    pass(&mut a, &mut b, at(0.0)).unwrap();
+    pass(&mut b, &mut a, at(0.0)).unwrap();
+    assert_eq!(b.received(), [(Seq(5), to.clone())]);
+    assert_eq!(a.last_acked().unwrap().upto, Seq(4));
+    assert_eq!(a.session.send(Seq(6), &to, Duration::ZERO), Sent::Known);
+    assert_eq!(a.session.send(Seq(7), &to, Duration::ZERO), Sent::Whole);
+    pass(&mut a, &mut b, at(0.0)).unwrap();
+    b.store_all(at(0.0));
+    pass(&mut b, &mut a, at(9.0)).unwrap();
+    assert_eq!(a.last_acked().unwrap().upto, Seq(7));
+    assert!(!a.session.has_unacked());
+}
+
+/// A peer with as much beyond a gap as there may be passes over what would be more, and is sent it again when there is room.
+#[test]
+fn early_entries_beyond_a_full_gap_are_sent_again() {
+    let beyond: Vec<Seq> = (3..3 + Received::BEYOND_MAX as u64).map(Seq).collect();
+    let theirs = Hello {
+        received: Received {
+            epoch: Epoch(1),
+            upto: Seq(0),
+            beyond,
+        },
+        ..hello(2)
+    };
+    let ours = Hello {
+        last: Seq(300),
+        ..hello(1)
+    };
+    let (mut a, mut b) = (End::new(ours), End::new(theirs));
+    let mut sent = |seq| a.session.send(Seq(seq), &Entry::Void, Duration::ZERO);
+    assert_eq!([sent(2), sent(300)], [Sent::Whole; 2]);
+    pass(&mut a, &mut b, at(0.0)).unwrap();
+    pass(&mut b, &mut a, at(0.0)).unwrap();
+    assert_eq!(b.received(), []);
+    let mut sent = |seq| a.session.send(Seq(seq), &Entry::Void, Duration::ZERO);
+    assert_eq!([sent(2), sent(300)], [Sent::Blocked; 2]);
+    assert_eq!([sent(1), sent(2), sent(300)], [Sent::Whole; 3]);
+    pass(&mut a, &mut b, at(0.0)).unwrap();
+    let seqs: Vec<Seq> = b.received().iter().map(|(seq, _)| *seq).collect();
+    assert_eq!(seqs, [Seq(1), Seq(2), Seq(300)]);
+}
+
+/// A peer with another dictionary, or none, or little room passes early entries over; they are sent again, and what follows can be
+/// read.
+#[test]
+fn early_entries_that_do_not_count_are_sent_again() {
+    let other = |change: &dyn Fn(&mut Hello)| {
+        let mut theirs = hello(2);
+        change(&mut theirs);
+        theirs
+    };
+    for theirs in [
+        other(&|hello| hello.dictionary ^= 1),
+        other(&|hello| hello.dictionary = 0),
+        other(&|hello| hello.entry_bytes_max = EARLY_BYTES_MAX as u64 - 1),
+    ] {
+        let (mut a, mut b) = (End::new(hello(1)), End::new(theirs));
+        let to = entry("<message/>", &["b1@b.example", "b2@b.example"]);
+        assert_eq!(a.session.send(Seq(1), &to, Duration::ZERO), Sent::Whole);
+        pass(&mut a, &mut b, at(0.0)).unwrap();
+        assert_eq!(b.received(), []);
+        // In the batch that is built when the hello comes: it is not sent either.
+        assert_eq!(a.session.send(Seq(2), &to, Duration::ZERO), Sent::Whole);
+        pass(&mut b, &mut a, at(0.0)).unwrap();
+        assert!(!a.session.has_unacked());
+        for seq in 1..=2 {
+            assert_eq!(a.session.send(Seq(seq), &to, Duration::ZERO), Sent::Whole);
+        }
+        pass(&mut a, &mut b, at(0.0)).unwrap();
+        assert_eq!(b.received(), [(Seq(1), to.clone()), (Seq(2), to)]);
+    }
+}
+
+/// An early batch before the hello is refused, and so is one inside another.
+#[test]
+fn early_batches_stand_alone_and_after_the_hello() {
+    let wire = |body: &[u8]| {
+        let mut wire = Vec::new();
+        put_batch(&mut wire, BatchKind::Early, body);
+        Input::Bytes(wire.into())
+    };
+    let mut b = End::new(hello(2));
+    assert_eq!(b.handle(wire(&[0]), at(0.0)), Err(LinkError::NotAHello));
+    let (_, mut b) = open_pair();
+    let mut nested = vec![0];
+    let early = Coder::agreed(dictionary_id(), dictionary_id());
+    Compressor::new(early)
+        .unwrap()
+        .compress(&[9, 0, 0], &mut nested)
+        .unwrap();
+    assert_eq!(
+        b.handle(wire(&nested), at(0.0)),
+        Err(LinkError::Frame(FrameError::UnknownType(9)))
+    );
+}
+
+/// Who says goodbye before the peer's hello leaves out what was to go early, and has no use for what the peer then says.
+#[test]
+fn goodbye_before_the_hello_of_the_peer() {
+    let (mut a, mut b) = (End::new(hello(1)), End::new(hello(2)));
+    pass(&mut a, &mut b, at(0.0)).unwrap();
+    a.session.send(Seq(1), &Entry::Void, Duration::ZERO);
+    a.session.goodbye(Reason::Shutdown);
+    for seq in 1..3 {
+        b.session.send(Seq(seq), &Entry::Void, Duration::ZERO);
+        pass(&mut b, &mut a, at(0.0)).unwrap();
+    }
+    pass(&mut a, &mut b, at(0.0)).unwrap();
+    assert_eq!(b.received(), []);
+    assert_eq!(b.outputs.last(), Some(&Output::Goodbye(Reason::Shutdown)));
+}
+
+/// Who leaves before it has said hello, but has stored what came early, says all of it. Found by the simulator (`drained_processes`, 30).
+#[test]
+fn goodbye_acknowledges_what_came_early() {
+    let (mut a, mut b) = (End::new(hello(1)), End::new(hello(2)));
+    a.session.send(Seq(1), &Entry::Void, Duration::ZERO);
+    pass(&mut a, &mut b, at(0.0)).unwrap();
+    b.store_all(at(0.0));
+    b.session.goodbye(Reason::Shutdown);
+    pass(&mut b, &mut a, at(0.0)).unwrap();
+    assert_eq!(a.last_acked().unwrap().upto, Seq(1));
+    assert_eq!(a.outputs.last(), Some(&Output::Goodbye(Reason::Shutdown)));
 }
 
 /// A peer that comes back is sent what it has not stored, and nothing else.
@@ -313,7 +535,7 @@ fn only_a_hello_opens() {
     let other = Hello { version: 9, ..hello(1) };
     assert_eq!(
         say(&mut b, |w| w.hello(&other)),
-        Err(LinkError::Version { theirs: 9, ours: 1 })
+        Err(LinkError::Version { theirs: 9, ours: 2 })
     );
     let mut b = End::new(hello(2));
     let ahead = Received {
@@ -554,6 +776,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 /// One direction at work: what was said, what is on the way, what is cut in pieces.
 #[derive(Default)]
 struct Traffic {
+    /// The peer's hello has been read.
+    greeted: bool,
     next: u64,
     complete: Vec<(Seq, Entry)>,
     large: Vec<(Seq, Entry, Bytes, usize)>,
@@ -562,6 +786,14 @@ struct Traffic {
 
 impl Traffic {
     fn step(&mut self, step: &Step, from: &mut End, to: &mut End) {
+        if !self.greeted && from.session.is_open() {
+            self.greeted = true;
+            // As the relay does: the session knows what went early and counts.
+            for (seq, entry) in &self.complete {
+                let sent = from.session.send(*seq, entry, Duration::ZERO);
+                assert!(matches!(sent, Sent::Whole | Sent::Known), "{sent:?}");
+            }
+        }
         match step {
             Step::Whole => {
                 let number = self.next + 1;
@@ -612,7 +844,13 @@ impl Traffic {
         }
     }
 
+    fn greet(&mut self, from: &mut End, to: &mut End) {
+        self.step(&Step::Transmit, from, to);
+        self.step(&Step::Deliver(usize::MAX), from, to);
+    }
+
     fn finish(&mut self, from: &mut End, to: &mut End) {
+        self.step(&Step::Store, from, to);
         while !self.large.is_empty() {
             // Only so many may be under way at once: those that are not blocked get on.
             for which in (0..self.large.len()).rev() {
@@ -627,16 +865,23 @@ impl Traffic {
 }
 
 proptest! {
-    /// However entries and fragments mix and whatever the chunks: each entry arrives once, whole, and in the order in which it was complete.
+    /// However entries and fragments mix, whatever the chunks and whenever the hellos: each entry arrives once, whole, and in the order
+    /// in which it was complete.
     #[test]
-    fn every_entry_arrives_once(steps in proptest::collection::vec((any::<bool>(), steps()), 1..4)) {
-        let (mut a, mut b) = open_pair();
+    fn every_entry_arrives_once(
+        alike in any::<bool>(),
+        steps in proptest::collection::vec((any::<bool>(), steps()), 1..6),
+    ) {
+        let theirs = Hello { dictionary: dictionary_id() ^ u64::from(!alike), ..hello(2) };
+        let (mut a, mut b) = (End::new(hello(1)), End::new(theirs));
         let (mut there, mut back) = (Traffic::default(), Traffic::default());
         for (forward, steps) in &steps {
             for step in steps {
                 if *forward { there.step(step, &mut a, &mut b) } else { back.step(step, &mut b, &mut a) }
             }
         }
+        there.greet(&mut a, &mut b);
+        back.greet(&mut b, &mut a);
         there.finish(&mut a, &mut b);
         back.finish(&mut b, &mut a);
         prop_assert_eq!(b.received(), there.complete);
