@@ -423,7 +423,10 @@ impl LinkSession {
         if !self.writer.has_room_for(entry) {
             return Sent::BatchFull;
         }
-        self.writer.entry(seq, millis(held), entry);
+        let may_keep = self.is_open() && self.reader.may_keep(entry);
+        if self.writer.entry(seq, millis(held), entry, may_keep) {
+            self.reader.keep(seq, entry);
+        }
         self.outward.sent.add(seq);
         self.departed(seq);
         self.stats.entries_sent += 1;
@@ -700,7 +703,17 @@ impl LinkSession {
     fn on_open_frame(&mut self, frame: Frame) -> Result<(), LinkError> {
         match frame {
             Frame::Hello(_) => return Err(LinkError::SecondHello),
-            Frame::Entry { seq, held_ms, entry } => return self.on_entry(seq, held_ms, entry.encode()),
+            Frame::Entry {
+                seq,
+                held_ms,
+                entry,
+                kept,
+            } => {
+                if kept {
+                    self.writer.handle_kept(seq, &entry);
+                }
+                return self.on_entry(seq, held_ms, entry.encode());
+            }
             Frame::Fragment { seq, part, bytes } => return self.on_fragment(seq, part, bytes),
             Frame::Ack(ack) => return self.on_ack(ack),
             Frame::Ping(number) => {

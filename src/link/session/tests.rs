@@ -269,7 +269,9 @@ fn broken_rules_end_the_session() {
     });
     refused("bad_entry", &|w| w.fragment(Seq(1), first(3), b"abc"));
     refused("too_far_ahead", &|w| {
-        (2..260).for_each(|seq| w.entry(Seq(seq), 0, &Entry::Void))
+        (2..260).for_each(|seq| {
+            w.entry(Seq(seq), 0, &Entry::Void, false);
+        })
     });
 }
 
@@ -352,7 +354,12 @@ fn invalid_entries_are_not_sent() {
 #[test]
 fn duplicates_are_dropped() {
     let (_, mut b) = open_pair();
-    say(&mut b, |w| (0..2).for_each(|_| w.entry(Seq(1), 0, &Entry::Void))).unwrap();
+    say(&mut b, |w| {
+        (0..2).for_each(|_| {
+            w.entry(Seq(1), 0, &Entry::Void, false);
+        })
+    })
+    .unwrap();
     assert_eq!(b.received().len(), 1);
     assert_eq!(b.session.stats().duplicates_received, 1);
 }
