@@ -20,10 +20,11 @@ use crate::codec::{frame::Ack, position::Seq};
 
 /// Reflections follow within moments; but where they wait for a thin link, others are said and acknowledged meanwhile.
 const AFTER_ACKED: u64 = 64;
-/// Texts kept, of which the first [`AFTER_ACKED`] are acknowledged: lines that are said within [an acknowledgement's delay].
+/// Texts kept: those [`AFTER_ACKED`], and what is said until the next acknowledgement comes, which it does after so many entries
+/// ([`SessionConfig::ack_entries_max`]) and a round trip.
 ///
-/// [an acknowledgement's delay]: crate::link::session::SessionConfig::ack_delay
-const TEXTS_MAX: usize = 256;
+/// [`SessionConfig::ack_entries_max`]: crate::link::session::SessionConfig::ack_entries_max
+const TEXTS_MAX: usize = 512;
 /// Memory for them, at either end, with [`BESIDE_BYTES`] for each.
 const TEXTS_BYTES_MAX: usize = 256 * 1024;
 /// A text that is larger is not kept: finding its pieces takes time with the square of its length.
