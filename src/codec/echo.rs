@@ -29,7 +29,7 @@ const TEXTS_MAX: usize = 512;
 const TEXTS_BYTES_MAX: usize = 256 * 1024;
 /// A text that is larger is not kept: finding its pieces takes time with the square of its length.
 const TEXT_BYTES_MAX: usize = 2 * 1024;
-const BESIDE_BYTES: usize = 64;
+const BESIDE_BYTES: usize = 96;
 /// A reference takes four bytes, and what the compressor has seen before takes hardly more.
 const PIECE_BYTES_MIN: usize = 16;
 /// Pieces are looked for by so many bytes.
@@ -41,6 +41,8 @@ struct Text {
     order: u64,
     seq: Seq,
     text: Bytes,
+    /// A piece of it.
+    id: Option<Bytes>,
 }
 
 /// What one direction's casts have said: who writes them and who reads them each have one.
@@ -76,11 +78,13 @@ impl Said {
             self.forget_first();
         }
         self.bytes += text.len() + BESIDE_BYTES;
+        // Own memory: a piece of an entry would keep all of it alive.
+        let text = Bytes::copy_from_slice(text);
         self.texts.push_back(Text {
             order: self.last,
             seq,
-            // Own memory: a piece of an entry would keep all of it alive.
-            text: Bytes::copy_from_slice(text),
+            id: stanza_id(&text).map(|id| text.slice_ref(id)),
+            text,
         });
     }
 
@@ -115,7 +119,7 @@ impl Said {
     /// The latest text with the same id, and its number.
     pub fn find(&self, reflection: &[u8]) -> Option<(u64, Bytes)> {
         let id = stanza_id(reflection)?;
-        let found = self.texts.iter().rev().find(|text| stanza_id(&text.text) == Some(id))?;
+        let found = self.texts.iter().rev().find(|text| text.id.as_deref() == Some(id))?;
         Some((found.order, found.text.clone()))
     }
 }

@@ -417,6 +417,20 @@ impl Memory {
         put_in_ring(&mut self.digests, &mut self.digests_next, DIGESTS_MAX, digest);
     }
 
+    /// Remembers the ids that stand in a text from a place on, as if they had been written: a receipt or marker will name them.
+    fn note_ids(&mut self, text: &[u8], mut at: usize) {
+        while at < text.len() {
+            let Some((id, len)) = id_at(text, at) else {
+                at += 1;
+                continue;
+            };
+            if !self.ids.contains(&id) {
+                self.remember_id(id);
+            }
+            at += len;
+        }
+    }
+
     fn remember_id(&mut self, id: Id) {
         if let Id::Stamp(stamp) = id {
             self.last_stamp = stamp;
@@ -795,6 +809,7 @@ impl FrameWriter {
                     self.text.push(mark::PIECE);
                     put_len(&mut self.text, piece.offset);
                     put_len(&mut self.text, piece.len);
+                    self.memory.note_ids(&text[..at + piece.len], at);
                     at += piece.len;
                     continue;
                 }
@@ -1180,7 +1195,9 @@ impl FrameReader {
                     let said = echo.as_ref().ok_or(FrameError::UnknownEcho)?;
                     let offset = text.len_upto(said.len())?;
                     let len = text.len_upto(said.len() - offset)?;
+                    let at = out.len();
                     out.extend_from_slice(&said[offset..offset + len]);
+                    self.memory.note_ids(&out, at);
                 }
                 mark::ESCAPE => {
                     let byte = text.byte()?.checked_sub(mark::BIAS).filter(|byte| mark::is(*byte));

@@ -360,7 +360,7 @@ proptest! {
                     // The first few come again and again, of two sizes and with two places for the address.
                     let id = if text < 8 { text } else { number };
                     let filler = "x".repeat(if text % 3 == 0 { large.min(TEMPLATE_WHOLE_MAX - 200) } else { 50 });
-                    let template = format!("<message  type='groupchat' id='{id:08}'><body>{filler}</body></message>");
+                    let template = format!("<message  type='groupchat' id='{id:032x}'><body>{filler}</body></message>");
                     let entry = cast(template, 8 + text % 2, occupants(recipient..recipient + count));
                     ends[end].say(&entry);
                     said[end].push(entry);
@@ -465,6 +465,30 @@ fn a_reflection_refers_to_what_was_said() {
         let batch = a.writer.take();
         assert_eq!(b.hear(&batch).unwrap(), [reflected]);
     }
+}
+
+/// The id of a line that was reflected by reference is known like any other: a marker for it takes two bytes of it.
+#[test]
+fn ids_within_pieces_are_known() {
+    let (mut a, mut b) = (End::default(), End::default());
+    let line = |from: &str| {
+        let id = "123e4567-e89b-12d3-a456-426614174000";
+        to_one(
+            format!("<message  id='{id}' from='{from}'><origin-id xmlns='urn:xmpp:sid:0' id='{id}'/></message>"),
+            0,
+        )
+    };
+    b.say(&line("user@b.example/phone"));
+    a.hear(&b.writer.take()).unwrap();
+    let marker = to_one(
+        "<message ><displayed id='123e4567-e89b-12d3-a456-426614174000'/></message>".into(),
+        0,
+    );
+    a.say(&line("room@a.example/nick"));
+    a.say(&marker);
+    let batch = a.writer.take();
+    assert!(batch.ids.is_empty(), "{}", batch.ids.len());
+    assert_eq!(b.hear(&batch).unwrap(), [line("room@a.example/nick"), marker]);
 }
 
 /// Without acknowledgements nothing is kept beyond the limit, and what is not kept crosses in full.
