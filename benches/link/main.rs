@@ -191,7 +191,7 @@ fn world(plan: &Plan, host: Kind, way: Way, users: usize) -> Outcome<World> {
         Kind::Ejabberd => Kind::Prosody,
     };
     let world = World::builder("bench")
-        .link(plan.link.clone())
+        .link(plan.link)
         .site_a(server(host).insecure_domains(["b.example", "conference.b.example"]))
         .site_b(server(far).insecure_domains(["a.example", "conference.a.example"]))
         .users_a(accounts(users))
