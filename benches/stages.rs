@@ -93,7 +93,7 @@ fn encode(casts: &[Entry]) -> usize {
     let mut compressor = Compressor::new(Coder::ZstdWithDictionary).expect("there is memory");
     let mut bytes = 0;
     for (number, entry) in casts.iter().enumerate() {
-        writer.entry(Seq(number as u64 + 1), 0, entry);
+        writer.entry(Seq(number as u64 + 1), 0, entry, false);
         let batch = writer.take();
         let mut out = Vec::new();
         compressor.compress(&batch.text, &mut out).expect("there is memory");

@@ -1,10 +1,13 @@
 //! What a room message costs on the link, and how long it takes: the pair, plain S2S, and plain S2S through `ssh -C`, in one run.
 //!
 //! Real servers in the lab's worlds, on a link without limits; bytes are the emulator's, at IP level and of both directions.
-//! `cargo bench --bench link` runs everything, `-- --quick` a little of everything. Needs root and the packages of `tests/setup`,
+//! `cargo bench --bench link` runs everything, `-- --quick` a little of everything; `-- --joins` measures instead what it costs that
+//! users behind the link enter a room, and beside it the same through a zstd stream. Needs root and the packages of `tests/setup`,
 //! for the tunnel also openssh-server.
 
+mod join;
 mod lines;
+mod squeeze;
 mod talk;
 mod tunnel;
 
@@ -15,6 +18,7 @@ use narrows_lab::client::{Failure, Outcome};
 use narrows_lab::scenario::accounts;
 use narrows_lab::{Ejabberd, Kind, Layout, Limits, Profile, Prosody, ServerSpec, SidecarSpec, World};
 
+use join::Join;
 use lines::{Line, Lines, Shape};
 use talk::{Figures, Speaks, Talk, percentile};
 
@@ -35,6 +39,9 @@ struct Plan {
     occupants: Vec<usize>,
     lines: usize,
     hosts: Vec<Kind>,
+    joins: bool,
+    ways: Vec<Way>,
+    link: Profile,
 }
 
 /// How the far server is reached.
@@ -43,6 +50,8 @@ enum Way {
     Pair,
     Plain,
     Tunnel,
+    /// Only for joins: it differs from the tunnel in the compressor alone.
+    Squeezed,
 }
 
 impl Way {
@@ -53,6 +62,7 @@ impl Way {
             Self::Pair => "narrows",
             Self::Plain => "plain S2S",
             Self::Tunnel => "plain S2S through `ssh -C`",
+            Self::Squeezed => "plain S2S through zstd -9",
         }
     }
 }
@@ -82,10 +92,14 @@ fn main() -> ExitCode {
         if let Some(why) = tunnel::missing() {
             println!("No tunnel: {why}.");
         }
+        if plan.joins {
+            print_joins(&enter_rooms(&plan, &lines)?);
+            return Ok(Measured::new());
+        }
         let mut measured = Measured::new();
         for host in &plan.hosts {
-            for way in Way::ALL {
-                if way == Way::Tunnel && tunnel::missing().is_some() {
+            for way in plan.ways.iter().copied() {
+                if way == Way::Squeezed || way == Way::Tunnel && tunnel::missing().is_some() {
                     continue;
                 }
                 let failed = |Failure(why)| Failure(format!("room on {}, {}: {why}", host.name(), way.name()));
@@ -99,6 +113,7 @@ fn main() -> ExitCode {
         Ok(measured)
     });
     match measured {
+        Ok(measured) if measured.is_empty() => ExitCode::SUCCESS,
         Ok(measured) => {
             print_bytes(&measured);
             print_latency(&measured);
@@ -116,6 +131,9 @@ fn plan() -> Outcome<Plan> {
         occupants: vec![1, 10, 50, 100],
         lines: 40,
         hosts: vec![Kind::Prosody, Kind::Ejabberd],
+        joins: false,
+        ways: vec![Way::Pair, Way::Plain, Way::Tunnel, Way::Squeezed],
+        link: Profile::lan(),
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -127,8 +145,14 @@ fn plan() -> Outcome<Plan> {
                 plan.lines = 8;
                 plan.hosts = vec![Kind::Prosody];
             }
+            "--joins" => plan.joins = true,
+            "--pair" => plan.ways = vec![Way::Pair],
             "--prosody" => plan.hosts = vec![Kind::Prosody],
             "--ejabberd" => plan.hosts = vec![Kind::Ejabberd],
+            "--link" => {
+                let name = words.next().unwrap_or_default();
+                plan.link = Profile::named(&name).ok_or_else(|| Failure(format!("--link {name}: no such link")))?;
+            }
             "--occupants" => {
                 let list = words.next().unwrap_or_default();
                 let numbers = list.split(',').map(str::parse).collect::<Result<Vec<usize>, _>>();
@@ -136,7 +160,7 @@ fn plan() -> Outcome<Plan> {
             }
             other => {
                 return Err(Failure(format!(
-                    "{other}: known are --quick, --prosody, --ejabberd, --occupants 1,50"
+                    "{other}: known are --quick, --joins, --pair, --prosody, --ejabberd, --occupants 1,50, --link sat9600"
                 )));
             }
         }
@@ -153,30 +177,91 @@ fn server(kind: Kind) -> ServerSpec {
     spec.limits(Limits::Off)
 }
 
-/// All cases of one host and one way, in one world.
-fn converse(plan: &Plan, host: Kind, way: Way, lines: &Lines, measured: &mut Measured) -> Outcome {
-    let most = plan.occupants.iter().copied().max().unwrap_or_default();
-    let (pace, ack_delay) = (BUSY / FASTER, ACK_DELAY / FASTER);
+/// A world in which the far server is reached in this way.
+fn world(plan: &Plan, host: Kind, way: Way, users: usize) -> Outcome<World> {
     let layout = match way {
         Way::Pair => {
-            let delay = format!("ack_delay: {}ms", ack_delay.as_millis());
+            let delay = format!("ack_delay: {}ms", (ACK_DELAY / FASTER).as_millis());
             Layout::Sidecar(SidecarSpec::new(env!("CARGO_BIN_EXE_narrows")).yaml("link", &delay))
         }
-        Way::Plain | Way::Tunnel => Layout::Direct,
+        Way::Plain | Way::Tunnel | Way::Squeezed => Layout::Direct,
     };
     let far = match host {
         Kind::Prosody => Kind::Ejabberd,
         Kind::Ejabberd => Kind::Prosody,
     };
-    eprintln!("room on {}, {} …", host.name(), way.name());
     let world = World::builder("bench")
-        .link(Profile::lan())
+        .link(plan.link)
         .site_a(server(host).insecure_domains(["b.example", "conference.b.example"]))
         .site_b(server(far).insecure_domains(["a.example", "conference.a.example"]))
-        .users_a(accounts(most))
-        .users_b(accounts(most))
+        .users_a(accounts(users))
+        .users_b(accounts(users))
         .layout(layout)
         .start()?;
+    Ok(world)
+}
+
+type Joins = Vec<(Kind, Way, Vec<Join>)>;
+
+fn enter_rooms(plan: &Plan, lines: &Lines) -> Outcome<Joins> {
+    let mut joins = Joins::new();
+    for host in plan.hosts.iter().copied() {
+        for way in plan.ways.iter().copied() {
+            if way == Way::Tunnel && tunnel::missing().is_some() {
+                continue;
+            }
+            eprintln!("room on {}, {} …", host.name(), way.name());
+            let world = world(plan, host, way, join::OCCUPANTS)?;
+            let mut tunnel = None;
+            match way {
+                Way::Pair | Way::Plain => {}
+                Way::Tunnel => tunnel = Some(tunnel::Tunnel::lay(&world)?),
+                Way::Squeezed => squeeze::squeeze(&world)?,
+            }
+            let quiet = Duration::from_millis(600);
+            let rest = match way {
+                Way::Pair => ACK_DELAY / FASTER + quiet,
+                Way::Plain | Way::Tunnel | Way::Squeezed => quiet,
+            };
+            let history = lines.slice(0, join::HISTORY);
+            joins.push((host, way, join::measure(&world, way == Way::Pair, &history, rest)?));
+            drop(tunnel);
+        }
+    }
+    Ok(joins)
+}
+
+fn print_joins(joins: &Joins) {
+    println!("\n### Bytes of a join\n");
+    println!(
+        "{0} occupants near the room and {1} lines of history, then {0} users join from behind the link, one by one. Bytes to the users + \
+         to the room.\n",
+        join::OCCUPANTS,
+        join::HISTORY
+    );
+    println!("| room on | | join 1 | join 2 | join 25 | join 50 | each of 2 to 50 |");
+    println!("| --- | --- | ---: | ---: | ---: | ---: | ---: |");
+    let row = |host: Kind, what: &str, bytes: Vec<join::Bytes>| {
+        let further = join::Bytes::mean(bytes[1..].iter().copied());
+        let cells = [bytes[0], bytes[1], bytes[24], bytes[49], further];
+        let cells = cells.map(|bytes| format!("{} + {}", bytes.to_users, bytes.to_room));
+        println!("| {} | {what} | {} |", host.name(), cells.join(" | "));
+    };
+    for (host, way, joins) in joins {
+        if let Some(frames) = joins.iter().map(|join| join.frames).collect() {
+            row(*host, &format!("**{}**, frames", way.name()), frames);
+        }
+        let at_ip = joins.iter().map(|join| join.ip).collect();
+        row(*host, &format!("{}, IP", way.name()), at_ip);
+    }
+}
+
+/// All cases of one host and one way, in one world.
+fn converse(plan: &Plan, host: Kind, way: Way, lines: &Lines, measured: &mut Measured) -> Outcome {
+    let most = plan.occupants.iter().copied().max().unwrap_or_default();
+    let (pace, ack_delay) = (BUSY / FASTER, ACK_DELAY / FASTER);
+    eprintln!("room on {}, {} …", host.name(), way.name());
+    let world = world(plan, host, way, most)?;
     let _tunnel = if way == Way::Tunnel {
         Some(tunnel::Tunnel::lay(&world)?)
     } else {

@@ -93,20 +93,8 @@ impl<'w> Talk<'w> {
             client.expect("to be in", PATIENCE, |stanza| stanza.has_status("110"))?;
             self.far.push(client);
         }
-        self.settle();
+        settle(self.world, self.rest);
         Ok(())
-    }
-
-    /// Waits until nothing is on the link any more, acknowledgements included.
-    fn settle(&self) {
-        let (mut packets, mut since) = (0, Instant::now());
-        while since.elapsed() < self.rest {
-            let now = self.world.link.stats().sent_packets();
-            if now != packets {
-                (packets, since) = (now, Instant::now());
-            }
-            thread::sleep(Duration::from_millis(20));
-        }
     }
 
     pub fn set_pace(&mut self, pace: Duration) {
@@ -149,7 +137,7 @@ impl<'w> Talk<'w> {
         for client in &self.far {
             client.expect("the last line", PATIENCE, |stanza| stanza.id() == last)?;
         }
-        self.settle();
+        settle(self.world, self.rest);
         let count = lines.len() as f64;
         let (bytes, packets) = (capture.bytes() as f64 / count, capture.packets() as f64 / count);
         let entries = self
@@ -187,6 +175,18 @@ impl<'w> Talk<'w> {
             all: all.into_values().collect(),
             entries,
         })
+    }
+}
+
+/// Waits until nothing was on the link for so long, acknowledgements included.
+pub fn settle(world: &World, rest: Duration) {
+    let (mut packets, mut since) = (0, Instant::now());
+    while since.elapsed() < rest {
+        let now = world.link.stats().sent_packets();
+        if now != packets {
+            (packets, since) = (now, Instant::now());
+        }
+        thread::sleep(Duration::from_millis(20));
     }
 }
 

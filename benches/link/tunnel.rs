@@ -12,7 +12,7 @@ use narrows_lab::{Kind, S2S_PORT, Site, World};
 /// Where sshd listens at site A.
 const SSH_PORT: u16 = 2222;
 /// Where the tunnel's ends listen for the local server.
-const TUNNEL_PORT: u16 = 5369;
+pub const TUNNEL_PORT: u16 = 5369;
 /// Key exchange on two loaded cores.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -96,7 +96,7 @@ fn alive(what: &str, site: &Site, port: u16, process: &mut Process, log: &Path) 
 }
 
 /// What the server sends to the far server's address goes into the tunnel.
-fn redirect(here: &Site, there: &Site) -> io::Result<()> {
+pub fn redirect(here: &Site, there: &Site) -> io::Result<()> {
     let rules = format!(
         "table ip tunnel {{\n chain out {{\n  type nat hook output priority -100;\n  \
          ip daddr {} tcp dport {S2S_PORT} redirect to :{TUNNEL_PORT}\n }}\n}}\n",
@@ -107,7 +107,8 @@ fn redirect(here: &Site, there: &Site) -> io::Result<()> {
     finish(nft).map(drop)
 }
 
-fn without_tls(site: &Site) -> io::Result<()> {
+/// Compression finds nothing in what is encrypted.
+pub fn without_tls(site: &Site) -> io::Result<()> {
     let server = site.server();
     server.stop()?;
     let (file, edits): (_, &[(&str, &str)]) = match server.kind() {

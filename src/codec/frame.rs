@@ -13,20 +13,33 @@
 //!
 //! Whole entries lean on state that both ends keep for the life of a connection and change in step:
 //! * recent recipient sets, so that what goes to a hundred occupants costs as much as what goes to one;
+//! * recent templates, and what came after what ([`crate::codec::templates`]), so that who enters a room is not told again what
+//!   the one before was told: `known` names one, or says that the next ones are those that came here the last time; `on` is the same
+//!   with the next number and the same recipients;
+//! * what the other end has said lately ([`crate::codec::echo`]), as far as it is marked as `kept`: the room's reflection of it
+//!   names pieces of it;
 //! * recent ids, and new ones as raw bytes that the compressor does not see (`ids`): what is random spoils its statistics. An id is
-//!   a UUID, 32 hex digits, 24 characters of base64url (Prosody's archive) or 16 digits (ejabberd's archive: microseconds).
+//!   a UUID, 32 hex digits, 24 characters of base64url (Prosody's archive), 16 digits (ejabberd's archive: microseconds) or up to
+//!   20 (64 random bits, as ejabberd makes them);
+//! * recent digests of 44 characters of base64, by a place that stays the same: Prosody's occupant-id stands in all that an occupant
+//!   ever says.
 //!
 //! Fragments never touch that state: they may be cut off and start again on another connection.
 //!
 //! An *early* batch is written before the peer's hello has been read, as if that agreed with ours in everything. Where it does not, the
 //! peer passes such batches over, see [`Hello::takes_early_of`], and their writer begins anew.
 
-use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use base64::{
+    Engine,
+    engine::general_purpose::{STANDARD, URL_SAFE_NO_PAD},
+};
 use bytes::{Buf, Bytes, BytesMut};
 
 use crate::codec::{
+    echo::{Said, piece_of},
     entry::{Cast, ENTRY_BYTES_MAX, Entry, EntryError, RECIPIENT_BYTES_MAX, check_recipients},
     position::{Epoch, Received, Seq},
+    templates::{Found, Guess, Number, Templates, Trail},
     varint::{ReadError, Reader, peek_varint, put_len, put_prefixed, put_varint, unzigzag, zigzag},
 };
 
@@ -71,6 +84,13 @@ const TOKEN_TEXT_BYTES: usize = 24;
 const TOKEN_BYTES: usize = 18;
 /// `1795167641601034`: no leading zero, so every number of the right size has its text.
 const STAMP_TEXT_BYTES: usize = 16;
+/// `16974662908758229783`: more digits than a stamp has, but 64 bits.
+const NUMBER_TEXT_BYTES: std::ops::RangeInclusive<usize> = 17..=20;
+/// `P0whYXi8MzHUSad9xAqSAyJVGTOHZkZwSUi4YdAza1o=`
+const DIGEST_TEXT_BYTES: usize = 44;
+const DIGEST_BYTES: usize = 32;
+/// Digests remembered: occupants of the busy rooms.
+const DIGESTS_MAX: usize = 1024;
 const STAMPS: std::ops::Range<u64> = 1_000_000_000_000_000..10_000_000_000_000_000;
 
 /// DNS names and site names of the configuration are shorter.
@@ -90,6 +110,10 @@ mod frame_type {
     pub const HELLO: u8 = 8;
     /// Only as the first byte of a batch.
     pub const EARLY: u8 = 9;
+    pub const KNOWN: u8 = 10;
+    pub const ON: u8 = 11;
+    pub const KEPT: u8 = 12;
+    pub const MOVED: u8 = 13;
     pub const OPTIONAL: u8 = 0x40;
 }
 
@@ -110,8 +134,22 @@ mod mark {
     pub const NEW_STAMP: u8 = 6;
     /// Sixteen bytes of `ids` are 32 hex digits.
     pub const NEW_HEX: u8 = 7;
-    pub const LAST: u8 = NEW_HEX;
+    /// The number of a text that the reader of this has said follows: pieces are of that one from here on.
+    pub const ECHO: u8 = 8;
+    /// Where a piece starts in that text and how long it is follow.
+    pub const PIECE: u8 = 11;
+    /// Eight bytes of `ids` are a number of 17 to 20 digits.
+    pub const NEW_NUMBER: u8 = 12;
+    /// 32 bytes of `ids` are a digest.
+    pub const NEW_DIGEST: u8 = 14;
+    /// The place of a digest follows.
+    pub const KNOWN_DIGEST: u8 = 15;
     pub const BIAS: u8 = 0x40;
+
+    /// Between them lie tab, line feed and carriage return, which do stand in XML.
+    pub const fn is(byte: u8) -> bool {
+        matches!(byte, END..=ECHO | PIECE | NEW_NUMBER | NEW_DIGEST | KNOWN_DIGEST)
+    }
 }
 
 /// An id that is cut out of the text.
@@ -121,7 +159,10 @@ enum Id {
     Hex([u8; UUID_BYTES]),
     Token([u8; TOKEN_BYTES]),
     Stamp(u64),
+    Number(u64),
 }
+
+type Digest = [u8; DIGEST_BYTES];
 
 /// The first thing on a connection, in both directions at once.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -219,6 +260,8 @@ pub enum Frame {
         seq: Seq,
         held_ms: u64,
         entry: Entry,
+        /// Whether the sender keeps it to be referred to, see [`FrameWriter::handle_kept`].
+        kept: bool,
     },
     /// A piece of an encoded entry. The first carries `held_ms` and the total.
     Fragment {
@@ -242,6 +285,29 @@ pub enum Part {
 /// for what did not wait.
 pub const HELD_STEP_MS: u64 = 100;
 
+/// Entries of one flow that wait about as long are said to wait as long as the first of them.
+const HELD_SAME_STEPS: u64 = 5;
+
+/// Entries that one `known` or `on` may stand for.
+const RUN_MAX: u64 = 1024;
+
+/// What stands in `known` and `on`: `number << 2 | kind`.
+mod known_kind {
+    use crate::codec::templates::Guess;
+
+    /// The template of age `number`.
+    pub const OF_AGE: u64 = 3;
+
+    /// So many more templates as they came the last time, after the one that is guessed so.
+    pub const fn guessed(guess: Guess) -> u64 {
+        match guess {
+            Guess::Next => 0,
+            Guess::Inserted => 1,
+            Guess::Replaced => 2,
+        }
+    }
+}
+
 /// Where acknowledged numbers start; the state of [`Ack`] coding.
 #[derive(Clone, Copy, Debug, Default)]
 struct AckBase(Seq);
@@ -253,11 +319,30 @@ struct Memory {
     /// Most recent first.
     sets: Vec<RecipientSet>,
     sets_bytes: usize,
-    singles: Vec<Bytes>,
+    singles: Vec<Single>,
+    templates: Templates,
+    /// Of the last cast; its recipients stand first in their list.
+    last_cast: Option<LastCast>,
+    last_echo: u64,
     /// A ring; `ids_next` is where the next one goes.
     ids: Vec<Id>,
     ids_next: usize,
     last_stamp: u64,
+    /// Another ring.
+    digests: Vec<Digest>,
+    digests_next: usize,
+}
+
+#[derive(Debug)]
+struct Single {
+    recipient: Bytes,
+    trail: Trail,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct LastCast {
+    held_steps: u64,
+    to_single: bool,
 }
 
 #[derive(Debug)]
@@ -282,7 +367,11 @@ impl Memory {
     fn remember(&mut self, recipients: Vec<Bytes>) {
         if let [only] = recipients.as_slice() {
             self.singles.truncate(SINGLES_MAX - 1);
-            self.singles.insert(0, only.clone());
+            let single = Single {
+                recipient: only.clone(),
+                trail: Trail::default(),
+            };
+            self.singles.insert(0, single);
             return;
         }
         let bytes = set_bytes(&recipients);
@@ -294,6 +383,46 @@ impl Memory {
         self.sets.insert(0, RecipientSet { recipients, bytes });
     }
 
+    /// How far the recipient of the last cast has come, if it is a single one.
+    fn trail(&self) -> Option<Trail> {
+        self.last_cast.filter(|last| last.to_single)?;
+        self.singles.first().map(|single| single.trail)
+    }
+
+    /// Notes the template of a cast whose recipients were noted.
+    fn note_template(&mut self, known: Option<Number>, cast: &Cast) {
+        let to_single = self.last_cast.is_some_and(|last| last.to_single);
+        let trail = self
+            .singles
+            .first_mut()
+            .filter(|_| to_single)
+            .map(|single| &mut single.trail);
+        match known {
+            Some(number) => self.templates.again(number, trail),
+            None => self.templates.add(&cast.template, cast.to_at, trail),
+        }
+    }
+
+    fn last_recipients(&self) -> Option<Vec<Bytes>> {
+        if self.last_cast?.to_single {
+            self.singles.first().map(|single| vec![single.recipient.clone()])
+        } else {
+            self.sets.first().map(|set| set.recipients.clone())
+        }
+    }
+
+    fn is_last(&self, recipients: &[Bytes]) -> bool {
+        match (self.last_cast, recipients) {
+            (Some(LastCast { to_single: true, .. }), [only]) => {
+                self.singles.first().is_some_and(|single| single.recipient == only)
+            }
+            (Some(LastCast { to_single: false, .. }), recipients) => {
+                self.sets.first().is_some_and(|set| set.recipients == recipients)
+            }
+            (Some(_) | None, _) => false,
+        }
+    }
+
     fn known_id(&self, ago: usize) -> Option<&Id> {
         if ago >= self.ids.len() {
             return None;
@@ -301,24 +430,46 @@ impl Memory {
         self.ids.get((self.ids_next + IDS_MAX - 1 - ago) % IDS_MAX)
     }
 
+    fn remember_digest(&mut self, digest: Digest) {
+        put_in_ring(&mut self.digests, &mut self.digests_next, DIGESTS_MAX, digest);
+    }
+
+    /// Remembers the ids that stand in a text from a place on, as if they had been written: a receipt or marker will name them.
+    fn note_ids(&mut self, text: &[u8], mut at: usize) {
+        while at < text.len() {
+            let Some((id, len)) = id_at(text, at) else {
+                at += 1;
+                continue;
+            };
+            if !self.ids.contains(&id) {
+                self.remember_id(id);
+            }
+            at += len;
+        }
+    }
+
     fn remember_id(&mut self, id: Id) {
         if let Id::Stamp(stamp) = id {
             self.last_stamp = stamp;
         }
-        match self.ids.get_mut(self.ids_next) {
-            Some(place) => *place = id,
-            // The ring is filled from its start, so the next place is the end.
-            None => self.ids.push(id),
-        }
-        self.ids_next = (self.ids_next + 1) % IDS_MAX;
+        put_in_ring(&mut self.ids, &mut self.ids_next, IDS_MAX, id);
     }
+}
+
+/// Puts an item in a ring that is filled from its start, so that the next place is the end until it is full.
+fn put_in_ring<T>(ring: &mut Vec<T>, next: &mut usize, places: usize, item: T) {
+    match ring.get_mut(*next) {
+        Some(place) => *place = item,
+        None => ring.push(item),
+    }
+    *next = (*next + 1) % places;
 }
 
 /// What an entry takes in a batch if nothing of it is known: each piece ends with a mark, and bytes that are marks are escaped.
 fn packed_bytes_max(entry: &Entry) -> usize {
     let Entry::Cast(cast) = entry else { return 16 };
-    let packed = |text: &Bytes| text.len() + 1 + text.iter().filter(|byte| **byte <= mark::LAST).count();
-    32 + packed(&cast.template) + cast.recipients.iter().map(packed).sum::<usize>()
+    let packed = |text: &Bytes| text.len() + 1 + text.iter().filter(|byte| mark::is(**byte)).count();
+    64 + packed(&cast.template) + cast.recipients.iter().map(packed).sum::<usize>()
 }
 
 /// The memory a set takes, with what stands around each recipient.
@@ -344,10 +495,23 @@ fn compact(recipients: &[Bytes]) -> Vec<Bytes> {
 pub struct FrameWriter {
     memory: Memory,
     acked: AckBase,
+    /// What the peer keeps of what it said, so that reflections may refer to it.
+    heard: Said,
+    run: Option<Run>,
     text: Vec<u8>,
     ids: Vec<u8>,
     /// Whether something is in the batch that is worth the compressor's attention.
     compressible: bool,
+}
+
+/// A frame that stands for as many templates as come as they came the last time, and can grow while it is the last of its batch.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    guess: Guess,
+    more: u64,
+    /// Where this is written, and where the text ended then.
+    at: usize,
+    end: usize,
 }
 
 /// The frames of a batch, not yet compressed.
@@ -369,6 +533,7 @@ impl FrameWriter {
     }
 
     pub fn take(&mut self) -> RawBatch {
+        self.run = None;
         RawBatch {
             text: std::mem::take(&mut self.text),
             ids: std::mem::take(&mut self.ids),
@@ -379,6 +544,13 @@ impl FrameWriter {
     /// Acknowledgements of this connection count from here.
     pub fn start_acks(&mut self, upto: Seq) {
         self.acked = AckBase(upto);
+    }
+
+    /// An entry came that the peer keeps: what reflects it may refer to it.
+    pub fn handle_kept(&mut self, seq: Seq, entry: &Entry) {
+        if let Entry::Cast(cast) = entry {
+            self.heard.keep(seq, &cast.template);
+        }
     }
 
     pub fn hello(&mut self, hello: &Hello) {
@@ -431,12 +603,20 @@ impl FrameWriter {
         self.text.len() + bytes + 40 <= BATCH_INFLATED_MAX - FRAMES_BESIDE_MAX
     }
 
-    pub fn entry(&mut self, seq: Seq, held_ms: u64, entry: &Entry) {
+    /// Puts a whole entry into the batch. `may_keep` says that a reflection of it may refer to it; gives whether the peer was told so.
+    pub fn entry(&mut self, seq: Seq, held_ms: u64, entry: &Entry, may_keep: bool) -> bool {
         self.compressible = true;
-        self.text.push(match entry {
-            Entry::Cast(_) => frame_type::CAST,
-            Entry::Void => frame_type::VOID,
-        });
+        match entry {
+            Entry::Cast(cast) => self.cast(seq, held_ms / HELD_STEP_MS, cast, may_keep),
+            Entry::Void => {
+                self.text.push(frame_type::VOID);
+                self.seq(seq);
+                false
+            }
+        }
+    }
+
+    fn seq(&mut self, seq: Seq) {
         let number = seq.0 as i64;
         // The usual step, to the next number, is 0.
         put_varint(
@@ -444,11 +624,100 @@ impl FrameWriter {
             zigzag(number.wrapping_sub(self.memory.last_seq).wrapping_sub(1)),
         );
         self.memory.last_seq = number;
-        if let Entry::Cast(cast) = entry {
-            put_varint(&mut self.text, held_ms / HELD_STEP_MS);
-            self.recipients(&cast.recipients);
-            self.pack(&cast.template, Some(cast.to_at as usize));
+    }
+
+    fn cast(&mut self, seq: Seq, held_steps: u64, cast: &Cast, may_keep: bool) -> bool {
+        match self.memory.templates.find(&cast.template, cast.to_at) {
+            Found::Whole(number) => self.known_cast(seq, held_steps, cast, number),
+            Found::Moved(number) => {
+                self.text.push(frame_type::MOVED);
+                self.cast_head(seq, held_steps, &cast.recipients);
+                put_varint(&mut self.text, self.memory.templates.age(number));
+                put_varint(&mut self.text, u64::from(cast.to_at));
+                self.memory.note_template(None, cast);
+            }
+            Found::Nothing => {
+                self.text
+                    .push(if may_keep { frame_type::KEPT } else { frame_type::CAST });
+                self.cast_head(seq, held_steps, &cast.recipients);
+                self.pack(&cast.template, Some(cast.to_at as usize));
+                self.memory.note_template(None, cast);
+                return may_keep;
+            }
         }
+        false
+    }
+
+    fn known_cast(&mut self, seq: Seq, held_steps: u64, cast: &Cast, number: Number) {
+        let goes_on = seq.0 as i64 == self.memory.last_seq + 1
+            && self
+                .memory
+                .last_cast
+                .is_some_and(|last| last.held_steps.abs_diff(held_steps) < HELD_SAME_STEPS)
+            && self.memory.is_last(&cast.recipients);
+        if goes_on {
+            self.memory.last_seq += 1;
+            if !self.extend_run(number) {
+                self.text.push(frame_type::ON);
+                self.known(number);
+            }
+        } else {
+            self.text.push(frame_type::KNOWN);
+            self.cast_head(seq, held_steps, &cast.recipients);
+            self.known(number);
+        }
+        self.memory.note_template(Some(number), cast);
+    }
+
+    fn cast_head(&mut self, seq: Seq, held_steps: u64, recipients: &[Bytes]) {
+        self.seq(seq);
+        put_varint(&mut self.text, held_steps);
+        self.recipients(recipients);
+        self.memory.last_cast = Some(LastCast {
+            held_steps,
+            to_single: recipients.len() == 1,
+        });
+    }
+
+    /// Which template it is, for the recipients that were just written.
+    fn known(&mut self, number: Number) {
+        let guess = self.memory.trail().and_then(|trail| {
+            Guess::ALL
+                .into_iter()
+                .find(|guess| self.memory.templates.guess(trail, *guess) == Some(number))
+        });
+        let at = self.text.len();
+        match guess {
+            Some(guess) => put_varint(&mut self.text, known_kind::guessed(guess)),
+            None => put_varint(
+                &mut self.text,
+                self.memory.templates.age(number) << 2 | known_kind::OF_AGE,
+            ),
+        }
+        self.run = guess.map(|guess| Run {
+            guess,
+            more: 0,
+            at,
+            end: self.text.len(),
+        });
+    }
+
+    /// Lets the frame that was written last stand for one more, if it can.
+    fn extend_run(&mut self, number: Number) -> bool {
+        let Some(run) = &mut self.run else { return false };
+        let comes_next = self
+            .memory
+            .trail()
+            .and_then(|trail| self.memory.templates.guess(trail, Guess::Next))
+            == Some(number);
+        if !comes_next || run.end != self.text.len() || run.more + 1 >= RUN_MAX {
+            return false;
+        }
+        run.more += 1;
+        self.text.truncate(run.at);
+        put_varint(&mut self.text, run.more << 2 | known_kind::guessed(run.guess));
+        run.end = self.text.len();
+        true
     }
 
     pub fn fragment(&mut self, seq: Seq, part: Part, bytes: &[u8]) {
@@ -472,6 +741,7 @@ impl FrameWriter {
         put_varint(&mut self.text, ack.delay_ms);
         put_beyond(&mut self.text, ack.upto, &ack.beyond);
         self.acked = AckBase(ack.upto);
+        self.heard.handle_acked(ack);
     }
 
     pub fn ping(&mut self, number: u64) {
@@ -491,7 +761,7 @@ impl FrameWriter {
 
     fn recipients(&mut self, recipients: &[Bytes]) {
         if let [only] = recipients
-            && let Some(place) = self.memory.singles.iter().position(|known| known == only)
+            && let Some(place) = self.memory.singles.iter().position(|known| known.recipient == only)
         {
             put_varint(&mut self.text, (place as u64) << 2 | set_kind::SINGLE);
             self.memory.singles[..=place].rotate_right(1);
@@ -540,12 +810,40 @@ impl FrameWriter {
 
     /// Text with its UUIDs cut out, the place of the address marked, and an end.
     fn pack(&mut self, text: &[u8], to_at: Option<usize>) {
+        // Only a template is ever the reflection of something.
+        let echo = to_at.and_then(|_| self.heard.find(text));
+        let mut is_named = false;
         let mut at = 0;
         loop {
             if to_at == Some(at) {
                 self.text.push(mark::TO);
             }
             let Some(byte) = text.get(at) else { break };
+            if let Some((order, said)) = &echo {
+                // The mark cannot stand inside a piece.
+                let end = to_at.filter(|to_at| *to_at > at).unwrap_or(text.len());
+                if let Some(piece) = piece_of(said, &text[at..end]) {
+                    if !std::mem::replace(&mut is_named, true) {
+                        self.text.push(mark::ECHO);
+                        let step = (*order as i64).wrapping_sub(self.memory.last_echo as i64);
+                        put_varint(&mut self.text, zigzag(step.wrapping_sub(1)));
+                        self.memory.last_echo = *order;
+                    }
+                    self.text.push(mark::PIECE);
+                    put_len(&mut self.text, piece.offset);
+                    put_len(&mut self.text, piece.len);
+                    self.memory.note_ids(&text[..at + piece.len], at);
+                    at += piece.len;
+                    continue;
+                }
+            }
+            if let Some(digest) = digest_at(text, at)
+                && !to_at.is_some_and(|to_at| to_at > at && to_at < at + DIGEST_TEXT_BYTES)
+            {
+                self.pack_digest(digest);
+                at += DIGEST_TEXT_BYTES;
+                continue;
+            }
             // The mark cannot stand inside an id; then this one is left as it is.
             if let Some((id, len)) = id_at(text, at)
                 && !to_at.is_some_and(|to_at| to_at > at && to_at < at + len)
@@ -554,7 +852,7 @@ impl FrameWriter {
                 at += len;
                 continue;
             }
-            if *byte <= mark::LAST {
+            if mark::is(*byte) {
                 self.text.extend_from_slice(&[mark::ESCAPE, *byte + mark::BIAS]);
             } else {
                 self.text.push(*byte);
@@ -562,6 +860,17 @@ impl FrameWriter {
             at += 1;
         }
         self.text.push(mark::END);
+    }
+
+    fn pack_digest(&mut self, digest: Digest) {
+        if let Some(place) = self.memory.digests.iter().position(|known| *known == digest) {
+            self.text.push(mark::KNOWN_DIGEST);
+            put_len(&mut self.text, place);
+            return;
+        }
+        self.text.push(mark::NEW_DIGEST);
+        self.ids.extend_from_slice(&digest);
+        self.memory.remember_digest(digest);
     }
 
     fn pack_id(&mut self, id: Id) {
@@ -581,6 +890,10 @@ impl FrameWriter {
             Id::Token(bytes) => {
                 self.text.push(mark::NEW_TOKEN);
                 self.ids.extend_from_slice(bytes);
+            }
+            Id::Number(number) => {
+                self.text.push(mark::NEW_NUMBER);
+                self.ids.extend_from_slice(&number.to_le_bytes());
             }
             Id::Stamp(stamp) => {
                 self.text.push(mark::NEW_STAMP);
@@ -626,6 +939,10 @@ impl Difference {
 pub struct FrameReader {
     memory: Memory,
     acked: AckBase,
+    /// What we keep of what we said: the peer's reflections may refer to it.
+    said: Said,
+    /// Entries that the last frame stands for beyond those that were given out.
+    run: u64,
 }
 
 impl FrameReader {
@@ -634,8 +951,30 @@ impl FrameReader {
         self.acked = AckBase(upto);
     }
 
+    /// Whether an entry of ours may be kept for the peer to refer to; see [`FrameWriter::entry`].
+    pub fn may_keep(&self, entry: &Entry) -> bool {
+        match entry {
+            // What goes to many is a room's doing, and is not reflected.
+            Entry::Cast(cast) => cast.recipients.len() == 1 && self.said.has_room_for(&cast.template),
+            Entry::Void => false,
+        }
+    }
+
+    /// Keeps an entry of ours, as the peer was told.
+    pub fn keep(&mut self, seq: Seq, entry: &Entry) {
+        if let Entry::Cast(cast) = entry {
+            self.said.keep(seq, &cast.template);
+        }
+    }
+
     /// The next frame, or `None` at the end of the batch. After an error the connection cannot go on.
     pub fn read(&mut self, text: &mut Reader<'_>, ids: &mut Reader<'_>) -> Result<Option<Frame>, FrameError> {
+        if self.run > 0 {
+            self.run -= 1;
+            let seq = self.next_seq(0)?;
+            let number = self.guess(Guess::Next)?;
+            return self.known_cast(seq, number).map(Some);
+        }
         loop {
             if text.is_empty() {
                 if !ids.is_empty() {
@@ -644,11 +983,22 @@ impl FrameReader {
                 return Ok(None);
             }
             let frame = match text.byte()? {
-                frame_type::CAST => self.read_cast(text, ids)?,
+                frame_type::CAST => self.read_cast(text, ids, false)?,
+                frame_type::KEPT => self.read_cast(text, ids, true)?,
+                frame_type::MOVED => self.read_moved(text, ids)?,
+                frame_type::KNOWN => {
+                    let seq = self.read_cast_head(text, ids)?;
+                    self.read_known(seq, text)?
+                }
+                frame_type::ON => {
+                    let seq = self.next_seq(0)?;
+                    self.read_known(seq, text)?
+                }
                 frame_type::VOID => Frame::Entry {
                     seq: self.read_seq(text)?,
                     held_ms: 0,
                     entry: Entry::Void,
+                    kept: false,
                 },
                 frame_type::FRAGMENT => read_fragment(text)?,
                 frame_type::ACK => self.read_ack(text)?,
@@ -667,7 +1017,11 @@ impl FrameReader {
     }
 
     fn read_seq(&mut self, text: &mut Reader<'_>) -> Result<Seq, FrameError> {
-        let step = unzigzag(text.varint()?);
+        self.next_seq(unzigzag(text.varint()?))
+    }
+
+    /// The number so far from the one that follows the last.
+    fn next_seq(&mut self, step: i64) -> Result<Seq, FrameError> {
         let number = step
             .checked_add(1)
             .and_then(|step| self.memory.last_seq.checked_add(step));
@@ -676,21 +1030,97 @@ impl FrameReader {
         Ok(Seq(number as u64))
     }
 
-    fn read_cast(&mut self, text: &mut Reader<'_>, ids: &mut Reader<'_>) -> Result<Frame, FrameError> {
-        let seq = self.read_seq(text)?;
-        let held_ms = text.varint()?.saturating_mul(HELD_STEP_MS);
-        let recipients = self.read_recipients(text, ids)?;
+    fn read_cast(&mut self, text: &mut Reader<'_>, ids: &mut Reader<'_>, kept: bool) -> Result<Frame, FrameError> {
+        let seq = self.read_cast_head(text, ids)?;
         let (template, to_at) = self.unpack(text, ids, 2 * TEMPLATE_WHOLE_MAX)?;
         let to_at = to_at.ok_or(FrameError::NoPlaceForTo)? as u32;
-        let entry = Entry::Cast(Cast {
-            template,
-            to_at,
-            recipients,
-        });
-        Ok(Frame::Entry { seq, held_ms, entry })
+        self.cast(seq, None, template, to_at, kept)
     }
 
-    fn read_recipients(&mut self, text: &mut Reader<'_>, ids: &mut Reader<'_>) -> Result<Vec<Bytes>, FrameError> {
+    fn read_moved(&mut self, text: &mut Reader<'_>, ids: &mut Reader<'_>) -> Result<Frame, FrameError> {
+        let seq = self.read_cast_head(text, ids)?;
+        let number = self.memory.templates.of_age(text.varint()?);
+        let known = number.and_then(|number| self.memory.templates.get(number));
+        let (template, _) = known.ok_or(FrameError::UnknownTemplate)?;
+        let template = template.clone();
+        let to_at = text.len_upto(template.len())? as u32;
+        self.cast(seq, None, template, to_at, false)
+    }
+
+    fn read_cast_head(&mut self, text: &mut Reader<'_>, ids: &mut Reader<'_>) -> Result<Seq, FrameError> {
+        let seq = self.read_seq(text)?;
+        let held_steps = text.varint()?;
+        let to_single = self.read_recipients(text, ids)?;
+        self.memory.last_cast = Some(LastCast { held_steps, to_single });
+        Ok(seq)
+    }
+
+    fn read_known(&mut self, seq: Seq, text: &mut Reader<'_>) -> Result<Frame, FrameError> {
+        const NEXT: u64 = known_kind::guessed(Guess::Next);
+        const INSERTED: u64 = known_kind::guessed(Guess::Inserted);
+        let tag = text.varint()?;
+        let number = tag >> 2;
+        let guess = match tag & 3 {
+            known_kind::OF_AGE => {
+                let number = self.memory.templates.of_age(number);
+                return self.known_cast(seq, number.ok_or(FrameError::UnknownTemplate)?);
+            }
+            NEXT => Guess::Next,
+            INSERTED => Guess::Inserted,
+            _replaced => Guess::Replaced,
+        };
+        if number >= RUN_MAX {
+            return Err(ReadError::OverLimit {
+                value: number,
+                max: RUN_MAX - 1,
+            }
+            .into());
+        }
+        self.run = number;
+        let number = self.guess(guess)?;
+        self.known_cast(seq, number)
+    }
+
+    fn guess(&self, guess: Guess) -> Result<Number, FrameError> {
+        self.memory
+            .trail()
+            .and_then(|trail| self.memory.templates.guess(trail, guess))
+            .ok_or(FrameError::UnknownTemplate)
+    }
+
+    /// The cast of a template that is known, to the recipients of the last cast.
+    fn known_cast(&mut self, seq: Seq, number: Number) -> Result<Frame, FrameError> {
+        let (template, to_at) = self.memory.templates.get(number).ok_or(FrameError::UnknownTemplate)?;
+        let template = template.clone();
+        self.cast(seq, Some(number), template, to_at, false)
+    }
+
+    /// The cast of a template to the recipients that stand first in their list.
+    fn cast(
+        &mut self,
+        seq: Seq,
+        known: Option<Number>,
+        template: Bytes,
+        to_at: u32,
+        kept: bool,
+    ) -> Result<Frame, FrameError> {
+        let last = self.memory.last_cast.ok_or(FrameError::UnknownSet)?;
+        let cast = Cast {
+            template,
+            to_at,
+            recipients: self.memory.last_recipients().ok_or(FrameError::UnknownSet)?,
+        };
+        self.memory.note_template(known, &cast);
+        Ok(Frame::Entry {
+            seq,
+            held_ms: last.held_steps.saturating_mul(HELD_STEP_MS),
+            entry: Entry::Cast(cast),
+            kept,
+        })
+    }
+
+    /// Puts the recipients first in their list, and gives whether it is a single one.
+    fn read_recipients(&mut self, text: &mut Reader<'_>, ids: &mut Reader<'_>) -> Result<bool, FrameError> {
         let tag = text.varint()?;
         let number = usize::try_from(tag >> 2).map_err(|_| FrameError::UnknownSet)?;
         let recipients = match tag & 3 {
@@ -700,7 +1130,7 @@ impl FrameReader {
                     .get_mut(..=number)
                     .ok_or(FrameError::UnknownSet)?
                     .rotate_right(1);
-                return Ok(vec![self.memory.singles[0].clone()]);
+                return Ok(true);
             }
             set_kind::KNOWN => {
                 self.memory
@@ -708,7 +1138,7 @@ impl FrameReader {
                     .get_mut(..=number)
                     .ok_or(FrameError::UnknownSet)?
                     .rotate_right(1);
-                return Ok(self.memory.sets[0].recipients.clone());
+                return Ok(false);
             }
             set_kind::CHANGED => {
                 let mut recipients = self
@@ -743,7 +1173,7 @@ impl FrameReader {
             return Err(FrameError::SetTooLarge);
         }
         self.memory.remember(compact(&recipients));
-        Ok(recipients)
+        Ok(recipients.len() == 1)
     }
 
     /// Undoes [`FrameWriter::pack`]: the text, and where the mark stood.
@@ -755,12 +1185,13 @@ impl FrameReader {
     ) -> Result<(Bytes, Option<usize>), FrameError> {
         let mut out = Vec::new();
         let mut to_at = None;
+        let mut echo = None;
         loop {
             match text.byte()? {
                 mark::END => break,
                 mark::TO if to_at.is_none() => to_at = Some(out.len()),
                 mark::TO => return Err(FrameError::NoPlaceForTo),
-                kind @ (mark::NEW_UUID | mark::NEW_HEX | mark::NEW_TOKEN | mark::NEW_STAMP) => {
+                kind @ (mark::NEW_UUID | mark::NEW_HEX | mark::NEW_TOKEN | mark::NEW_STAMP | mark::NEW_NUMBER) => {
                     let id = self.read_id(kind, ids)?;
                     self.memory.remember_id(id);
                     id.put_text(&mut out);
@@ -772,8 +1203,27 @@ impl FrameReader {
                         .ok_or(FrameError::UnknownId)?
                         .put_text(&mut out);
                 }
+                mark::NEW_DIGEST => {
+                    let digest = read_array(ids)?;
+                    self.memory.remember_digest(digest);
+                    out.extend_from_slice(STANDARD.encode(digest).as_bytes());
+                }
+                mark::KNOWN_DIGEST => {
+                    let place = text.len_upto(DIGESTS_MAX)?;
+                    let digest = self.memory.digests.get(place).ok_or(FrameError::UnknownId)?;
+                    out.extend_from_slice(STANDARD.encode(digest).as_bytes());
+                }
+                mark::ECHO => echo = Some(self.read_echo(text)?),
+                mark::PIECE => {
+                    let said = echo.as_ref().ok_or(FrameError::UnknownEcho)?;
+                    let offset = text.len_upto(said.len())?;
+                    let len = text.len_upto(said.len() - offset)?;
+                    let at = out.len();
+                    out.extend_from_slice(&said[offset..offset + len]);
+                    self.memory.note_ids(&out, at);
+                }
                 mark::ESCAPE => {
-                    let byte = text.byte()?.checked_sub(mark::BIAS).filter(|byte| *byte <= mark::LAST);
+                    let byte = text.byte()?.checked_sub(mark::BIAS).filter(|byte| mark::is(*byte));
                     out.push(byte.ok_or(FrameError::BadEscape)?);
                 }
                 byte => out.push(byte),
@@ -789,11 +1239,21 @@ impl FrameReader {
         Ok((out.into(), to_at))
     }
 
+    fn read_echo(&mut self, text: &mut Reader<'_>) -> Result<Bytes, FrameError> {
+        let step = unzigzag(text.varint()?).wrapping_add(1);
+        self.memory.last_echo = (self.memory.last_echo as i64).wrapping_add(step) as u64;
+        self.said
+            .get(self.memory.last_echo)
+            .cloned()
+            .ok_or(FrameError::UnknownEcho)
+    }
+
     fn read_id(&self, kind: u8, ids: &mut Reader<'_>) -> Result<Id, FrameError> {
         Ok(match kind {
             mark::NEW_UUID => Id::Uuid(read_array(ids)?),
             mark::NEW_HEX => Id::Hex(read_array(ids)?),
             mark::NEW_TOKEN => Id::Token(read_array(ids)?),
+            mark::NEW_NUMBER => Id::Number(u64::from_le_bytes(read_array(ids)?)),
             _stamp => {
                 let stamp = (self.memory.last_stamp as i64).checked_add(unzigzag(ids.varint()?));
                 let stamp = stamp
@@ -815,7 +1275,9 @@ impl FrameReader {
         let delay_ms = text.varint()?;
         let beyond = read_beyond(text, upto)?;
         self.acked = AckBase(upto);
-        Ok(Frame::Ack(Ack { upto, beyond, delay_ms }))
+        let ack = Ack { upto, beyond, delay_ms };
+        self.said.handle_acked(&ack);
+        Ok(Frame::Ack(ack))
     }
 }
 
@@ -943,12 +1405,7 @@ fn id_at(text: &[u8], at: usize) -> Option<(Id, usize)> {
     if let Some(id) = uuid_at(text, at) {
         return Some((Id::Uuid(id), UUID_TEXT_BYTES));
     }
-    // The others are looked for as whole attribute values only, else any long word might be taken for one.
-    let quote = *text.get(at.checked_sub(1)?)?;
-    if quote != b'\'' && quote != b'"' {
-        return None;
-    }
-    let value = |len: usize| text.get(at..at + len).filter(|_| text.get(at + len) == Some(&quote));
+    let value = values_at(text, at)?;
     let hex = || {
         value(HEX_TEXT_BYTES)
             .and_then(|value| hex_bytes(value.iter()))
@@ -960,6 +1417,28 @@ fn id_at(text: &[u8], at: usize) -> Option<(Id, usize)> {
     found(hex(), HEX_TEXT_BYTES)
         .or_else(|| found(token(), TOKEN_TEXT_BYTES))
         .or_else(|| found(stamp(), STAMP_TEXT_BYTES))
+        .or_else(|| {
+            NUMBER_TEXT_BYTES
+                .into_iter()
+                .find_map(|len| found(value(len).and_then(number).map(Id::Number), len))
+        })
+}
+
+/// The attribute value that starts at `at`, if it has a given length: what is not a UUID is looked for as a whole value only, else any
+/// long word might be taken for an id.
+fn values_at<'a>(text: &'a [u8], at: usize) -> Option<impl Fn(usize) -> Option<&'a [u8]>> {
+    let quote = *text.get(at.checked_sub(1)?)?;
+    let is_quote = quote == b'\'' || quote == b'"';
+    is_quote.then_some(move |len: usize| text.get(at..at + len).filter(|_| text.get(at + len) == Some(&quote)))
+}
+
+fn digest_at(text: &[u8], at: usize) -> Option<Digest> {
+    let value = values_at(text, at)?(DIGEST_TEXT_BYTES)?;
+    // The decoder wants room for the padding, too.
+    let mut bytes = [0; DIGEST_BYTES + 1];
+    // Only canonical text is decoded, so it comes back the same.
+    let len = STANDARD.decode_slice(value, &mut bytes).ok()?;
+    bytes[..len].try_into().ok()
 }
 
 /// The UUID whose canonical lower-case text (RFC 9562 §4) starts at `at`.
@@ -1005,6 +1484,15 @@ fn token_bytes(text: &[u8]) -> Option<[u8; TOKEN_BYTES]> {
     (len == TOKEN_BYTES).then_some(bytes)
 }
 
+fn number(text: &[u8]) -> Option<u64> {
+    if !text.iter().all(u8::is_ascii_digit) || text.first() == Some(&b'0') {
+        return None;
+    }
+    text.iter().try_fold(0u64, |number, digit| {
+        number.checked_mul(10)?.checked_add(u64::from(digit - b'0'))
+    })
+}
+
 fn stamp_number(text: &[u8]) -> Option<u64> {
     if !text.iter().all(u8::is_ascii_digit) {
         return None;
@@ -1021,7 +1509,7 @@ impl Id {
             Self::Uuid(bytes) => put_hex(out, bytes, &[4, 6, 8, 10]),
             Self::Hex(bytes) => put_hex(out, bytes, &[]),
             Self::Token(bytes) => out.extend_from_slice(URL_SAFE_NO_PAD.encode(bytes).as_bytes()),
-            Self::Stamp(number) => out.extend_from_slice(number.to_string().as_bytes()),
+            Self::Stamp(number) | Self::Number(number) => out.extend_from_slice(number.to_string().as_bytes()),
         }
     }
 }
@@ -1048,6 +1536,7 @@ pub fn pack_dictionary(lines: &str) -> Vec<u8> {
             .replace("{id}", "\u{1}")
             .replace("{token}", "\u{5}")
             .replace("{stamp}", "\u{6}")
+            .replace("{digest}", "\u{e}")
             .replace("{same}", "\u{2}@")
             .replace("{last}", "\u{2}A");
         out.extend_from_slice(line.as_bytes());
@@ -1147,6 +1636,10 @@ pub enum FrameError {
     SetTooLarge,
     #[error("a reference to a UUID that was never sent")]
     UnknownId,
+    #[error("a reference to a template that is not known")]
+    UnknownTemplate,
+    #[error("a reference to what was not said, or long ago")]
+    UnknownEcho,
     #[error("an escape that means nothing")]
     BadEscape,
     #[error("a template with no place, or two, for its address")]
@@ -1162,247 +1655,4 @@ pub enum FrameError {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn read_all(reader: &mut FrameReader, batch: &RawBatch) -> Result<Vec<Frame>, FrameError> {
-        let (mut text, mut ids) = (Reader::new(&batch.text), Reader::new(&batch.ids));
-        let mut frames = Vec::new();
-        while let Some(frame) = reader.read(&mut text, &mut ids)? {
-            frames.push(frame);
-        }
-        Ok(frames)
-    }
-
-    fn cast(template: impl Into<Vec<u8>>, to_at: usize, recipients: impl IntoIterator<Item = String>) -> Entry {
-        let mut recipients: Vec<Bytes> = recipients
-            .into_iter()
-            .map(|one| Bytes::from(one.into_bytes()))
-            .collect();
-        recipients.sort();
-        recipients.dedup();
-        Entry::Cast(Cast {
-            template: Bytes::from(template.into()),
-            to_at: to_at as u32,
-            recipients,
-        })
-    }
-
-    fn occupants(numbers: std::ops::Range<usize>) -> impl Iterator<Item = String> {
-        numbers.map(|n| format!(" to='user{n}@b.example/phone'"))
-    }
-
-    /// Templates made of what packing treats in a special way, and of everything else.
-    fn templates() -> impl Strategy<Value = Vec<u8>> {
-        let piece = prop_oneof![
-            proptest::collection::vec(any::<u8>(), 0..8),
-            (0u8..4).prop_map(|n| format!("{n}23e4567-e89b-12d3-a456-426614174000").into_bytes()),
-            Just(b"123E4567-e89b-12d3-a456-426614174000".to_vec()),
-            Just(b"23e4567-e89b-12d3-a456-426614174000".to_vec()),
-            any::<[u8; 16]>().prop_map(|id| {
-                let mut out = Vec::new();
-                Id::Uuid(id).put_text(&mut out);
-                out
-            }),
-            any::<[u8; 18]>().prop_map(|id| format!("'{}'", URL_SAFE_NO_PAD.encode(id)).into_bytes()),
-            (0u64..3).prop_map(|n| format!("\"179516764160103{n}\"").into_bytes()),
-            (0u64..30_000_000_000_000_000).prop_map(|n| format!("'{n:016}'").into_bytes()),
-            (0u64..3).prop_map(|n| format!("'{n:032x}'").into_bytes()),
-        ];
-        proptest::collection::vec(piece, 0..8).prop_map(|pieces| pieces.concat())
-    }
-
-    proptest! {
-        /// Whole entries come back as they were, whatever the memory of the connection has seen before.
-        #[test]
-        fn entries_round_trip(
-            entries in proptest::collection::vec((templates(), any::<prop::sample::Index>(), 0usize..30, 1usize..8, 1u64..50), 1..30)
-        ) {
-            let (mut writer, mut reader) = (FrameWriter::default(), FrameReader::default());
-            for (template, at, first, count, seq) in entries {
-                let to_at = at.index(template.len() + 1);
-                let entry = cast(template, to_at, occupants(first..first + count));
-                writer.entry(Seq(seq), 1234, &entry);
-                let frames = read_all(&mut reader, &writer.take()).unwrap();
-                prop_assert_eq!(frames, vec![Frame::Entry { seq: Seq(seq), held_ms: 1200, entry }]);
-            }
-        }
-
-        /// No bytes make the reader panic.
-        #[test]
-        fn any_bytes_are_safe(
-            texts in proptest::collection::vec(proptest::collection::vec(0u8..70, 0..60), 1..8),
-            ids in proptest::collection::vec(any::<u8>(), 0..40),
-        ) {
-            let mut reader = FrameReader::default();
-            for text in texts {
-                let batch = RawBatch { text, ids: ids.clone(), compressible: true };
-                let _ = read_all(&mut reader, &batch);
-            }
-        }
-
-        /// Any positions survive a hello and an ack.
-        #[test]
-        fn positions_round_trip(upto in 0u64..1 << 60, steps in proptest::collection::vec(1u64..4, 0..50)) {
-            let mut received = Received { epoch: Epoch(7), upto: Seq(upto), beyond: Vec::new() };
-            let mut last = upto + 1;
-            for step in steps {
-                last += step;
-                received.add(Seq(last));
-            }
-            let mut out = Vec::new();
-            put_beyond(&mut out, received.upto, &received.beyond);
-            prop_assert_eq!(read_beyond(&mut Reader::new(&out), received.upto), Ok(received.beyond));
-        }
-    }
-
-    /// A second message to the same hundred occupants costs as much as one to a single occupant.
-    #[test]
-    fn a_known_set_costs_a_byte() {
-        let size = |count: usize| {
-            let mut writer = FrameWriter::default();
-            writer.entry(Seq(1), 0, &cast("<message/>", 8, occupants(0..count)));
-            writer.take();
-            writer.entry(Seq(2), 0, &cast("<message/>", 8, occupants(0..count)));
-            writer.take().text.len()
-        };
-        assert_eq!(size(1), size(100));
-    }
-
-    /// When one of a hundred leaves and another comes, only these two are named.
-    #[test]
-    fn a_changed_set_is_sent_as_a_difference() {
-        let (mut writer, mut reader) = (FrameWriter::default(), FrameReader::default());
-        writer.entry(Seq(1), 0, &cast("<message/>", 8, occupants(0..100)));
-        read_all(&mut reader, &writer.take()).unwrap();
-        let entry = cast("<message/>", 8, occupants(1..101));
-        writer.entry(Seq(2), 0, &entry);
-        let batch = writer.take();
-        assert!(batch.text.len() < 60, "{}", batch.text.len());
-        assert_eq!(
-            read_all(&mut reader, &batch),
-            Ok(vec![Frame::Entry {
-                seq: Seq(2),
-                held_ms: 0,
-                entry
-            }])
-        );
-    }
-
-    /// A UUID costs sixteen bytes and a mark, and two bytes when it comes again.
-    #[test]
-    fn uuids_are_cut_out() {
-        let mut writer = FrameWriter::default();
-        let id = "123e4567-e89b-12d3-a456-426614174000";
-        writer.entry(
-            Seq(1),
-            0,
-            &cast(
-                format!("<message id='{id}'><origin-id id='{id}'/></message>"),
-                8,
-                occupants(0..1),
-            ),
-        );
-        let batch = writer.take();
-        assert_eq!(batch.ids.len(), 16);
-        assert!(!batch.text.windows(8).any(|text| text == b"123e4567"));
-    }
-
-    /// The ids of both servers' archives are cut out too, and cost what is random in them.
-    #[test]
-    fn archive_ids_are_cut_out() {
-        let ids_bytes = |templates: &[&str]| {
-            let mut writer = FrameWriter::default();
-            for (seq, template) in (1..).zip(templates) {
-                writer.entry(Seq(seq), 0, &cast(*template, 8, occupants(0..1)));
-            }
-            writer.take().ids.len()
-        };
-        assert_eq!(ids_bytes(&["<message id='25w4IzgWt2H_KH1G4qhBuLiH'/>"]), 18);
-        assert_eq!(ids_bytes(&["<message id='0123456789abcdef0123456789abcdef'/>"]), 16);
-        assert_eq!(
-            ids_bytes(&["<message id='1795167641601034'/>", "<message id='1795167642703747'/>"]),
-            8 + 4
-        );
-        assert_eq!(
-            ids_bytes(&[
-                "<message id='urn_xmpp_chat_markers_02'/>",
-                "<message id=25w4IzgWt2H_KH1G4qhBuLiH/>"
-            ]),
-            0
-        );
-    }
-
-    /// The tables stay within their bounds, and both ends forget the same.
-    #[test]
-    fn tables_are_bounded() {
-        let (mut writer, mut reader) = (FrameWriter::default(), FrameReader::default());
-        for round in 0..300 {
-            let first = round * 13 % 97 * 1000;
-            let entry = cast("<message/>", 8, occupants(first..first + 1 + round * 7 % 900));
-            writer.entry(Seq(round as u64 + 1), 0, &entry);
-            let frames = read_all(&mut reader, &writer.take()).unwrap();
-            assert!(matches!(&frames[..], [Frame::Entry { entry: read, .. }] if *read == entry));
-            for memory in [&writer.memory, &reader.memory] {
-                assert!(memory.sets.len() <= SETS_MAX && memory.singles.len() <= SINGLES_MAX);
-                assert!(memory.sets_bytes <= SETS_BYTES_MAX);
-                assert_eq!(
-                    memory.sets_bytes,
-                    memory.sets.iter().map(|set| set.bytes).sum::<usize>()
-                );
-            }
-        }
-    }
-
-    /// A hello of another version says so, whatever follows in it.
-    #[test]
-    fn another_version_is_named() {
-        let mut text = vec![frame_type::HELLO];
-        put_prefixed(&mut text, &[9, 1, 2, 3]);
-        let batch = RawBatch {
-            text,
-            ..RawBatch::default()
-        };
-        assert_eq!(
-            read_all(&mut FrameReader::default(), &batch),
-            Err(FrameError::Version { theirs: 9 })
-        );
-    }
-
-    /// A frame that may be ignored is ignored; one that may not is refused.
-    #[test]
-    fn optional_frames_are_skipped() {
-        let batch = |text: &[u8]| RawBatch {
-            text: text.to_vec(),
-            ..RawBatch::default()
-        };
-        let mut reader = FrameReader::default();
-        assert_eq!(
-            read_all(&mut reader, &batch(&[0x41, 2, 9, 9, 5, 3])),
-            Ok(vec![Frame::Ping(3)])
-        );
-        assert_eq!(
-            read_all(&mut reader, &batch(&[0x3f])),
-            Err(FrameError::UnknownType(0x3f))
-        );
-        assert_eq!(
-            read_all(&mut reader, &batch(&[0x41, 9])),
-            Err(ReadError::Truncated.into())
-        );
-    }
-
-    /// A length over the limit is refused before its bytes are waited for.
-    #[test]
-    fn oversize_batch_is_refused_at_once() {
-        let mut buffer = BatchBuffer::default();
-        let mut head = Vec::new();
-        put_varint(&mut head, (BATCH_BYTES_MAX as u64 + 1) << 1);
-        buffer.push(&head);
-        assert!(matches!(
-            buffer.poll_batch(),
-            Err(FrameError::Read(ReadError::OverLimit { .. }))
-        ));
-    }
-}
+mod tests;

@@ -68,6 +68,9 @@ pub struct SessionConfig {
     /// rides on it in turn. So it goes with that when the last is nearly as old as this. Nothing waits for it but the peer's disk space.
     pub ack_delay: Duration,
     /// An acknowledgement goes out at once when this many entries …
+    ///
+    /// Who enters a room of a hundred occupants gets more than a hundred, which cross in a few bytes: an acknowledgement alone would cost
+    /// more than all of them. At the usual 300 bytes of an entry this is `ack_bytes_max`.
     pub ack_entries_max: u32,
     /// … or bytes of entries have arrived since the last, so that a fast peer's spool can let go.
     pub ack_bytes_max: usize,
@@ -95,7 +98,7 @@ impl Default for SessionConfig {
     fn default() -> Self {
         Self {
             ack_delay: Duration::from_secs(5),
-            ack_entries_max: 64,
+            ack_entries_max: 256,
             ack_bytes_max: 64 * 1024,
             keepalive: Some(Duration::from_secs(60)),
             keepalive_max: Duration::from_secs(480),
@@ -472,7 +475,10 @@ impl LinkSession {
         if !self.writer.has_room_for(entry) {
             return Sent::BatchFull;
         }
-        self.writer.entry(seq, millis(held), entry);
+        let may_keep = self.is_open() && self.reader.may_keep(entry);
+        if self.writer.entry(seq, millis(held), entry, may_keep) {
+            self.reader.keep(seq, entry);
+        }
         self.outward.sent.add(seq);
         if early {
             self.early.entries.push(seq);
@@ -787,7 +793,17 @@ impl LinkSession {
     fn on_open_frame(&mut self, frame: Frame) -> Result<(), LinkError> {
         match frame {
             Frame::Hello(_) => return Err(LinkError::SecondHello),
-            Frame::Entry { seq, held_ms, entry } => return self.on_entry(seq, held_ms, entry.encode()),
+            Frame::Entry {
+                seq,
+                held_ms,
+                entry,
+                kept,
+            } => {
+                if kept {
+                    self.writer.handle_kept(seq, &entry);
+                }
+                return self.on_entry(seq, held_ms, entry.encode());
+            }
             Frame::Fragment { seq, part, bytes } => return self.on_fragment(seq, part, bytes),
             Frame::Ack(ack) => return self.on_ack(ack),
             Frame::Ping(number) => {

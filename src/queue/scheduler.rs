@@ -2,7 +2,8 @@
 //!
 //! The scheduler holds the part of the spool that is in memory: slots in the order of their numbers, sorted into flows.
 //! Within a flow nothing overtakes; flows take turns, and an entry too large for one frame crosses piece by piece, one piece
-//! a turn, so that a chat line waits for one piece at most. What keeps it honest:
+//! a turn, so that a chat line waits for one piece at most. What is small goes on in the same turn until it has taken about half of
+//! that: what the link knows from before takes next to nothing as long as it comes in the same order. What keeps it honest:
 //!
 //! - Only a slot that is sealed *and* on disk is offered: after a crash the peer never knows more of our numbering than we do.
 //! - Memory is bounded by [`Scheduler::has_room`]; the rest of the spool stays on disk until it is asked for.
@@ -35,10 +36,14 @@ pub enum Offer<'a> {
     },
 }
 
+/// After so many bytes it is another flow's turn: half a piece of what goes in parts (see
+/// [`SessionConfig::fragment_bytes_max`](crate::link::session::SessionConfig::fragment_bytes_max)), since the last entry comes on top.
+const TURN_BYTES: usize = 512;
+
 /// What the link does with an offer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Answer {
-    /// The whole entry, or so many bytes of a part.
+    /// The whole entry, which takes so many bytes on the link, or so many bytes of a part.
     Takes(usize),
     /// It does not take the entry whole: offer it in parts.
     InParts,
@@ -72,6 +77,8 @@ pub struct Scheduler {
     flows: BTreeMap<Flow, VecDeque<(Seq, Slot)>>,
     /// Flows in the order of their turns.
     turns: VecDeque<Flow>,
+    /// What the first of them has taken since its turn began.
+    turn_bytes: usize,
     /// Numbers up to this one are here, were given out, or are done with.
     upto: Seq,
     bytes: usize,
@@ -84,6 +91,7 @@ impl Scheduler {
             bytes_max,
             flows: BTreeMap::new(),
             turns: VecDeque::new(),
+            turn_bytes: 0,
             upto: Seq(0),
             bytes: 0,
         }
@@ -152,9 +160,20 @@ impl Scheduler {
                 continue;
             };
             let answer = offer_first(slots, &mut self.bytes, committed, &mut offer);
+            let goes_on = match answer {
+                Answer::Takes(bytes) => {
+                    self.turn_bytes += bytes;
+                    self.turn_bytes < TURN_BYTES
+                }
+                Answer::Full => true,
+                Answer::Blocked | Answer::InParts => false,
+            };
+            if !goes_on || slots.is_empty() {
+                self.turn_bytes = 0;
+            }
             if slots.is_empty() {
                 self.flows.remove(&flow);
-            } else if answer == Answer::Full {
+            } else if goes_on {
                 self.turns.push_front(flow);
             } else {
                 self.turns.push_back(flow);
@@ -259,9 +278,9 @@ mod tests {
         let mut seqs = Vec::new();
         while scheduler.offer(committed, |offer| match offer {
             Offer::Whole { entry, .. } if size(entry) > 1000 => Answer::InParts,
-            Offer::Whole { seq, .. } => {
+            Offer::Whole { seq, entry, .. } => {
                 seqs.push(seq.0);
-                Answer::Takes(0)
+                Answer::Takes(size(entry))
             }
             Offer::Part {
                 seq, encoded, offset, ..
@@ -279,9 +298,24 @@ mod tests {
         let mut scheduler = scheduler();
         scheduler.load("big".into(), Seq(1), entry(2500), 0, Mono::default());
         for seq in 2..=4 {
-            scheduler.load("room".into(), Seq(seq), entry(10), 0, Mono::default());
+            scheduler.load("room".into(), Seq(seq), entry(TURN_BYTES), 0, Mono::default());
         }
         assert_eq!(seqs(&mut scheduler, 0), [1, 2, 1, 3, 1, 4]);
+    }
+
+    /// What is small goes on in the same turn until that has taken its bytes.
+    #[test]
+    fn a_turn_is_a_number_of_bytes() {
+        let mut scheduler = scheduler();
+        for seq in 1..=8 {
+            let (flow, bytes) = if seq % 2 == 0 {
+                ("one", 1)
+            } else {
+                ("two", TURN_BYTES / 2)
+            };
+            scheduler.load(flow.into(), Seq(seq), entry(bytes), 0, Mono::default());
+        }
+        assert_eq!(seqs(&mut scheduler, 0), [1, 3, 2, 4, 6, 8, 5, 7]);
     }
 
     /// Within a flow a line waits for the large entry before it.

@@ -945,11 +945,12 @@ fn answer(
     offer: Offer<'_>,
     now: Now,
 ) -> Answer {
+    let before = session.batch_bytes();
     match offer {
         Offer::Whole { seq, entry, accepted } => match session.send(seq, entry, now.mono.since(accepted)) {
             Sent::Whole => {
                 stats.entries_sent += 1;
-                Answer::Takes(0)
+                Answer::Takes(session.batch_bytes() - before)
             }
             Sent::Known => Answer::Takes(0),
             Sent::NeedsFragments => Answer::InParts,

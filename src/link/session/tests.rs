@@ -1,7 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::codec::{compress::dictionary_id, entry::Cast, position::Epoch};
+use crate::codec::{compress::dictionary_id, entry::Cast, frame::VERSION, position::Epoch};
 
 fn at(seconds: f64) -> Now {
     Now {
@@ -12,7 +12,7 @@ fn at(seconds: f64) -> Now {
 
 fn hello(epoch: u64) -> Hello {
     Hello {
-        version: crate::codec::frame::VERSION,
+        version: VERSION,
         capabilities: 0,
         epoch: Epoch(epoch),
         received: Received::default(),
@@ -171,15 +171,15 @@ fn ack_goes_along_with_that_of_tcp() {
     assert_eq!(acked_at(1.0), [4, 9]);
 }
 
-/// A peer that sends much is acknowledged before the delay is over: at the 64th entry, not at the 63rd.
+/// A peer that sends much is acknowledged before the delay is over: at the 256th entry, not at the 255th.
 #[test]
 fn ack_does_not_wait_for_many() {
     let (mut a, mut b) = open_pair();
-    for seq in 1..=64 {
+    for seq in 1..=256 {
         a.session.send(Seq(seq), &Entry::Void, Duration::ZERO);
         pass(&mut a, &mut b, at(1.0)).unwrap();
         b.store_all(at(1.0));
-        assert_eq!(b.session.poll_transmit(at(1.0)).is_some(), seq == 64, "{seq}");
+        assert_eq!(b.session.poll_transmit(at(1.0)).is_some(), seq == 256, "{seq}");
     }
 }
 
@@ -232,8 +232,9 @@ fn early_entries_are_bounded() {
         recipients: vec![],
     });
     assert_eq!(a.session.send(Seq(1), &invalid, Duration::ZERO), Sent::Blocked);
-    let small = entry(&"x".repeat(100), &["b1@b.example"]);
     let gone = (1..100).take_while(|seq| {
+        // Not one like another: what was seen before takes next to nothing.
+        let small = entry(&format!("{seq:0>100}"), &["b1@b.example"]);
         let sent = a.session.send(Seq(*seq), &small, Duration::ZERO);
         a.session.poll_transmit(at(0.0));
         sent == Sent::Whole
@@ -491,7 +492,9 @@ fn broken_rules_end_the_session() {
     });
     refused("bad_entry", &|w| w.fragment(Seq(1), first(3), b"abc"));
     refused("too_far_ahead", &|w| {
-        (2..260).for_each(|seq| w.entry(Seq(seq), 0, &Entry::Void))
+        (2..260).for_each(|seq| {
+            w.entry(Seq(seq), 0, &Entry::Void, false);
+        })
     });
 }
 
@@ -535,7 +538,10 @@ fn only_a_hello_opens() {
     let other = Hello { version: 9, ..hello(1) };
     assert_eq!(
         say(&mut b, |w| w.hello(&other)),
-        Err(LinkError::Version { theirs: 9, ours: 2 })
+        Err(LinkError::Version {
+            theirs: 9,
+            ours: VERSION
+        })
     );
     let mut b = End::new(hello(2));
     let ahead = Received {
@@ -574,7 +580,12 @@ fn invalid_entries_are_not_sent() {
 #[test]
 fn duplicates_are_dropped() {
     let (_, mut b) = open_pair();
-    say(&mut b, |w| (0..2).for_each(|_| w.entry(Seq(1), 0, &Entry::Void))).unwrap();
+    say(&mut b, |w| {
+        (0..2).for_each(|_| {
+            w.entry(Seq(1), 0, &Entry::Void, false);
+        })
+    })
+    .unwrap();
     assert_eq!(b.received().len(), 1);
     assert_eq!(b.session.stats().duplicates_received, 1);
 }
@@ -923,4 +934,65 @@ proptest! {
             prop_assert!(!error.as_label().is_empty());
         }
     }
+}
+
+/// A room's reflection crosses in fewer bytes than what it reflects, before and after that is acknowledged; a new connection
+/// begins with nothing to refer to.
+#[test]
+fn a_reflection_crosses_by_reference() {
+    let line = |from: &str, number: u64| {
+        let body = "these are words that nobody has said before, and 17 others";
+        let template =
+            format!("<message from='{from}' id='{number:08}' type='groupchat'><body>{body} {number}</body></message>");
+        entry(&template, &["somebody@example"])
+    };
+    let mut seq = 0;
+    for _connection in 0..2 {
+        let (mut room, mut user) = open_pair();
+        for stored in [false, true, false] {
+            seq += 1;
+            let (said, reflected) = (line("b1@b.example/r", seq), line("room@a.example/b1", seq));
+            let number = Seq(1 + (seq - 1) % 3);
+            assert_eq!(user.session.send(number, &said, Duration::ZERO), Sent::Whole);
+            pass(&mut user, &mut room, at(1.0)).unwrap();
+            if stored {
+                room.store_all(at(7.0));
+                pass(&mut room, &mut user, at(7.0)).unwrap();
+            }
+            assert_eq!(room.session.send(number, &reflected, Duration::ZERO), Sent::Whole);
+            assert!(room.session.batch_bytes() < 90, "{}", room.session.batch_bytes());
+            pass(&mut room, &mut user, at(8.0)).unwrap();
+            assert_eq!(user.received().last(), Some(&(number, reflected)));
+        }
+    }
+}
+
+/// What a room tells a second one who enters is a few bytes, is given out entry by entry, and is acknowledged like anything else.
+#[test]
+fn a_second_roster_is_given_out_entry_by_entry() {
+    let (mut room, mut user) = open_pair();
+    let roster = |to: &str| {
+        let one = |n| {
+            entry(
+                &format!("<message from='room@a.example/n{n}'><show>away</show></message>"),
+                &[to],
+            )
+        };
+        (0..200).map(one).collect::<Vec<_>>()
+    };
+    let (first, second) = (roster("b1@b.example"), roster("b2@b.example"));
+    for (seq, entry) in (1..).map(Seq).zip(&first) {
+        assert_eq!(room.session.send(seq, entry, Duration::ZERO), Sent::Whole);
+    }
+    pass(&mut room, &mut user, at(1.0)).unwrap();
+    for (seq, entry) in (201..).map(Seq).zip(&second) {
+        assert_eq!(room.session.send(seq, entry, Duration::ZERO), Sent::Whole);
+    }
+    let bytes = pass(&mut room, &mut user, at(1.0)).unwrap();
+    assert!(bytes < 40, "{bytes}");
+    let all = user.received();
+    assert!(all.iter().map(|(_, entry)| entry).eq(first.iter().chain(&second)));
+    user.store_all(at(2.0));
+    pass(&mut user, &mut room, at(2.0)).unwrap();
+    assert_eq!(room.last_acked().map(|acked| acked.upto), Some(Seq(400)));
 }
