@@ -5,7 +5,8 @@
 
 use std::{ops, time::Duration};
 
-/// A point on a clock that never runs backwards; its zero is when the process started.
+/// A point on a clock that never runs backwards. Its zero is some time before the process started, so that what an earlier process
+/// did has its place on it too.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Mono(Duration);
 
@@ -32,9 +33,25 @@ impl ops::Add<Duration> for Mono {
     }
 }
 
+impl ops::Sub<Duration> for Mono {
+    type Output = Self;
+
+    /// So long before; what would be before the zero is the zero.
+    fn sub(self, age: Duration) -> Self {
+        Self(self.0.saturating_sub(age))
+    }
+}
+
 /// A point on the calendar, in milliseconds since 1970-01-01T00:00:00Z. It may jump.
 #[derive(Clone, Copy, Debug, Default, Eq, Hash, Ord, PartialEq, PartialOrd)]
 pub struct Wall(pub u64);
+
+impl Wall {
+    /// How long after `earlier` this is; zero if it is not, because the clock was put back.
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_millis(self.0.saturating_sub(earlier.0))
+    }
+}
 
 /// Both clocks, read together.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]

@@ -25,6 +25,7 @@ use narrows::{
     codec::position::Seq,
     io::store::{self, Answer, Fault, Options, Request},
     queue::journal::{Batch, Change},
+    time::Wall,
 };
 
 use self::store_load::Checker;
@@ -192,6 +193,7 @@ fn full_disk_stops_acceptance_and_loses_nothing() {
             let number = answered + 1;
             let changes = vec![Change::PutSpool {
                 seq: Seq(opening.spool_last.0 + number),
+                accepted: Wall(number),
                 entry: Bytes::from(vec![b'x'; 2000]),
             }];
             store.submit(Request::Commit(Batch { number, changes }));

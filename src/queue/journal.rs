@@ -12,13 +12,16 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 
-use crate::codec::position::{Epoch, Received, Seq};
+use crate::{
+    codec::position::{Epoch, Received, Seq},
+    time::Wall,
+};
 
 /// One change.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub enum Change {
-    /// Writes a spool slot. A cast that is still open is written again as it grows.
-    PutSpool { seq: Seq, entry: Bytes },
+    /// Writes a spool slot. A cast that is still open is written again as it grows; `accepted` stays when its first copy was.
+    PutSpool { seq: Seq, accepted: Wall, entry: Bytes },
     /// The peer has stored these: every slot up to `upto`, and those of `beyond`. What is not there is passed over.
     ///
     /// A trim may come undone in a crash, because it costs nothing: the slots are offered again, and the peer's position, which it
@@ -111,6 +114,8 @@ pub struct Opening {
     /// The oldest spool entry still held, if any, and the last number ever given out (also when the spool is empty).
     pub spool_first: Option<Seq>,
     pub spool_last: Seq,
+    /// Of the oldest: see [`Slot::accepted`].
+    pub spool_since: Option<Wall>,
     pub levels: Levels,
     /// The last number in the inbox; 0 if it is empty.
     pub inbox_last: Seq,
@@ -123,6 +128,8 @@ pub struct Opening {
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Slot {
     pub seq: Seq,
+    /// Of a spool slot: when it was accepted. `None` if it was written by a narrows that did not note it.
+    pub accepted: Option<Wall>,
     pub entry: Bytes,
     /// Of an inbox slot: the copies marked as given, see [`Change::MarkInbox`]. Empty if none.
     pub given: Vec<u8>,
@@ -143,7 +150,7 @@ pub struct Model {
 #[derive(Clone, Debug)]
 struct Tables {
     epoch: Epoch,
-    spool: BTreeMap<Seq, Bytes>,
+    spool: BTreeMap<Seq, (Wall, Bytes)>,
     spool_last: Seq,
     inbox: BTreeMap<Seq, (Bytes, Vec<u8>)>,
     received: Received,
@@ -210,9 +217,10 @@ impl Model {
             epoch: *epoch,
             spool_first: spool.keys().next().copied(),
             spool_last: *spool_last,
+            spool_since: spool.values().next().map(|(accepted, _)| *accepted),
             levels: Levels {
                 spool_entries: spool.len() as u64,
-                spool_bytes: spool.values().map(|entry| entry.len() as u64).sum(),
+                spool_bytes: spool.values().map(|(_, entry)| entry.len() as u64).sum(),
                 inbox_entries: inbox.len() as u64,
                 inbox_bytes: inbox.values().map(|(entry, _)| entry.len() as u64).sum(),
             },
@@ -225,8 +233,9 @@ impl Model {
     /// The slots from `from` on, and whether none follows them. At least one is read if there is one and `entries_max` is not 0,
     /// however large; apart from that, both limits hold.
     pub fn read_spool(&self, from: Seq, entries_max: usize, bytes_max: usize) -> (Vec<Slot>, bool) {
-        let slots = self.seen.spool.range(from..).map(|(&seq, entry)| Slot {
+        let slots = self.seen.spool.range(from..).map(|(&seq, (accepted, entry))| Slot {
             seq,
+            accepted: Some(*accepted),
             entry: entry.clone(),
             given: Vec::new(),
         });
@@ -237,6 +246,7 @@ impl Model {
     pub fn read_inbox(&self, from: Seq, entries_max: usize, bytes_max: usize) -> (Vec<Slot>, bool) {
         let slots = self.seen.inbox.range(from..).map(|(&seq, (entry, given))| Slot {
             seq,
+            accepted: None,
             entry: entry.clone(),
             given: given.clone(),
         });
@@ -247,8 +257,8 @@ impl Model {
 impl Tables {
     fn carry_out(&mut self, change: &Change) {
         match change {
-            Change::PutSpool { seq, entry } => {
-                self.spool.insert(*seq, entry.clone());
+            Change::PutSpool { seq, accepted, entry } => {
+                self.spool.insert(*seq, (*accepted, entry.clone()));
                 self.spool_last = self.spool_last.max(*seq);
             }
             Change::DropSpool { upto, beyond } => {
@@ -318,6 +328,7 @@ mod tests {
             number,
             changes: vec![Change::PutSpool {
                 seq: Seq(seq),
+                accepted: Wall(0),
                 entry: Bytes::from_static(b"entry"),
             }],
         }

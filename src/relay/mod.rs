@@ -336,16 +336,9 @@ pub struct Relay {
 
 impl Relay {
     pub fn new(settings: Settings, opening: &Opening, now: Now) -> Self {
-        let acked = opening.spool_first.map_or(opening.spool_last, |first| Seq(first.0 - 1));
         let mut relay = Self {
             epoch: opening.epoch,
-            outward: Outward::new(
-                acked,
-                opening.spool_last,
-                settings.collapse_window,
-                settings.memory_bytes,
-                now,
-            ),
+            outward: Outward::new(opening, settings.collapse_window, settings.memory_bytes, now),
             inward: Inward::new(
                 settings.local.clone(),
                 settings.far.clone(),

@@ -19,17 +19,20 @@ use crate::{
     },
     queue::{
         collapse::{self, Collapse, Flow, Placed, Refusal},
-        journal::{Change, Slot},
+        journal::{Change, Opening, Slot},
         scheduler::{Answer, Offer, Scheduler},
     },
     stanza::{Stanza, bare},
-    time::{Deadline, Mono, Now},
+    time::{Deadline, Mono, Now, Wall},
 };
 
 /// Slots asked for in one read.
 const READ_ENTRIES_MAX: usize = 512;
 
-/// Points at which the age of the spool is known; one a second, so this is ten hours, and older is "older than that".
+/// How exactly the age of what waits is known.
+const AGE_STEP: Duration = Duration::from_secs(1);
+
+/// Points at which it is known: ten hours of talk without a pause, and what comes after them counts as no younger than the last.
 const AGES_MAX: usize = 36_000;
 
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -47,6 +50,15 @@ struct Reading {
     from: Seq,
     /// The last number that there was when the read began.
     upto: Seq,
+}
+
+/// A group that may still grow.
+#[derive(Debug)]
+struct Open {
+    /// When its first copy came.
+    accepted: Now,
+    /// The batch with its last write. It may be sealed long after it, in a batch that stays empty.
+    batch: u64,
 }
 
 /// A cast that was sealed while a read was under way.
@@ -69,38 +81,46 @@ pub struct Outward {
     acked: Seq,
     /// Beyond `acked`, these are with the peer too, and not on our disk any more.
     beyond: BTreeSet<Seq>,
+    /// The last number that an earlier process gave out: how old these are, their slots tell.
+    inherited: Seq,
     /// The last number whose slot has been given to the store.
     written: Seq,
-    /// The batch with the last write of each open group. A group may be sealed long after it, in a batch that stays empty.
-    open_writes: BTreeMap<Seq, u64>,
+    open_groups: BTreeMap<Seq, Open>,
     reading: Option<Reading>,
     /// Groups that the read under way may have seen before their last write: at most those that were open when it began.
     sealed_while_reading: BTreeMap<Seq, Sealed>,
-    /// When numbers were given out, for the age of what waits.
-    ages: VecDeque<(Seq, Mono)>,
-    /// Of those, when the ones were given out that have been acknowledged since this was last asked.
+    /// When numbers that wait were given out; those between two count as the one before them.
+    ages: BTreeMap<Seq, Mono>,
+    /// The last that was among them and is acknowledged: those up to the next one count as it.
+    acked_age: Mono,
+    /// When the ones among them were given out that have been acknowledged since this was last asked.
     delivered: Vec<Mono>,
     outputs: VecDeque<Output>,
 }
 
 impl Outward {
-    pub fn new(acked: Seq, last: Seq, window: Duration, memory_bytes: usize, now: Now) -> Self {
-        let mut ages = VecDeque::new();
-        if acked < last {
-            ages.push_back((last, now.mono));
+    pub fn new(opening: &Opening, window: Duration, memory_bytes: usize, now: Now) -> Self {
+        let last = opening.spool_last;
+        let mut ages = BTreeMap::new();
+        if let Some(first) = opening.spool_first {
+            // Not known when: it has waited at least as long as we are there.
+            let since = opening.spool_since.map_or(now.mono, |accepted| on_mono(accepted, now));
+            ages.insert(first, since);
         }
         Self {
             memory_bytes,
             collapse: Collapse::new(last, window),
             scheduler: Scheduler::new(memory_bytes),
             open: false,
-            acked,
+            acked: opening.spool_first.map_or(last, |first| Seq(first.0 - 1)),
             beyond: BTreeSet::new(),
+            inherited: last,
             written: last,
-            open_writes: BTreeMap::new(),
+            open_groups: BTreeMap::new(),
             reading: None,
             sealed_while_reading: BTreeMap::new(),
             ages,
+            acked_age: Mono::default(),
             delivered: Vec::new(),
             outputs: VecDeque::new(),
         }
@@ -124,7 +144,8 @@ impl Outward {
     ) -> Result<Placed, Refusal> {
         let placed = self.collapse.handle_stanza(stanza, now)?;
         if placed.new {
-            self.note_age(placed.seq, now);
+            self.note_age(placed.seq, now.mono);
+            self.open_groups.insert(placed.seq, Open { accepted: now, batch });
             self.take_in_open();
         }
         self.drain_collapse(batch, now, stats);
@@ -184,11 +205,11 @@ impl Outward {
         self.acked = self.acked.max(upto);
         self.beyond.extend(beyond.iter().copied());
         self.beyond = self.beyond.split_off(&Seq(self.acked.0 + 1));
-        while let Some(&(seq, since)) = self.ages.front()
-            && seq <= self.acked
+        while let Some(age) = self.ages.first_entry()
+            && *age.key() <= self.acked
         {
-            self.ages.pop_front();
-            self.delivered.push(since);
+            self.acked_age = age.remove();
+            self.delivered.push(self.acked_age);
         }
         self.outputs.push_back(Output::Change(Change::DropSpool {
             upto,
@@ -231,7 +252,11 @@ impl Outward {
                     }
                 },
             };
-            let accepted = self.accepted_at(slot.seq, now);
+            let accepted = match slot.accepted {
+                Some(accepted) if slot.seq <= self.inherited => on_mono(accepted, now),
+                Some(_) | None => self.accepted_at(slot.seq),
+            };
+            self.note_age(slot.seq, accepted);
             self.scheduler.load(flow, slot.seq, entry, batch, accepted);
         }
         if end {
@@ -301,16 +326,16 @@ impl Outward {
 
     /// How long the oldest entry has waited, to the second.
     pub fn oldest(&self, now: Now) -> Duration {
-        self.ages
-            .front()
-            .map_or(Duration::ZERO, |(_, since)| now.mono.since(*since))
+        if self.acked >= self.last() {
+            return Duration::ZERO;
+        }
+        now.mono.since(self.accepted_at(Seq(self.acked.0 + 1)))
     }
 
-    /// When this number was given out, to the second: what was there before the process started counts from then.
-    fn accepted_at(&self, seq: Seq, now: Now) -> Mono {
-        let later = self.ages.partition_point(|(noted, _)| *noted <= seq);
-        let noted = self.ages.get(later.saturating_sub(1));
-        noted.map_or(now.mono, |(_, at)| *at)
+    /// When this number, which waits, was given out, to the second.
+    fn accepted_at(&self, seq: Seq) -> Mono {
+        let noted = self.ages.range(..=seq).next_back();
+        noted.map_or(self.acked_age, |(_, at)| *at)
     }
 
     /// Takes the wanted number from its open group, if it has one.
@@ -334,13 +359,17 @@ impl Outward {
         match output {
             collapse::Output::Write { seq, cast } => {
                 self.written = self.written.max(seq);
-                self.open_writes.insert(seq, batch);
+                let open = self.open_groups.entry(seq).or_insert(Open { accepted: now, batch });
+                open.batch = batch;
+                let accepted = open.accepted.wall;
                 let entry = Entry::Cast(cast).encode();
-                self.outputs.push_back(Output::Change(Change::PutSpool { seq, entry }));
+                let put = Change::PutSpool { seq, accepted, entry };
+                self.outputs.push_back(Output::Change(put));
             }
             collapse::Output::Sealed { seq, flow, cast } => {
                 stats.shared += u64::from(cast.recipients.len() > 1);
-                let batch = self.open_writes.remove(&seq).unwrap_or(batch);
+                let open = self.open_groups.remove(&seq);
+                let Open { accepted, batch } = open.unwrap_or(Open { accepted: now, batch });
                 if self.reading.as_ref().is_some_and(|reading| seq <= reading.upto) {
                     let (flow, cast) = (flow.clone(), cast.clone());
                     self.sealed_while_reading.insert(seq, Sealed { flow, cast, batch });
@@ -348,20 +377,24 @@ impl Outward {
                 if self.open && self.scheduler.wants() == seq && self.scheduler.has_room() {
                     self.scheduler.reserve(flow.clone(), seq);
                 }
-                self.scheduler.fill(&flow, seq, Entry::Cast(cast), batch, now.mono);
+                self.scheduler.fill(&flow, seq, Entry::Cast(cast), batch, accepted.mono);
             }
         }
     }
 
-    fn note_age(&mut self, seq: Seq, now: Now) {
-        let recent = self
-            .ages
-            .back()
-            .is_some_and(|(_, at)| now.mono.since(*at) < Duration::from_secs(1));
-        if (!recent || self.ages.is_empty()) && self.ages.len() < AGES_MAX {
-            self.ages.push_back((seq, now.mono));
+    fn note_age(&mut self, seq: Seq, at: Mono) {
+        let before = self.accepted_at(seq);
+        // Either way: a calendar that was put back leaves the later number with the earlier time.
+        let apart = at.since(before) + before.since(at);
+        if apart >= AGE_STEP && self.ages.len() < AGES_MAX {
+            self.ages.insert(seq, at);
         }
     }
+}
+
+/// By the calendar, because the other clock does not outlive a process. It may have been put back since: then it was just now.
+fn on_mono(accepted: Wall, now: Now) -> Mono {
+    now.mono - now.wall.since(accepted)
 }
 
 /// Whose entry this is, as read back from the disk.

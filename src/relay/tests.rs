@@ -9,7 +9,7 @@ use crate::{
 fn at(ms: u64) -> Now {
     Now {
         mono: Mono::from_start(Duration::from_millis(ms)),
-        wall: Wall::default(),
+        wall: Wall(ms),
     }
 }
 
@@ -31,7 +31,7 @@ struct Half {
 impl Half {
     fn new(memory_bytes: usize) -> Self {
         Self {
-            outward: Outward::new(Seq(0), Seq(0), Duration::from_millis(50), memory_bytes, at(0)),
+            outward: Outward::new(&Opening::default(), Duration::from_millis(50), memory_bytes, at(0)),
             disk: Model::new(Epoch(1)),
             batch: 1,
             stats: RelayStats::default(),
@@ -180,6 +180,79 @@ fn what_will_be_answered_opens_the_lane() {
     inward.handle_lane_down(&lane, life, LaneFault::Gone, at(0), &mut RelayStats::default());
     assert_eq!(opened(&mut inward, 100_000), None);
     assert_eq!(inward.poll_timeout(), None);
+}
+
+/// When the process after the one that began with [`at`] is asked, on a clock of its own, with the calendar at this.
+fn restarted(wall_ms: u64) -> Now {
+    Now {
+        mono: Mono::from_start(Duration::from_secs(3600)),
+        wall: Wall(wall_ms),
+    }
+}
+
+/// What is left on the disk as another process sees it, and how many seconds each entry has waited when it crosses.
+fn held_after_restart(disk: &Model, noted: bool, now: Now) -> (Outward, Vec<u64>) {
+    let mut opening = disk.opening();
+    let (mut slots, end) = disk.read_spool(Seq(0), 9, usize::MAX);
+    if !noted {
+        opening.spool_since = None;
+        slots.iter_mut().for_each(|slot| slot.accepted = None);
+    }
+    let mut outward = Outward::new(&opening, Duration::from_millis(50), 1 << 20, now);
+    outward.link_up(&Received::default());
+    outward.advance();
+    outward.handle_read(slots, end, now, &mut RelayStats::default());
+    let mut held = Vec::new();
+    while outward.offer(0, |offer| match offer {
+        Offer::Whole { accepted, .. } => {
+            held.push(now.mono.since(accepted).as_secs());
+            Answer::Takes(0)
+        }
+        Offer::Part { .. } => Answer::Blocked,
+    }) {}
+    (outward, held)
+}
+
+/// What waits since an earlier process is as old as it is: its slot tells when its first copy came.
+///
+/// Let the second of three grow after it was written, and go on in another process a minute later, or with a calendar that was put
+/// back, or from a store that did not note it.
+#[test]
+fn what_an_earlier_process_accepted_is_as_old_as_it_is() {
+    let mut half = Half::new(1 << 20);
+    half.say(1, "one", 0);
+    half.say(1, "two", 9_990);
+    half.say(2, "two", 10_030);
+    half.say(1, "three", 20_000);
+
+    let minute = restarted(60_000);
+    let (mut outward, held) = held_after_restart(&half.disk, true, minute);
+    assert_eq!(held, [60, 50, 40]);
+    for (upto, oldest) in [(0, 60_000), (1, 50_010), (2, 40_000), (3, 0)] {
+        outward.handle_acked(&Received {
+            upto: Seq(upto),
+            ..Received::default()
+        });
+        assert_eq!(outward.oldest(minute), Duration::from_millis(oldest));
+    }
+    let took = outward.take_delivered(minute);
+    assert_eq!(took, [60_000, 50_010, 40_000].map(Duration::from_millis));
+
+    assert_eq!(held_after_restart(&half.disk, true, restarted(5_000)).1, [5, 0, 0]);
+    assert_eq!(held_after_restart(&half.disk, false, minute).1, [0, 0, 0]);
+}
+
+/// Of what came within one second the rest is as old as its first, also when that has crossed.
+#[test]
+fn the_rest_of_a_second_is_as_old_as_its_first() {
+    let mut half = Half::new(1 << 20);
+    half.say(1, "one", 5_000);
+    half.say(1, "two", 5_100);
+    half.outward.handle_acked(&Received {
+        upto: Seq(1),
+        ..Received::default()
+    });
+    assert_eq!(half.outward.oldest(at(65_000)), Duration::from_secs(60));
 }
 
 /// A process that drains opens no lane any more, so a lane's retry does not wake it, again and again.

@@ -180,7 +180,11 @@ impl Site {
         if faults.forged && name == 'a' {
             let forged = said::forged(name, other).into_iter().zip(1..);
             let changes = forged
-                .map(|(entry, seq)| Change::PutSpool { seq: Seq(seq), entry })
+                .map(|(entry, seq)| Change::PutSpool {
+                    seq: Seq(seq),
+                    accepted: now.wall,
+                    entry,
+                })
                 .collect();
             disk.apply(Batch { number: 1, changes });
             disk.commit(1);

@@ -12,6 +12,7 @@ use narrows::{
     codec::position::{Epoch, Received, Seq},
     io::store::{self, Answer, Options, Request, Store},
     queue::journal::{Batch, Change, Model, Opening, Slot},
+    time::Wall,
 };
 
 /// Batches that the load keeps unanswered, so that commits group.
@@ -31,6 +32,7 @@ pub fn batch(number: u64) -> Batch {
     } else {
         let put = |seq, size| Change::PutSpool {
             seq: Seq(seq),
+            accepted: Wall(seq),
             entry: content(seq, size),
         };
         vec![

@@ -24,6 +24,7 @@ use crate::{
     queue::journal::{
         Change, Levels, Opening, STATE_BYTES_MAX, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, Slot, state_bytes,
     },
+    time::Wall,
 };
 
 /// "narw": `file(1)` and we tell our files by it.
@@ -32,7 +33,8 @@ const APPLICATION_ID: i64 = 0x6e61_7277;
 /// Of the tables below. A file of another version is left alone, but for [`BEFORE_ROOMS`].
 const FORMAT_VERSION: i64 = 3;
 
-/// The version that had no table `rooms`, and no count of it in the table `state`. [`Database::upgrade`] makes one of ours of it.
+/// The version that had no table `rooms`, no count of it in the table `state`, and no `accepted` in the table `spool`.
+/// [`Database::upgrade`] makes one of ours of it.
 const BEFORE_ROOMS: i64 = 2;
 
 /// Bytes: what SQLite keeps at the beginning of its files.
@@ -55,7 +57,7 @@ const FREE_PAGES_KEPT: i64 = 512;
 const SHRINK_PAGES: i64 = 128;
 
 const SCHEMA: &str = "
-CREATE TABLE spool (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL, sum INTEGER NOT NULL) STRICT;
+CREATE TABLE spool (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL, sum INTEGER NOT NULL, accepted INTEGER) STRICT;
 CREATE TABLE inbox (seq INTEGER PRIMARY KEY, entry BLOB NOT NULL, sum INTEGER NOT NULL) STRICT;
 CREATE TABLE given (
     seq INTEGER NOT NULL,
@@ -82,11 +84,13 @@ CREATE TABLE state (
 ) STRICT;
 ";
 
-/// What `SCHEMA` has and version 2 had not. Version 2 kept one state of an entry's marks: all that it has count. The sum in the table `state` stays as it is: where `rooms` is empty, it covers the same text.
+/// What `SCHEMA` has and version 2 had not. Version 2 kept one state of an entry's marks: all that it has count. The sums in the tables
+/// `state` and `spool` stay as they are: where `rooms` is empty and `accepted` is not known, they cover the same.
 const UPGRADE: &str = "
 CREATE TABLE rooms (key BLOB PRIMARY KEY, value BLOB NOT NULL, sum INTEGER NOT NULL) STRICT, WITHOUT ROWID;
 ALTER TABLE state ADD COLUMN rooms_rows INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE state ADD COLUMN rooms_bytes INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE spool ADD COLUMN accepted INTEGER;
 ALTER TABLE given RENAME TO given_2;
 CREATE TABLE given (
     seq INTEGER NOT NULL,
@@ -305,11 +309,21 @@ impl Database {
             epoch: *epoch,
             spool_first,
             spool_last: *spool_last,
+            spool_since: self.spool_since()?,
             levels: self.levels(),
             inbox_last: inbox_last.unwrap_or_default(),
             received: received.clone(),
             state: rooms,
         })
+    }
+
+    /// When the first slot of the spool was accepted.
+    fn spool_since(&self) -> Result<Option<Wall>, StoreError> {
+        self.connection
+            .query_row("SELECT accepted FROM spool ORDER BY seq LIMIT 1", [], |row| row.get(0))
+            .optional()
+            .map(|accepted: Option<Option<i64>>| accepted.flatten().map(wall_of))
+            .map_err(|error| self.failed(error))
     }
 
     pub(super) fn levels(&self) -> Levels {
@@ -330,7 +344,7 @@ impl Database {
             self.in_transaction = true;
         }
         match change {
-            Change::PutSpool { seq, entry } => self.put_spool(*seq, entry),
+            Change::PutSpool { seq, accepted, entry } => self.put_spool(*seq, *accepted, entry),
             Change::DropSpool { upto, beyond } => self.drop_spool(*upto, beyond),
             Change::PutInbox { seq, entry } => self.put_inbox(*seq, entry),
             Change::MarkInbox { seq, given } => self.mark_inbox(*seq, given, batch),
@@ -344,7 +358,7 @@ impl Database {
         }
     }
 
-    fn put_spool(&mut self, seq: Seq, entry: &Bytes) -> Result<(), StoreError> {
+    fn put_spool(&mut self, seq: Seq, accepted: Wall, entry: &Bytes) -> Result<(), StoreError> {
         let id = self.row_id(seq)?;
         // A new number needs no look-up.
         if seq <= self.state.spool_last
@@ -352,9 +366,11 @@ impl Database {
         {
             self.take_from_spool(1, before)?;
         }
+        // Milliseconds above 2^63-1 are no date.
+        let accepted = i64::try_from(accepted.0).unwrap_or(i64::MAX);
         self.execute(
-            "INSERT OR REPLACE INTO spool (seq, entry, sum) VALUES (?1, ?2, ?3)",
-            params![id, &entry[..], checksum(seq, entry)],
+            "INSERT OR REPLACE INTO spool (seq, entry, sum, accepted) VALUES (?1, ?2, ?3, ?4)",
+            params![id, &entry[..], slot_checksum(seq, Some(accepted), entry), accepted],
         )?;
         self.state.spool.add(entry.len() as u64);
         self.state.spool_last = self.state.spool_last.max(seq);
@@ -552,7 +568,7 @@ impl Database {
         entries_max: usize,
         bytes_max: usize,
     ) -> Result<(Vec<Slot>, bool), StoreError> {
-        let sql = "SELECT seq, entry, sum, NULL, NULL FROM spool WHERE seq >= ?1 ORDER BY seq";
+        let sql = "SELECT seq, entry, sum, accepted, NULL, NULL FROM spool WHERE seq >= ?1 ORDER BY seq";
         self.read(sql, from, entries_max, bytes_max)
     }
 
@@ -562,7 +578,7 @@ impl Database {
         entries_max: usize,
         bytes_max: usize,
     ) -> Result<(Vec<Slot>, bool), StoreError> {
-        let sql = "SELECT inbox.seq, inbox.entry, inbox.sum, given.copies, given.sum FROM inbox \
+        let sql = "SELECT inbox.seq, inbox.entry, inbox.sum, NULL, given.copies, given.sum FROM inbox \
                    LEFT JOIN given ON given.seq = inbox.seq \
                    AND given.turn = (SELECT max(turn) FROM given WHERE seq = inbox.seq) \
                    WHERE inbox.seq >= ?1 ORDER BY inbox.seq";
@@ -756,6 +772,15 @@ fn checksum(seq: Seq, content: &[u8]) -> i64 {
     head(Sha256::new().chain_update(seq.0.to_be_bytes()).chain_update(content))
 }
 
+/// The same for a row of the table `spool`, which may say when it was accepted, or of `inbox`, which does not.
+fn slot_checksum(seq: Seq, accepted: Option<i64>, entry: &[u8]) -> i64 {
+    let mut hash = Sha256::new().chain_update(seq.0.to_be_bytes());
+    if let Some(accepted) = accepted {
+        hash.update(accepted.to_be_bytes());
+    }
+    head(hash.chain_update(entry))
+}
+
 /// The same for a row of the table `rooms`.
 fn room_checksum(key: &[u8], value: &[u8]) -> i64 {
     let key_bytes = key.len() as u64;
@@ -776,12 +801,15 @@ fn head(hash: Sha256) -> i64 {
 fn read_slot(row: &Row<'_>) -> rusqlite::Result<Result<Slot, Seq>> {
     let seq = seq_of(row.get(0)?);
     let entry = row.get_ref(1)?.as_blob()?;
-    let given = row.get_ref(3)?.as_blob_or_null()?;
-    let given_sum: Option<i64> = row.get(4)?;
-    let sound = checksum(seq, entry) == row.get::<_, i64>(2)? && given.map(|given| checksum(seq, given)) == given_sum;
+    let accepted: Option<i64> = row.get(3)?;
+    let given = row.get_ref(4)?.as_blob_or_null()?;
+    let given_sum: Option<i64> = row.get(5)?;
+    let sound = slot_checksum(seq, accepted, entry) == row.get::<_, i64>(2)?
+        && given.map(|given| checksum(seq, given)) == given_sum;
     Ok(if sound {
         Ok(Slot {
             seq,
+            accepted: accepted.map(wall_of),
             entry: Bytes::copy_from_slice(entry),
             given: given.unwrap_or_default().to_vec(),
         })
@@ -799,6 +827,11 @@ fn read_room(row: &Row<'_>) -> rusqlite::Result<(Bytes, Bytes, i64)> {
 /// Rows below 0 are not ours; their checksum does not hold.
 fn seq_of(id: i64) -> Seq {
     Seq(id.cast_unsigned())
+}
+
+/// Below 0 is no date of ours either.
+fn wall_of(ms: i64) -> Wall {
+    Wall(u64::try_from(ms).unwrap_or(0))
 }
 
 /// `None` if the row does not match its checksum.

@@ -26,15 +26,15 @@
 //!
 //! | table | row | columns |
 //! | --- | --- | --- |
-//! | `spool` | an entry that waits to cross | `seq` our number, `entry` as `codec::entry` writes it, `sum` |
+//! | `spool` | an entry that waits to cross | `seq` our number, `entry` as `codec::entry` writes it, `sum`, `accepted` when, in milliseconds since 1970 (`NULL` if version 2 wrote it) |
 //! | `inbox` | an entry that has crossed and waits for the local server | `seq` the peer's number, `entry`, `sum` |
 //! | `given` | of an inbox entry, the copies that were given to a leg, after the batch that has this `turn` | `seq`, `turn`, `copies` bit k for recipient k, `sum` |
 //! | `rooms` | a piece of the rooms' state | `key` and `value` as the mirror writes them, `sum` |
 //! | `state` | the only one | `epoch`; `spool_last`, the last number given out; entries and bytes of spool and inbox; rows and bytes of `rooms` (bytes as [`state_bytes`](crate::queue::journal::state_bytes) counts); `received_epoch`, `received_upto`, `received_beyond` (with commas): the position in the peer's numbering; `sum` |
 //!
 //! `sum` is the head of SHA-256 over the number (or the key) and the content. Epochs are unsigned and shown as signed. `PRAGMA application_id` is
-//! "narw", `PRAGMA user_version` the version of these tables: 3. A file of version 2, which had no `rooms`, becomes one of version 3 when
-//! it is opened; an older narrows then refuses it. `PRAGMA integrity_check` checks what SQLite knows of.
+//! "narw", `PRAGMA user_version` the version of these tables: 3. A file of version 2, which had neither `rooms` nor `accepted`, becomes one
+//! of version 3 when it is opened; an older narrows then refuses it. `PRAGMA integrity_check` checks what SQLite knows of.
 //!
 //! WAL needs a local disk, not NFS. A disk that lies about flushes loses what it lied about.
 
