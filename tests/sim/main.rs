@@ -38,6 +38,7 @@
 //! `NARROWS_SIM_SEEDS=10000 cargo test --release --test sim` runs more seeds; `NARROWS_SIM_SEED=n` replays one.
 
 mod check;
+mod pair;
 mod random;
 mod said;
 mod wire;

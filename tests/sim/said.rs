@@ -39,12 +39,15 @@ impl Copy {
     }
 
     pub fn is_poison(&self) -> bool {
-        self.bytes.windows(POISON.len()).any(|bytes| bytes == POISON)
+        is_poison(&self.bytes)
     }
 }
 
 /// What a server closes its stream on.
-pub const POISON: &[u8] = b"<poison";
+pub fn is_poison(bytes: &Bytes) -> bool {
+    const POISON: &[u8] = b"<poison";
+    bytes.windows(POISON.len()).any(|bytes| bytes == POISON)
+}
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum What {
