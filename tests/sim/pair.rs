@@ -7,7 +7,10 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 use narrows::{
-    codec::position::{Epoch, Seq},
+    codec::{
+        entry::Entry,
+        position::{Epoch, Seq},
+    },
     queue::journal::{Batch, Change, Levels, Model},
     relay::{Input, LaneFault, LaneKey, LegId, LinkClose, Output, Relay, Settings},
     stanza::{DomainPair, Stanza},
@@ -99,6 +102,20 @@ impl End {
 
     pub fn is_idle(&self) -> bool {
         self.jobs.is_empty() && self.relay.is_quiet()
+    }
+
+    /// The copies that the disk says were given to a lane.
+    pub fn marked(&self) -> Vec<Bytes> {
+        let (slots, _) = self.disk.read_inbox(Seq(0), usize::MAX, usize::MAX);
+        let is_given = |given: &[u8], k: usize| given.get(k / 8).is_some_and(|byte| byte & (1 << (k % 8)) != 0);
+        let mut marked = Vec::new();
+        for slot in slots {
+            if let Ok(Entry::Cast(cast)) = Entry::decode(&slot.entry) {
+                let given = (0..cast.recipients.len()).filter(|k| is_given(&slot.given, *k));
+                marked.extend(given.filter_map(|k| cast.copy(k)));
+            }
+        }
+        marked
     }
 }
 

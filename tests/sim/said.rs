@@ -182,19 +182,6 @@ pub fn copies_of(entry: &Bytes) -> Vec<Copy> {
     }
 }
 
-/// The copies that the disk says were given to a lane.
-pub fn marked(disk: &Model) -> Vec<Copy> {
-    let (slots, _) = disk.read_inbox(Seq(0), usize::MAX, usize::MAX);
-    let given = |given: &[u8], k: usize| given.get(k / 8).is_some_and(|byte| byte & (1 << (k % 8)) != 0);
-    slots
-        .iter()
-        .flat_map(|slot| {
-            let copies = copies_of(&slot.entry).into_iter().enumerate();
-            copies.filter(|(k, _)| given(&slot.given, *k)).map(|(_, copy)| copy)
-        })
-        .collect()
-}
-
 pub fn in_inbox(disk: &Model) -> Vec<Copy> {
     let (slots, _) = disk.read_inbox(Seq(0), usize::MAX, usize::MAX);
     slots.iter().flat_map(|slot| copies_of(&slot.entry)).collect()

@@ -507,8 +507,10 @@ impl World {
             .extend(lost.filter(|(_, refused)| !refused).map(|(copy, _)| copy));
         let heard: BTreeSet<&Copy> = site.heard.iter().collect();
         // What is too large is marked in the batch with its answer: there is no doubt about it.
-        let doubtful = said::marked(&self.pair.ends[index].disk)
-            .into_iter()
+        let marked = self.pair.ends[index].marked();
+        let doubtful = marked
+            .iter()
+            .map(Copy::read)
             .filter(|copy| !heard.contains(copy) && !site.is_over_limit(copy));
         site.doubtful.extend(doubtful.collect::<Vec<_>>());
     }

@@ -1,0 +1,449 @@
+//! What the promises say of rooms, once everything has come to rest.
+//!
+//! Two kinds of checks stand side by side. The strict one compares what one server wrote with what the other read, byte for byte, for
+//! each flow and recipient; what a mirror may make different is let through by name, see [`Declared`]. The others hold whatever is
+//! declared: they look at what users have been shown and told.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use narrows::stanza::{bare, domain_of, resource_of};
+
+use super::{
+    client::{Client, View},
+    room::Room,
+    world::{Faults, Way, World, may_be_forgotten},
+    xml::{self, attribute, child, elements, has_status, inner, muc_user, name},
+};
+
+/// The differences from a direct stream that the design declares (its §7), each to be switched on by itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Declared {
+    /// What waited long carries a `<delay/>` that its server did not write.
+    pub delay: bool,
+    /// During a split far occupants are shown as gone (333) or away, and afterwards as they are.
+    pub shows: bool,
+    /// Words are heard near by before the room has reflected them, without the room's `stanza-id`; the reflection is swallowed.
+    pub echo: bool,
+    /// Self-pings, pings and disco are answered near by, and do not cross.
+    pub near: bool,
+}
+
+impl Declared {
+    pub fn of(faults: Faults) -> Self {
+        Self {
+            delay: faults.mirror,
+            shows: faults.mirror,
+            echo: faults.mirror,
+            near: faults.mirror,
+        }
+    }
+
+    /// Whether what was read may be what was written.
+    fn is_same(self, sent: &Bytes, heard: &Bytes) -> bool {
+        sent == heard || self.delay && xml::text(sent) == without_delay(xml::text(heard))
+    }
+
+    fn may_be_missing(self, sent: &Bytes) -> bool {
+        let stanza = xml::text(sent);
+        self.near && is_near_question(stanza) || self.echo && is_words(stanza)
+    }
+
+    fn may_be_extra(self, heard: &Bytes) -> bool {
+        let stanza = xml::text(heard);
+        self.near && is_answer(stanza) || self.echo && is_words(stanza) || self.shows && is_show(stanza)
+    }
+}
+
+/// Without a `<delay/>` that another than a room has added: a room's tells how old a line of history is.
+fn without_delay(stanza: &str) -> String {
+    let room = attribute(stanza, "from").map(bare).unwrap_or_default();
+    match child(stanza, "delay") {
+        Some(delay) if attribute(delay, "from") != Some(room) => stanza.replacen(delay, "", 1),
+        Some(_) | None => stanza.to_owned(),
+    }
+}
+
+fn is_near_question(stanza: &str) -> bool {
+    let asks = name(stanza) == "iq" && attribute(stanza, "type") == Some("get");
+    asks && ["<ping ", "disco#info", "disco#items"]
+        .iter()
+        .any(|what| stanza.contains(what))
+}
+
+fn is_answer(stanza: &str) -> bool {
+    name(stanza) == "iq" && matches!(attribute(stanza, "type"), Some("result" | "error"))
+}
+
+/// Plain words to everybody in a room, as its occupants hear them now.
+fn is_words(stanza: &str) -> bool {
+    let delayed = child(stanza, "delay").is_some();
+    attribute(stanza, "type") == Some("groupchat") && child(stanza, "body").is_some() && !delayed
+}
+
+fn is_show(stanza: &str) -> bool {
+    name(stanza) == "presence" && muc_user(stanza).is_some_and(|x| !has_status(x, "110"))
+}
+
+/// What happened, so that a run which tested nothing is noticed.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    pub acts: u64,
+    pub delivered: u64,
+    pub copies: u64,
+    pub casts: u64,
+    pub cuts: u64,
+    pub lane_breaks: u64,
+    pub kills: u64,
+    pub restarts: u64,
+    pub vanished: u64,
+    pub expelled: u64,
+    pub occupants: u64,
+    pub rosters: u64,
+    pub answers: u64,
+    pub lost: u64,
+}
+
+impl Tally {
+    fn fields(&mut self) -> [&mut u64; 14] {
+        [
+            &mut self.acts,
+            &mut self.delivered,
+            &mut self.copies,
+            &mut self.casts,
+            &mut self.cuts,
+            &mut self.lane_breaks,
+            &mut self.kills,
+            &mut self.restarts,
+            &mut self.vanished,
+            &mut self.expelled,
+            &mut self.occupants,
+            &mut self.rosters,
+            &mut self.answers,
+            &mut self.lost,
+        ]
+    }
+
+    pub fn add(&mut self, mut other: Self) {
+        for (sum, more) in self.fields().into_iter().zip(other.fields()) {
+            *sum += *more;
+        }
+    }
+
+    /// Every fault that the worlds were to have happened in some of them, and no other.
+    pub fn assert_covers(&self, faults: Faults) {
+        assert!(self.copies > self.casts, "too little was shared");
+        assert!(self.rosters > 0 && self.answers > 0, "nobody was in a room");
+        for (what, count, expected) in [
+            ("cuts", self.cuts, faults.cuts || faults.flaps),
+            ("lane breaks", self.lane_breaks, faults.lanes),
+            ("kills", self.kills, faults.kills),
+            ("restarts", self.restarts, faults.restarts),
+            ("vanished", self.vanished, faults.vanishing),
+            ("lost", self.lost, faults.kills),
+        ] {
+            assert_eq!(count > 0, expected, "{what}: {count}");
+        }
+        // A leave that was lost makes a ghost.
+        let ghosts = faults.vanishing || faults.kills;
+        assert!(if faults.vanishing {
+            self.expelled > 0
+        } else {
+            ghosts || self.expelled == 0
+        });
+    }
+}
+
+/// A room and a session between whom something was lost that may be.
+type Lost = BTreeSet<(String, String)>;
+
+impl World {
+    /// Holds what everybody was told and shown against what the rooms said and hold.
+    pub fn check(&mut self) {
+        let declared = Declared::of(self.faults);
+        let mut lost = Lost::new();
+        for way in self.ways.iter().flatten() {
+            check_way(way, declared, &mut lost);
+            check_real_addresses(way);
+            assert!(
+                way.casts <= way.casts_due,
+                "P2: {} casts, {} would have done",
+                way.casts,
+                way.casts_due
+            );
+            self.tally.casts += way.casts;
+        }
+        assert!(self.faults.kills || lost.is_empty());
+        self.tally.lost += lost.len() as u64;
+        self.check_rooms(&lost);
+        self.check_clients(&lost);
+    }
+
+    fn check_rooms(&mut self, lost: &Lost) {
+        for server in &self.servers {
+            for room in server.rooms.values() {
+                let is_lost = |jid: &str| lost.contains(&(room.jid.clone(), jid.to_owned()));
+                for jid in &room.expelled {
+                    let vanished = self.vanished.contains(jid);
+                    assert!(vanished || is_lost(jid), "P5: {jid} fell out of {}", room.jid);
+                    self.tally.expelled += 1;
+                }
+                for (nick, occupant) in &room.occupants {
+                    for jid in &occupant.sessions {
+                        self.tally.occupants += 1;
+                        let client = self.clients.iter().find(|client| client.jid == *jid);
+                        let view = client.and_then(|client| Some(&client.stays.get(&room.jid)?.view));
+                        let knows = view.is_some_and(|view| view.inside.as_ref() == Some(nick));
+                        assert!(
+                            knows || is_lost(jid),
+                            "{jid} does not know that it is in {} as {nick}: {view:?} {}",
+                            room.jid,
+                            self.transcript(&room.jid, jid)
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    fn check_clients(&mut self, lost: &Lost) {
+        let rooms: BTreeMap<&str, (usize, &Room)> = self
+            .servers
+            .iter()
+            .enumerate()
+            .flat_map(|(site, server)| server.rooms.values().map(move |room| (room.jid.as_str(), (site, room))))
+            .collect();
+        for client in self.clients.iter().chain(&self.gone) {
+            for room in &client.rejoins {
+                let is_lost = lost.contains(&(room.clone(), client.jid.clone()));
+                assert!(is_lost, "P5: {} had to enter {room} again", client.jid);
+            }
+        }
+        for client in &self.clients {
+            let is_lost = |room: &str| lost.contains(&(room.to_owned(), client.jid.clone()));
+            for (room, stay) in client.stays.iter().filter(|(room, _)| !is_lost(room)) {
+                assert!(stay.asked.is_none(), "{} still waits before {room}", client.jid);
+                let (site, room) = rooms[room.as_str()];
+                assert_eq!(
+                    stay.view.inside.as_deref(),
+                    room.nick_of(&client.jid),
+                    "{} in {}",
+                    client.jid,
+                    room.jid
+                );
+                if stay.view.inside.is_some() {
+                    self.tally.rosters += 1;
+                    check_roster(client, &stay.view, room);
+                    let told = self.told(site, room, client);
+                    assert_eq!(stay.view, told, "{} was told otherwise by {}", client.jid, room.jid);
+                }
+            }
+            for (id, asked) in &client.asked {
+                assert!(asked.answers <= 1, "{} answers to {id}", asked.answers);
+                self.tally.answers += asked.answers;
+                let forgotten = may_be_forgotten(asked.question) && !self.restarted.is_empty();
+                let answered = asked.answers == 1 || forgotten || self.faults.kills;
+                assert!(answered, "nobody answered {id} to {}", asked.to);
+            }
+        }
+    }
+
+    /// What a far session and a room last heard of each other, for whoever must find out what went wrong.
+    fn transcript(&self, room: &str, jid: &str) -> String {
+        let mut lines = Vec::new();
+        for way in self.ways.iter().flatten() {
+            let of_both = |bytes: &&Bytes| {
+                let stanza = xml::text(bytes);
+                let of = |name| attribute(stanza, name).unwrap_or_default();
+                let (from, to) = (of("from"), of("to"));
+                bare(from) == room && to == jid || from == jid && bare(to) == room
+            };
+            let heard: Vec<&Bytes> = way.heard.iter().filter(of_both).collect();
+            let last = heard.len().saturating_sub(12);
+            lines.extend(heard[last..].iter().map(|bytes| format!("\n  {}", xml::text(bytes))));
+        }
+        lines.concat()
+    }
+
+    /// What the room has told a session, all in all.
+    fn told(&self, site: usize, room: &Room, client: &Client) -> View {
+        let mut told = View::default();
+        let mut see = |bytes: &Bytes| {
+            let stanza = xml::text(bytes);
+            let is_from = attribute(stanza, "from").map(bare) == Some(&room.jid);
+            if is_from && attribute(stanza, "to") == Some(&client.jid) {
+                told.see(stanza);
+            }
+        };
+        if site == client.site {
+            self.servers[site].local.iter().for_each(|(_, bytes)| see(bytes));
+        } else {
+            let (pair, end) = if site == 0 { (client.site - 1, 0) } else { (site - 1, 1) };
+            self.ways[pair][end].sent.iter().for_each(|sent| see(&sent.bytes));
+        }
+        told
+    }
+}
+
+/// Whoever is shown is there, and as they are; whoever is there is shown.
+fn check_roster(client: &Client, view: &View, room: &Room) {
+    // The server itself does not tell everybody everything.
+    if room.keeps_from_some {
+        return;
+    }
+    let whose = format!("{}'s view of {}", client.jid, room.jid);
+    let shown: Vec<&String> = view.shown.keys().collect();
+    let there: Vec<&String> = room.occupants.keys().collect();
+    assert_eq!(shown, there, "{whose}");
+    for (nick, shown) in &view.shown {
+        let occupant = &room.occupants[nick];
+        assert_eq!(shown.role, occupant.role.as_str(), "{whose}: {nick}");
+        let show = format!("<x>{}</x>", occupant.presence);
+        let show = child(&show, "show").map(inner).unwrap_or_default();
+        assert_eq!(shown.show, show, "{whose}: {nick}");
+    }
+}
+
+/// P1, P3, P4, §5 rule 4: each recipient reads what was written to it, all of it, in order, and nothing else; words are heard once.
+fn check_way(way: &Way, declared: Declared, lost: &mut Lost) {
+    let key = |bytes: &Bytes| {
+        let stanza = xml::text(bytes);
+        let of = |name| attribute(stanza, name).unwrap_or_default();
+        (bare(of("from")).to_owned(), recipient(of("to")))
+    };
+    let mut flows: BTreeMap<(String, String), (Vec<usize>, Vec<&Bytes>)> = BTreeMap::new();
+    for (at, sent) in way.sent.iter().enumerate() {
+        flows.entry(key(&sent.bytes)).or_default().0.push(at);
+    }
+    for heard in &way.heard {
+        flows.entry(key(heard)).or_default().1.push(heard);
+    }
+    for ((from, to), (sent, heard)) in flows {
+        let written: Vec<(&Bytes, bool)> = sent
+            .iter()
+            .map(|at| (&way.sent[*at].bytes, way.is_excused(&way.sent[*at])))
+            .collect();
+        let missing = match matching(&written, &heard, declared) {
+            Some(missing) => missing,
+            None => panic!("from {from} to {to}: {}", difference(&written, &heard)),
+        };
+        for at in missing {
+            let stanza = xml::text(written[at].0);
+            // Either of them may be the room.
+            for (room, session) in [("from", "to"), ("to", "from")] {
+                let of = |name| attribute(stanza, name).unwrap_or_default();
+                lost.insert((bare(of(room)).to_owned(), of(session).to_owned()));
+            }
+        }
+        check_words(&written, &heard);
+    }
+}
+
+/// Order is kept towards a session, or an account; a room hears a user in order, by whichever nick it is addressed.
+fn recipient(to: &str) -> String {
+    match domain_of(to).starts_with("conference.") {
+        true => bare(to).to_owned(),
+        false => to.to_owned(),
+    }
+}
+
+/// Which of what was written is missing, if what was read can be what was written but for what may be missing or added.
+fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> Option<Vec<usize>> {
+    if sent.len() == heard.len() && sent.iter().zip(heard).all(|((sent, _), heard)| sent == heard) {
+        return Some(Vec::new());
+    }
+    let may_skip = |at: usize| sent[at].1 || declared.may_be_missing(sent[at].0);
+    // From the end: whether the rest of one fits the rest of the other.
+    let mut fits = vec![vec![false; heard.len() + 1]; sent.len() + 1];
+    for i in (0..=sent.len()).rev() {
+        for j in (0..=heard.len()).rev() {
+            fits[i][j] = i == sent.len() && j == heard.len()
+                || i < sent.len() && may_skip(i) && fits[i + 1][j]
+                || j < heard.len() && declared.may_be_extra(heard[j]) && fits[i][j + 1]
+                || i < sent.len() && j < heard.len() && fits[i + 1][j + 1] && declared.is_same(sent[i].0, heard[j]);
+        }
+    }
+    if !fits[0][0] {
+        return None;
+    }
+    let (mut i, mut j, mut missing) = (0, 0, Vec::new());
+    while i < sent.len() || j < heard.len() {
+        if i < sent.len() && j < heard.len() && fits[i + 1][j + 1] && declared.is_same(sent[i].0, heard[j]) {
+            (i, j) = (i + 1, j + 1);
+        } else if j < heard.len() && declared.may_be_extra(heard[j]) && fits[i][j + 1] {
+            j += 1;
+        } else {
+            if sent[i].1 {
+                missing.push(i);
+            }
+            i += 1;
+        }
+    }
+    Some(missing)
+}
+
+fn difference(sent: &[(&Bytes, bool)], heard: &[&Bytes]) -> String {
+    let same = sent
+        .iter()
+        .zip(heard)
+        .take_while(|((sent, _), heard)| sent == *heard)
+        .count();
+    let written = sent.get(same).map(|(bytes, excused)| (xml::text(bytes), excused));
+    let read = heard.get(same).map(|bytes| xml::text(bytes));
+    format!(
+        "{} written, {} read, {same} alike, then written {written:?}, read {read:?}",
+        sent.len(),
+        heard.len()
+    )
+}
+
+/// Words are heard once by whomever they were addressed to, however they came; old ones count apart.
+fn check_words(sent: &[(&Bytes, bool)], heard: &[&Bytes]) {
+    let words = |bytes: &Bytes| {
+        let stanza = xml::text(bytes);
+        let room = attribute(stanza, "from").map(bare);
+        let body = child(stanza, "body")?.to_owned();
+        let is_old = child(stanza, "delay").is_some_and(|delay| attribute(delay, "from") == room);
+        let is_error = attribute(stanza, "type") == Some("error");
+        Some((body, is_old, is_error))
+    };
+    let mut counts: BTreeMap<_, (u64, u64, u64)> = BTreeMap::new();
+    for (bytes, excused) in sent {
+        if let Some(words) = words(bytes) {
+            let (written, excuses, _) = counts.entry(words).or_default();
+            *written += 1;
+            *excuses += u64::from(*excused);
+        }
+    }
+    for bytes in heard {
+        if let Some(words) = words(bytes) {
+            counts.entry(words).or_default().2 += 1;
+        }
+    }
+    for (words, (written, excuses, heard)) in counts {
+        let right = heard <= written && written <= heard + excuses;
+        assert!(right, "{words:?} was said {written} times and heard {heard} times");
+    }
+}
+
+/// G27: a real address reaches a session only if the room showed it to that session.
+fn check_real_addresses(way: &Way) {
+    let shown = |bytes: &Bytes| -> Vec<(String, String, String)> {
+        let stanza = xml::text(bytes);
+        let of = |name| attribute(stanza, name).unwrap_or_default();
+        let (room, to) = (bare(of("from")), of("to"));
+        let Some(x) = muc_user(stanza) else { return Vec::new() };
+        let items = elements(inner(x)).into_iter();
+        let actors = items.clone().filter_map(|item| child(item, "actor"));
+        items
+            .chain(actors)
+            .filter_map(|item| attribute(item, "jid"))
+            .filter(|jid| resource_of(jid).is_some())
+            .map(|jid| (room.to_owned(), to.to_owned(), jid.to_owned()))
+            .collect()
+    };
+    let addressed: BTreeSet<_> = way.sent.iter().flat_map(|sent| shown(&sent.bytes)).collect();
+    for address in way.heard.iter().flat_map(shown) {
+        assert!(addressed.contains(&address), "shown a real address: {address:?}");
+    }
+}
