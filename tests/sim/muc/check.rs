@@ -102,7 +102,39 @@ pub struct Tally {
     pub rosters: u64,
     pub answers: u64,
     pub lost: u64,
+    /// What rooms said at least once to somebody far.
+    pub said: BTreeSet<&'static str>,
 }
+
+/// What rooms have to say, and how it is known.
+const SAYINGS: [(&str, &str); 26] = [
+    ("new room", "<status code='201'/>"),
+    ("addresses are shown", "<status code='100'/>"),
+    ("configuration", "<status code='104'/>"),
+    ("no longer anonymous", "<status code='172'/>"),
+    ("anonymous", "<status code='173'/>"),
+    ("ban", "<status code='301'/>"),
+    ("new nick", "<status code='303'/>"),
+    ("kick", "<status code='307'/>"),
+    ("no longer a member", "<status code='321'/>"),
+    ("members only", "<status code='322'/>"),
+    ("shutdown", "<status code='332'/>"),
+    ("destroyed", "<destroy>"),
+    ("history", "<delay "),
+    ("subject", "<subject>"),
+    ("archived", "<stanza-id "),
+    ("a moderator", "role='moderator'"),
+    ("a visitor", "role='visitor'"),
+    ("private message", "type='chat'"),
+    ("invitation", "<invite "),
+    ("request for voice", "<title>Voice request"),
+    ("relayed question", "jabber:iq:version"),
+    ("disco", "<identity "),
+    ("nick is taken", "<conflict "),
+    ("may not", "<forbidden "),
+    ("password", "<not-authorized "),
+    ("not a member", "<registration-required "),
+];
 
 impl Tally {
     fn fields(&mut self) -> [&mut u64; 14] {
@@ -125,6 +157,7 @@ impl Tally {
     }
 
     pub fn add(&mut self, mut other: Self) {
+        self.said.append(&mut other.said);
         for (sum, more) in self.fields().into_iter().zip(other.fields()) {
             *sum += *more;
         }
@@ -145,12 +178,17 @@ impl Tally {
             assert_eq!(count > 0, expected, "{what}: {count}");
         }
         // A leave that was lost makes a ghost.
-        let ghosts = faults.vanishing || faults.kills;
-        assert!(if faults.vanishing {
-            self.expelled > 0
-        } else {
-            ghosts || self.expelled == 0
-        });
+        assert!(self.expelled > 0 || !faults.vanishing);
+        assert!(self.expelled == 0 || faults.vanishing || faults.kills);
+        // A plain run may go without the rarer ones.
+        let expected = |what: &str| what != "shutdown" || faults.restarts;
+        let unsaid: Vec<&str> = SAYINGS
+            .into_iter()
+            .map(|(what, _)| what)
+            .filter(|what| expected(what) && !self.said.contains(what))
+            .collect();
+        let unsaid_max = if self.acts > 100_000 { 0 } else { 8 };
+        assert!(unsaid.len() <= unsaid_max, "never said: {unsaid:?}");
     }
 }
 
@@ -165,6 +203,12 @@ impl World {
         for way in self.ways.iter().flatten() {
             check_way(way, declared, &mut lost);
             check_real_addresses(way);
+            for (what, form) in SAYINGS {
+                let is_said = || way.sent.iter().any(|sent| xml::text(&sent.bytes).contains(form));
+                if !self.tally.said.contains(what) && is_said() {
+                    self.tally.said.insert(what);
+                }
+            }
             assert!(
                 way.casts <= way.casts_due,
                 "P2: {} casts, {} would have done",
@@ -298,10 +342,17 @@ fn check_roster(client: &Client, view: &View, room: &Room) {
     for (nick, shown) in &view.shown {
         let occupant = &room.occupants[nick];
         assert_eq!(shown.role, occupant.role.as_str(), "{whose}: {nick}");
-        let show = format!("<x>{}</x>", occupant.presence);
+        let show = format!("<x>{}</x>", occupant.presence.payload);
         let show = child(&show, "show").map(inner).unwrap_or_default();
         assert_eq!(shown.show, show, "{whose}: {nick}");
     }
+}
+
+/// What one sender wrote for one recipient, and whether it may be missing; and what was read.
+#[derive(Default)]
+struct Flow<'a> {
+    written: Vec<(&'a Bytes, bool)>,
+    read: Vec<&'a Bytes>,
 }
 
 /// P1, P3, P4, §5 rule 4: each recipient reads what was written to it, all of it, in order, and nothing else; words are heard once.
@@ -311,21 +362,18 @@ fn check_way(way: &Way, declared: Declared, lost: &mut Lost) {
         let of = |name| attribute(stanza, name).unwrap_or_default();
         (bare(of("from")).to_owned(), recipient(of("to")))
     };
-    let mut flows: BTreeMap<(String, String), (Vec<usize>, Vec<&Bytes>)> = BTreeMap::new();
-    for (at, sent) in way.sent.iter().enumerate() {
-        flows.entry(key(&sent.bytes)).or_default().0.push(at);
+    let mut flows: BTreeMap<(String, String), Flow<'_>> = BTreeMap::new();
+    for sent in &way.sent {
+        let written = (&sent.bytes, way.is_excused(sent));
+        flows.entry(key(&sent.bytes)).or_default().written.push(written);
     }
     for heard in &way.heard {
-        flows.entry(key(heard)).or_default().1.push(heard);
+        flows.entry(key(heard)).or_default().read.push(heard);
     }
-    for ((from, to), (sent, heard)) in flows {
-        let written: Vec<(&Bytes, bool)> = sent
-            .iter()
-            .map(|at| (&way.sent[*at].bytes, way.is_excused(&way.sent[*at])))
-            .collect();
-        let missing = match matching(&written, &heard, declared) {
+    for ((from, to), Flow { written, read }) in flows {
+        let missing = match matching(&written, &read, declared) {
             Some(missing) => missing,
-            None => panic!("from {from} to {to}: {}", difference(&written, &heard)),
+            None => panic!("from {from} to {to}: {}", difference(&written, &read)),
         };
         for at in missing {
             let stanza = xml::text(written[at].0);
@@ -335,7 +383,7 @@ fn check_way(way: &Way, declared: Declared, lost: &mut Lost) {
                 lost.insert((bare(of(room)).to_owned(), of(session).to_owned()));
             }
         }
-        check_words(&written, &heard);
+        check_words(&written, &read);
     }
 }
 
@@ -445,5 +493,74 @@ fn check_real_addresses(way: &Way) {
     let addressed: BTreeSet<_> = way.sent.iter().flat_map(|sent| shown(&sent.bytes)).collect();
     for address in way.heard.iter().flat_map(shown) {
         assert!(addressed.contains(&address), "shown a real address: {address:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FROM: &str = "from='room@conference.a.example/n' to='u@b.example/r'";
+
+    fn fits(sent: &[&str], heard: &[&str], declared: Declared) -> bool {
+        let read = |text: &&str| Bytes::from(text.replace("FROM", FROM));
+        let (sent, heard): (Vec<Bytes>, Vec<Bytes>) =
+            (sent.iter().map(read).collect(), heard.iter().map(read).collect());
+        let sent: Vec<(&Bytes, bool)> = sent.iter().map(|bytes| (bytes, false)).collect();
+        let heard: Vec<&Bytes> = heard.iter().collect();
+        matching(&sent, &heard, declared).is_some()
+    }
+
+    const NOTHING: Declared = Declared {
+        delay: false,
+        shows: false,
+        echo: false,
+        near: false,
+    };
+
+    /// Each declared difference lets through what it is about, and nothing else does.
+    #[test]
+    fn differences_are_let_through_by_name() {
+        let words = "<message FROM type='groupchat' id='1'><body>x</body></message>";
+        let archived =
+            "<message FROM type='groupchat' id='1'><body>x</body><stanza-id xmlns='urn:xmpp:sid:0' id='7'/></message>";
+        let late = "<message FROM type='groupchat' id='1'><body>x</body>\
+                    <delay xmlns='urn:xmpp:delay' from='b.example' stamp='s'/></message>";
+        let old = "<message FROM type='groupchat' id='1'><body>x</body>\
+                   <delay xmlns='urn:xmpp:delay' from='room@conference.a.example' stamp='s'/></message>";
+        let gone = "<presence FROM type='unavailable'><x xmlns='http://jabber.org/protocol/muc#user'>\
+                    <item role='none'/><status code='333'/></x></presence>";
+        let out = "<presence FROM type='unavailable'><x xmlns='http://jabber.org/protocol/muc#user'>\
+                   <item role='none'/><status code='110'/></x></presence>";
+        let ping = "<iq FROM type='get' id='1'><ping xmlns='urn:xmpp:ping'/></iq>";
+        let version = "<iq FROM type='get' id='1'><query xmlns='jabber:iq:version'/></iq>";
+        let pong = "<iq FROM type='result' id='1'/>";
+        let kinds: [(Declared, &str); 4] = [
+            (Declared { delay: true, ..NOTHING }, "delay"),
+            (Declared { shows: true, ..NOTHING }, "shows"),
+            (Declared { echo: true, ..NOTHING }, "echo"),
+            (Declared { near: true, ..NOTHING }, "near"),
+        ];
+        for (sent, heard, by) in [
+            (&[words, pong][..], &[words, pong][..], "delay shows echo near"),
+            (&[words], &[late], "delay"),
+            (&[words], &[old], ""),
+            (&[], &[gone], "shows"),
+            (&[], &[out], ""),
+            (&[archived], &[words], "echo"),
+            (&[], &[pong], "near"),
+            (&[ping], &[], "near"),
+            (&[version], &[], ""),
+            (&[pong, words], &[words, pong], "echo"),
+            (&[out, version], &[version, out], ""),
+        ] {
+            for (declared, kind) in kinds {
+                assert_eq!(
+                    fits(sent, heard, declared),
+                    by.contains(kind),
+                    "{kind}: {sent:?} as {heard:?}"
+                );
+            }
+        }
     }
 }

@@ -68,6 +68,8 @@ impl View {
 pub struct Stay {
     /// It has asked under this id, and has no answer yet.
     pub asked: Option<String>,
+    /// It has wanted another nick: which one it has is known to the room only, for a while.
+    pub has_changed_nick: bool,
     pub view: View,
 }
 
@@ -159,7 +161,7 @@ impl Client {
                 stay.view.see(stanza);
                 if stay.view.inside.is_some() {
                     let is_own = muc_user(stanza).is_some_and(|x| has_status(x, "110"));
-                    if is_own && attribute(stanza, "type").is_none() {
+                    if is_own && attribute(stanza, "type").is_none() && stay.asked.as_deref() == id {
                         stay.asked = None;
                     }
                 } else if stay.asked.is_none() && attribute(stanza, "type").is_some() {
@@ -204,6 +206,7 @@ impl Client {
         stay.asked = Some(id.clone());
         if stay.view.inside.is_none() {
             stay.view = View::default();
+            stay.has_changed_nick = false;
         }
         let password = password.map(|password| format!("<password>{password}</password>"));
         let history = history.map(|lines| format!("<history maxstanzas='{lines}'/>"));
@@ -274,7 +277,10 @@ impl Client {
             payload,
         };
         let admin = |item: String| format!("<query xmlns='http://jabber.org/protocol/muc#admin'>{item}</query>");
-        Some(match random.below(48) {
+        let own = view.shown.get(&nick);
+        let rules = own.is_some_and(|own| own.role == "moderator") && random.one_in(3);
+        let what = if rules { 35 + random.below(15) } else { random.below(50) };
+        Some(match what {
             0..=15 => {
                 let with_id = !random.one_in(4);
                 let marked = if random.one_in(3) {
@@ -289,7 +295,10 @@ impl Client {
                 self.write(Some("chat"), true, format!("{room}/{other}"), body + &x)
             }
             20 => self.write(Some("chat"), true, format!("{room}/nobody"), body),
-            21..=22 => presence(format!("{room}/{}", a_nick(random)), String::new()),
+            21..=22 => {
+                self.stays.get_mut(room)?.has_changed_nick = true;
+                presence(format!("{room}/{}", a_nick(random)), String::new())
+            }
             23..=25 => {
                 let show = random.pick(&["away", "dnd", "xa", "chat"]);
                 let payload = format!("<show>{show}</show><status>{number}</status>");
@@ -340,7 +349,7 @@ impl Client {
                 let item = admin(format!("<item jid='{}' affiliation='{affiliation}'/>", bare(&somebody)));
                 self.ask(Question::Room, "set", room.to_owned(), item)
             }
-            45 if random.one_in(4) => {
+            45 if random.one_in(3) => {
                 let payload = "<query xmlns='http://jabber.org/protocol/muc#owner'><destroy><reason>closing</reason></destroy></query>";
                 self.ask(Question::Room, "set", room.to_owned(), payload.to_owned())
             }

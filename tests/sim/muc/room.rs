@@ -79,9 +79,14 @@ pub struct Occupant {
     /// The newest first.
     pub sessions: Vec<String>,
     pub role: Role,
-    /// Id and children of the last presence.
+    pub presence: Presence,
+}
+
+/// What an occupant last said of itself.
+#[derive(Clone, Debug, Default)]
+pub struct Presence {
     id: Option<String>,
-    pub presence: String,
+    pub payload: String,
 }
 
 #[derive(Clone, Debug)]
@@ -144,6 +149,7 @@ pub struct Room {
 /// What a presence says beside who is where.
 #[derive(Default)]
 struct Beside<'a> {
+    available: bool,
     codes: &'a [&'a str],
     actor: Option<&'a str>,
     reason: Option<&'a str>,
@@ -151,6 +157,39 @@ struct Beside<'a> {
     destroy: bool,
     /// What stands before `muc#user`.
     status: Option<&'a str>,
+}
+
+impl Beside<'_> {
+    const HERE: Self = Self {
+        available: true,
+        codes: &[],
+        actor: None,
+        reason: None,
+        nick: None,
+        destroy: false,
+        status: None,
+    };
+}
+
+/// What a stanza begins with.
+struct Head<'a> {
+    name: &'a str,
+    stanza_type: Option<&'a str>,
+    from: &'a str,
+    id: Option<&'a str>,
+    lang: bool,
+}
+
+impl<'a> Head<'a> {
+    fn new(name: &'a str, stanza_type: Option<&'a str>, from: &'a str, id: Option<&'a str>, lang: bool) -> Self {
+        Self {
+            name,
+            stanza_type,
+            from,
+            id,
+            lang,
+        }
+    }
 }
 
 /// Which of the three forms of a presence a session is sent.
@@ -216,18 +255,21 @@ impl Room {
         let is_join = |child: &&str| attribute(child, "xmlns") == Some("http://jabber.org/protocol/muc");
         let (joins, payload): (Vec<_>, Vec<_>) = children.partition(is_join);
         let payload = payload.concat();
-        let id = attribute(stanza, "id").map(str::to_owned);
+        let presence = Presence {
+            id: attribute(stanza, "id").map(str::to_owned),
+            payload,
+        };
         match self.nick_of(from).map(str::to_owned) {
             Some(old) if old == nick => {
-                self.set_presence(nick, id, payload);
+                self.set_presence(nick, presence);
                 if joins.is_empty() {
-                    self.announce(nick, from, true, &Beside::default(), tools);
+                    self.announce(nick, from, &Beside::HERE, tools);
                 } else {
                     // From one who is in: everything again.
                     self.welcome(nick, from, joins[0], false, tools);
                 }
             }
-            Some(old) => self.change_nick(&old, nick, from, id, payload, stanza, tools),
+            Some(old) => self.change_nick(&old, nick, from, presence, stanza, tools),
             None if joins.is_empty() => {
                 let (kind, condition) = match tools.flavour {
                     Flavour::Prosody => ("cancel", "item-not-found"),
@@ -241,28 +283,17 @@ impl Room {
                     tools,
                 );
             }
-            None => self.join(from, nick, id, payload, joins[0], stanza, tools),
+            None => self.join(from, nick, presence, joins[0], stanza, tools),
         }
     }
 
-    fn set_presence(&mut self, nick: &str, id: Option<String>, payload: String) {
+    fn set_presence(&mut self, nick: &str, presence: Presence) {
         if let Some(occupant) = self.occupants.get_mut(nick) {
-            occupant.id = id;
-            occupant.presence = payload;
+            occupant.presence = presence;
         }
     }
 
-    #[allow(clippy::too_many_arguments)] // What a join brings.
-    fn join(
-        &mut self,
-        from: &str,
-        nick: &str,
-        id: Option<String>,
-        payload: String,
-        x: &str,
-        stanza: &str,
-        tools: &mut Tools<'_>,
-    ) {
+    fn join(&mut self, from: &str, nick: &str, presence: Presence, x: &str, stanza: &str, tools: &mut Tools<'_>) {
         let made = !self.exists;
         if made {
             if bare(from) != self.founder {
@@ -315,11 +346,10 @@ impl Room {
         let occupant = self.occupants.entry(nick.to_owned()).or_insert(Occupant {
             sessions: Vec::new(),
             role,
-            id: None,
-            presence: String::new(),
+            presence: Presence::default(),
         });
         occupant.sessions.insert(0, from.to_owned());
-        self.set_presence(nick, id, payload);
+        self.set_presence(nick, presence);
         self.welcome(nick, from, x, made, tools);
     }
 
@@ -332,7 +362,7 @@ impl Room {
             if other != nick && self.is_shown(&other) {
                 let variant = self.variant(&other, session, session, tools.flavour);
                 let event = tools.event();
-                self.send_presence(&other, variant, session, true, &Beside::default(), event, tools);
+                self.send_presence(&other, variant, session, &Beside::HERE, event, tools);
             }
         }
         let codes: &[&str] = match (self.config.non_anonymous, made) {
@@ -341,11 +371,8 @@ impl Room {
             (false, true) => &["201"],
             (false, false) => &[],
         };
-        let beside = Beside {
-            codes,
-            ..Beside::default()
-        };
-        self.announce(nick, session, true, &beside, tools);
+        let beside = Beside { codes, ..Beside::HERE };
+        self.announce(nick, session, &beside, tools);
         self.tell_history(session, x, tools);
         self.tell_subject(session, tools);
     }
@@ -368,11 +395,7 @@ impl Room {
             let event = tools.event();
             let id = line.id.as_deref();
             self.send(
-                "message",
-                Some("groupchat"),
-                &from,
-                id,
-                true,
+                &Head::new("message", Some("groupchat"), &from, id, true),
                 &payload,
                 session,
                 event,
@@ -395,11 +418,7 @@ impl Room {
             }
         };
         self.send(
-            "message",
-            Some("groupchat"),
-            &from,
-            None,
-            false,
+            &Head::new("message", Some("groupchat"), &from, None, false),
             &payload,
             session,
             event,
@@ -407,14 +426,12 @@ impl Room {
         );
     }
 
-    #[allow(clippy::too_many_arguments)] // What a change of nick brings.
     fn change_nick(
         &mut self,
         old: &str,
         new: &str,
         from: &str,
-        id: Option<String>,
-        payload: String,
+        presence: Presence,
         stanza: &str,
         tools: &mut Tools<'_>,
     ) {
@@ -437,8 +454,7 @@ impl Room {
         let mut occupant = self.occupants.remove(old).expect("they are in");
         // ejabberd tells the old presence again.
         if tools.flavour == Flavour::Prosody {
-            occupant.id = id;
-            occupant.presence = payload;
+            occupant.presence = presence;
         }
         let moved = Beside {
             codes: &["303"],
@@ -452,20 +468,20 @@ impl Room {
         match tools.flavour {
             Flavour::Prosody => {
                 for (to, variant) in recipients.iter().zip(&variants) {
-                    self.send_presence(old, *variant, to, false, &moved, gone, tools);
+                    self.send_presence(old, *variant, to, &moved, gone, tools);
                 }
                 self.occupants.remove(old);
                 self.occupants.insert(new.to_owned(), occupant);
                 for (to, variant) in recipients.iter().zip(&variants) {
-                    self.send_presence(new, *variant, to, true, &Beside::default(), come, tools);
+                    self.send_presence(new, *variant, to, &Beside::HERE, come, tools);
                 }
             }
             // To each in turn: gone, and come again.
             Flavour::Ejabberd => {
                 self.occupants.insert(new.to_owned(), occupant);
                 for (to, variant) in recipients.iter().zip(&variants) {
-                    self.send_presence(old, *variant, to, false, &moved, gone, tools);
-                    self.send_presence(new, *variant, to, true, &Beside::default(), come, tools);
+                    self.send_presence(old, *variant, to, &moved, gone, tools);
+                    self.send_presence(new, *variant, to, &Beside::HERE, come, tools);
                 }
                 self.occupants.remove(old);
             }
@@ -497,12 +513,12 @@ impl Room {
                 if variant == Variant::Own && tools.flavour == Flavour::Ejabberd && beside.codes.is_empty() {
                     self.say_bare_leave(to, tools);
                 }
-                self.send_presence(nick, variant, to, false, beside, event, tools);
+                self.send_presence(nick, variant, to, beside, event, tools);
             }
             self.occupants.remove(nick);
         } else {
             let event = tools.event();
-            self.send_presence(nick, Variant::Own, session, false, beside, event, tools);
+            self.send_presence(nick, Variant::Own, session, beside, event, tools);
             let occupant = self.occupants.get_mut(nick).expect("they are in");
             occupant.sessions.retain(|other| other != session);
             occupant.role = role;
@@ -549,20 +565,20 @@ impl Room {
                 true => Variant::Own,
                 false => self.variant(nick, to, &sessions[0], tools.flavour),
             };
-            self.send_presence(nick, variant, to, false, beside, event, tools);
+            self.send_presence(nick, variant, to, beside, event, tools);
         }
         self.occupants.remove(nick);
     }
 
     /// Tells everybody an occupant's presence.
-    fn announce(&self, nick: &str, acting: &str, available: bool, beside: &Beside<'_>, tools: &mut Tools<'_>) {
+    fn announce(&self, nick: &str, acting: &str, beside: &Beside<'_>, tools: &mut Tools<'_>) {
         let shown = self.is_shown(nick);
         let own = &self.occupants[nick].sessions;
         let event = tools.event();
         for to in self.recipients(nick, acting, "presence", tools.flavour) {
             if shown || own.contains(&to) {
                 let variant = self.variant(nick, &to, acting, tools.flavour);
-                self.send_presence(nick, variant, &to, available, beside, event, tools);
+                self.send_presence(nick, variant, &to, beside, event, tools);
             }
         }
     }
@@ -613,19 +629,17 @@ impl Room {
         }
     }
 
-    #[allow(clippy::too_many_arguments)] // What a presence is made of.
     fn send_presence(
         &self,
         about: &str,
         variant: Variant,
         to: &str,
-        available: bool,
         beside: &Beside<'_>,
         event: u64,
         tools: &mut Tools<'_>,
     ) {
         let occupant = &self.occupants[about];
-        let flavour = tools.flavour;
+        let (flavour, available) = (tools.flavour, beside.available);
         let affiliation = self.affiliation(&occupant.sessions[0]).as_str();
         let role = occupant.role.as_str();
         let shows_jid = variant != Variant::Anonymous && !(beside.destroy && flavour == Flavour::Ejabberd);
@@ -695,7 +709,7 @@ impl Room {
         };
         let x = format!("<x xmlns='{}'>{x}</x>", xml::MUC_USER);
         let payload = if available {
-            occupant.presence.as_str()
+            occupant.presence.payload.as_str()
         } else {
             beside.status.unwrap_or_default()
         };
@@ -704,14 +718,14 @@ impl Room {
             Flavour::Ejabberd => xml::recode(flavour, &format!("{x}{payload}")),
         };
         let from = format!("{}/{about}", self.jid);
-        let id = if available { occupant.id.as_deref() } else { None };
+        let id = if available {
+            occupant.presence.id.as_deref()
+        } else {
+            None
+        };
         let stanza_type = (!available).then_some("unavailable");
         self.send(
-            "presence",
-            stanza_type,
-            &from,
-            id,
-            available,
+            &Head::new("presence", stanza_type, &from, id, available),
             &payload,
             to,
             event,
@@ -731,7 +745,13 @@ impl Room {
                  xmlns='http://jabber.org/protocol/caps'/>";
         for to in to {
             let (id, event) = (tools.fresh_id(), tools.event());
-            self.send("presence", None, &self.jid, Some(&id), false, c, to, event, tools);
+            self.send(
+                &Head::new("presence", None, &self.jid, Some(&id), false),
+                c,
+                to,
+                event,
+                tools,
+            );
         }
     }
 
@@ -739,11 +759,7 @@ impl Room {
         let (id, event) = (tools.fresh_id(), tools.event());
         let unavailable = Some("unavailable");
         self.send(
-            "presence",
-            unavailable,
-            &self.jid,
-            Some(&id),
-            false,
+            &Head::new("presence", unavailable, &self.jid, Some(&id), false),
             "",
             to,
             event,
@@ -815,7 +831,13 @@ impl Room {
     fn say_to_all(&self, from: &str, id: Option<&str>, lang: bool, payload: &str, tools: &mut Tools<'_>) {
         let event = tools.event();
         for to in self.recipients("", "", "message", tools.flavour) {
-            self.send("message", Some("groupchat"), from, id, lang, payload, &to, event, tools);
+            self.send(
+                &Head::new("message", Some("groupchat"), from, id, lang),
+                payload,
+                &to,
+                event,
+                tools,
+            );
         }
     }
 
@@ -850,7 +872,13 @@ impl Room {
         let (stanza_type, id) = (attribute(stanza, "type"), attribute(stanza, "id"));
         let event = tools.event();
         for to in &sessions {
-            self.send("message", stanza_type, &from, id, true, &payload, to, event, tools);
+            self.send(
+                &Head::new("message", stanza_type, &from, id, true),
+                &payload,
+                to,
+                event,
+                tools,
+            );
         }
     }
 
@@ -896,7 +924,13 @@ impl Room {
                 xml::MUC_USER,
                 inner(invite)
             );
-            self.send("message", None, &room, None, false, &payload, to, event, tools);
+            self.send(
+                &Head::new("message", None, &room, None, false),
+                &payload,
+                to,
+                event,
+                tools,
+            );
         } else if child(stanza, "x").is_some_and(|x| attribute(x, "xmlns") == Some("jabber:x:data")) {
             let form = format!(
                 "<x type='form' xmlns='jabber:x:data'><title>Voice request</title><field var='muc#jid'><value>{from}</value></field>\
@@ -905,7 +939,13 @@ impl Room {
             for to in self.recipients("", "", "message", tools.flavour) {
                 let is_moderator = |nick: &str| self.occupants[nick].role == Role::Moderator;
                 if self.nick_of(&to).is_some_and(is_moderator) {
-                    self.send("message", None, &room, None, false, &form, &to, event, tools);
+                    self.send(
+                        &Head::new("message", None, &room, None, false),
+                        &form,
+                        &to,
+                        event,
+                        tools,
+                    );
                 }
             }
         }
@@ -1020,9 +1060,9 @@ impl Room {
         self.config.restricted = restricted && tools.flavour == Flavour::Prosody;
         let beside = Beside {
             actor: actor.filter(|_| tools.flavour == Flavour::Prosody),
-            ..Beside::default()
+            ..Beside::HERE
         };
-        self.announce(nick, &sessions[0], true, &beside, tools);
+        self.announce(nick, &sessions[0], &beside, tools);
         self.config.restricted = restricted;
         if tools.flavour == Flavour::Prosody && role == Role::Moderator && before != role && !self.config.non_anonymous
         {
@@ -1031,7 +1071,7 @@ impl Room {
                 if other != nick && self.is_shown(&other) {
                     for to in &sessions {
                         let event = tools.event();
-                        self.send_presence(&other, Variant::Full, to, true, &Beside::default(), event, tools);
+                        self.send_presence(&other, Variant::Full, to, &Beside::HERE, event, tools);
                     }
                 }
             }
@@ -1045,7 +1085,7 @@ impl Room {
         for to in self.recipients(nick, &own[0], "presence", tools.flavour) {
             if !own.contains(&to) {
                 let variant = self.variant(nick, &to, &own[0], tools.flavour);
-                self.send_presence(nick, variant, &to, false, &Beside::default(), event, tools);
+                self.send_presence(nick, variant, &to, &Beside::default(), event, tools);
             }
         }
     }
@@ -1103,11 +1143,7 @@ impl Room {
                 let is_moderator = |nick: &str| self.occupants[nick].role == Role::Moderator;
                 if self.nick_of(&to).is_some_and(is_moderator) {
                     self.send(
-                        "message",
-                        None,
-                        &self.jid,
-                        id.as_deref(),
-                        false,
+                        &Head::new("message", None, &self.jid, id.as_deref(), false),
                         &payload,
                         &to,
                         event,
@@ -1165,7 +1201,7 @@ impl Room {
                     } else {
                         let own = self.occupants[&nick].sessions[0].clone();
                         self.config.restricted = false;
-                        self.announce(&nick, &own, true, &Beside::default(), tools);
+                        self.announce(&nick, &own, &Beside::HERE, tools);
                         self.config.restricted = true;
                     }
                 }
@@ -1210,7 +1246,7 @@ impl Room {
                     self.say_bare_leave(&to, tools);
                 }
                 let event = tools.event();
-                self.send_presence(&nick, Variant::Own, &to, false, &beside, event, tools);
+                self.send_presence(&nick, Variant::Own, &to, &beside, event, tools);
             }
         }
         self.occupants.clear();
@@ -1236,7 +1272,13 @@ impl Room {
                     for to in self.occupants[&nick].sessions.clone() {
                         let (from, event) = (format!("{}/{nick}", self.jid), tools.event());
                         let unavailable = Some("unavailable");
-                        self.send("presence", unavailable, &from, None, false, &x, &to, event, tools);
+                        self.send(
+                            &Head::new("presence", unavailable, &from, None, false),
+                            &x,
+                            &to,
+                            event,
+                            tools,
+                        );
                     }
                 }
                 self.occupants.clear();
@@ -1276,7 +1318,13 @@ impl Room {
         let (from, event) = (format!("{}/{own}", self.jid), tools.event());
         let payload = xml::recode(tools.flavour, inner(stanza));
         let stanza_type = attribute(stanza, "type");
-        self.send("iq", stanza_type, &from, Some(&id), true, &payload, &to, event, tools);
+        self.send(
+            &Head::new("iq", stanza_type, &from, Some(&id), true),
+            &payload,
+            &to,
+            event,
+            tools,
+        );
     }
 
     fn relay_answer(&mut self, stanza: &str, tools: &mut Tools<'_>) {
@@ -1289,7 +1337,13 @@ impl Room {
         let nick = self.nick_of(from).unwrap_or("gone").to_owned();
         let (from, event) = (format!("{}/{nick}", self.jid), tools.event());
         let payload = xml::recode(tools.flavour, inner(stanza));
-        self.send("iq", stanza_type, &from, Some(&id), true, &payload, &to, event, tools);
+        self.send(
+            &Head::new("iq", stanza_type, &from, Some(&id), true),
+            &payload,
+            &to,
+            event,
+            tools,
+        );
     }
 
     // What goes out.
@@ -1300,7 +1354,13 @@ impl Room {
         };
         let (id, event) = (attribute(stanza, "id"), tools.event());
         let lang = tools.flavour == Flavour::Ejabberd;
-        self.send("iq", Some("result"), from, id, lang, payload, to, event, tools);
+        self.send(
+            &Head::new("iq", Some("result"), from, id, lang),
+            payload,
+            to,
+            event,
+            tools,
+        );
     }
 
     fn refuse(&self, stanza: &str, kind: &str, condition: &str, text: &str, tools: &mut Tools<'_>) {
@@ -1310,30 +1370,24 @@ impl Room {
         let payload = refusal(tools.flavour, stanza, kind, condition, text);
         let (id, event) = (attribute(stanza, "id"), tools.event());
         let lang = tools.flavour == Flavour::Ejabberd;
-        self.send(name(stanza), Some("error"), from, id, lang, &payload, to, event, tools);
+        self.send(
+            &Head::new(name(stanza), Some("error"), from, id, lang),
+            &payload,
+            to,
+            event,
+            tools,
+        );
     }
 
-    #[allow(clippy::too_many_arguments)] // What a stanza is made of.
-    fn send(
-        &self,
-        name: &str,
-        stanza_type: Option<&str>,
-        from: &str,
-        id: Option<&str>,
-        lang: bool,
-        payload: &str,
-        to: &str,
-        event: u64,
-        tools: &mut Tools<'_>,
-    ) {
+    fn send(&self, head: &Head<'_>, payload: &str, to: &str, event: u64, tools: &mut Tools<'_>) {
         let attributes = [
-            ("xml:lang", lang.then_some("en")),
+            ("xml:lang", head.lang.then_some("en")),
             ("to", Some(to)),
-            ("from", Some(from)),
-            ("type", stanza_type),
-            ("id", id),
+            ("from", Some(head.from)),
+            ("type", head.stanza_type),
+            ("id", head.id),
         ];
-        let bytes = xml::write(tools.flavour, event, name, &attributes, payload);
+        let bytes = xml::write(tools.flavour, event, head.name, &attributes, payload);
         let to = to.to_owned();
         tools.words.push(Words { to, bytes, event });
     }

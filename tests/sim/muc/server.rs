@@ -258,10 +258,14 @@ impl Server {
         words
     }
 
-    /// The server ends in good order and begins again; its sessions are all gone.
-    pub fn restart(&mut self, wall: Wall, random: &mut Random) {
+    /// The server ends and begins again; its sessions are all gone, and unless it ended abruptly it says so.
+    pub fn restart(&mut self, abruptly: bool, wall: Wall, random: &mut Random) {
         for jid in self.sessions.keys().cloned().collect::<Vec<_>>() {
-            self.disconnect(&jid, wall, random);
+            if abruptly {
+                self.forget(&jid);
+            } else {
+                self.disconnect(&jid, wall, random);
+            }
         }
         self.with_rooms(wall, random, Room::restart);
     }

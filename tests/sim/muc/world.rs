@@ -226,18 +226,18 @@ impl World {
         let pair = self.random.below(self.pairs.len() as u64) as usize;
         let end = self.random.below(2) as usize;
         match self.random.below(40) {
-            0..=3 => self.act(),
-            4..=11 => {
-                for _ in 0..1 + self.random.below(12) {
+            0..=7 => self.act(),
+            8..=13 => {
+                for _ in 0..1 + self.random.below(16) {
                     self.write_leg(pair, end);
                 }
             }
-            12..=17 => {
+            14..=18 => {
                 for _ in 0..1 + self.random.below(4) {
                     self.finish_disk(pair, end);
                 }
             }
-            18..=24 => {
+            19..=24 => {
                 for _ in 0..1 + self.random.below(6) {
                     self.carry(pair, end);
                 }
@@ -256,7 +256,7 @@ impl World {
                 self.notice(pair);
             }
             34 if self.faults.kills && self.random.one_in(6) => self.kill(pair, end),
-            35 if self.faults.restarts && self.random.one_in(10) => {
+            35 if self.faults.restarts && self.random.one_in(16) => {
                 let site = self.random.below(self.servers.len() as u64) as usize;
                 self.restart(site);
             }
@@ -311,9 +311,13 @@ impl World {
     fn restart(&mut self, site: usize) {
         self.tally.restarts += 1;
         self.restarted.insert(site);
-        self.servers[site].restart(self.now.wall, &mut self.random);
+        let abruptly = self.faults.vanishing && self.random.one_in(3);
+        self.servers[site].restart(abruptly, self.now.wall, &mut self.random);
         for client in 0..self.clients.len() {
             if self.clients[client].site == site && self.clients[client].online {
+                if abruptly {
+                    self.vanished.insert(self.clients[client].jid.clone());
+                }
                 self.end(client);
             }
         }
@@ -373,15 +377,18 @@ impl World {
             false => self.servers[0].rooms.values().next().expect("the hub has rooms"),
         };
         let name = room.jid.clone();
-        let stay = self.clients[client].stays.get(&name);
-        if stay.is_some_and(|stay| stay.asked.is_some()) {
+        let stay = self.clients[client].stays.get(&name).cloned().unwrap_or_default();
+        // A second answer would be taken for the first.
+        if stay.asked.is_some() || stay.has_changed_nick {
             return;
         }
         let password = room.config.password.clone().filter(|_| !self.random.one_in(6));
         // Sessions of one user mostly share a nick; some nicks are taken.
-        let nick = match self.random.below(6) {
-            0 => a_nick(&mut self.random),
-            _ => format!("n-{}", bare(&self.clients[client].jid).replace(['@', '.'], "-")),
+        let nick = match (stay.view.inside, self.random.below(6)) {
+            // It is in, and wants to be told everything again.
+            (Some(nick), _) => nick,
+            (None, 0) => a_nick(&mut self.random),
+            (None, _) => format!("n-{}", bare(&self.clients[client].jid).replace(['@', '.'], "-")),
         };
         let history = self.random.one_in(2).then(|| self.random.below(5));
         let act = self.clients[client].join(&name, &nick, password.as_deref(), history);
@@ -624,10 +631,15 @@ fn a_room(server: &Server, number: u64, random: &mut Random) -> Room {
     };
     let mut room = Room::new(
         format!("room{number}@{}", server.service()),
-        format!("u0@{host}"),
+        if random.one_in(2) {
+            format!("u0@{host}")
+        } else {
+            "u0@b.example".to_owned()
+        },
         config,
     );
-    // Somebody at the first peer helps.
+    // Somebody at the first peer helps. And some rooms are yet to be made.
+    room.exists = !random.one_in(4);
     room.affiliations.insert("u1@b.example".to_owned(), Affiliation::Admin);
     for user in 0..USERS {
         for site in ["a", "b", "c"] {
