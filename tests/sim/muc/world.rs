@@ -62,9 +62,9 @@ pub struct Way {
     opened: BTreeMap<(u64, Bytes), Mono>,
     /// Whose broadcasts were begun when, by address and kind.
     begun: BTreeMap<(String, Kind), BTreeMap<u64, Mono>>,
-    /// When a relay that has only listened can first know who is in a room; and who entered before that, and was not spoken to since.
+    /// When a relay that has only listened can first know who is in a room, and whom it then knows.
     known: BTreeMap<String, Mono>,
-    unknown: BTreeSet<(String, String)>,
+    reached: BTreeSet<(String, String)>,
 }
 
 pub struct Sent {
@@ -300,6 +300,7 @@ impl World {
         out.opened.clear();
         out.begun.clear();
         out.known.clear();
+        out.reached.clear();
         out.casts += self.pairs[pair].ends[end].relay.stats().casts;
         let marked = self.pairs[pair].ends[end].marked();
         self.ways[pair][1 - end].doubtful.extend(marked);
@@ -589,15 +590,14 @@ impl Way {
         let to = stanza.to().expect("servers say whom it is for").into_owned();
         let room = bare(&from).to_owned();
         let stanza_type = stanza.stanza_type();
+        let is_for_all = stanza_type.as_deref() == Some("groupchat") && !stanza.is_for_newcomers();
+        // Whom a relay that has only listened does not yet know to be in the room may come as a surprise.
+        let is_surprise = !self.reached.contains(&(room.clone(), to.clone()));
         let is_known = self.known.get(&room).is_some_and(|from| *from <= now);
-        if stanza.kind() == Kind::Presence && !is_known && stanza.has_muc_status("110") {
-            self.unknown.insert((room.clone(), to.clone()));
+        if is_for_all || is_known && stanza.has_muc_status("110") {
+            self.reached.insert((room.clone(), to));
         }
-        let is_unknown = self.unknown.contains(&(room.clone(), to.clone()));
-        if stanza_type.as_deref() == Some("groupchat") && !stanza.is_for_newcomers() {
-            if is_known {
-                self.unknown.remove(&(room.clone(), to));
-            }
+        if is_for_all {
             self.known.entry(room).or_insert(now + window);
         }
         let begun = self.begun.entry((from, stanza.kind())).or_default();
@@ -611,7 +611,7 @@ impl Way {
             stanza_type.as_deref(),
             None | Some("groupchat" | "unavailable" | "normal")
         );
-        if is_shared && alone && !is_unknown && open.is_some_and(|opened| now.since(*opened) < window) {
+        if is_shared && alone && !is_surprise && open.is_some_and(|opened| now.since(*opened) < window) {
             return;
         }
         self.opened.insert((event, template), now);
