@@ -9,6 +9,7 @@ use bytes::Bytes;
 use narrows::{
     codec::position::Epoch,
     link::session::{LinkError, SessionConfig},
+    mirror::MirrorSettings,
     queue::journal::Model,
     relay::{LegId, LinkClose, Settings},
     stanza::{Domain, DomainPair, Kind, Stanza, bare, domain_of},
@@ -42,7 +43,7 @@ pub struct Faults {
     pub restarts: bool,
     /// Clients vanish without a word.
     pub vanishing: bool,
-    /// To be wired to [`Settings`] when a relay can mirror: what is allowed to differ then is in [`super::check::Declared`].
+    /// The relays mirror rooms: what may differ then is in [`super::check::Declared`].
     pub mirror: bool,
 }
 
@@ -112,7 +113,19 @@ const STEPS: usize = 700;
 const REST_MAX: Duration = Duration::from_secs(60);
 const REDIAL: Duration = Duration::from_secs(10);
 
-fn settings(here: &Server, there: &Server, random: &mut Random) -> Settings {
+fn settings(here: &Server, there: &Server, faults: Faults, random: &mut Random) -> Settings {
+    let mirror = match faults.mirror {
+        true => MirrorSettings {
+            enabled: true,
+            split_hold: Duration::from_secs(random.pick(&[10, 300])),
+            ..MirrorSettings::default()
+        },
+        false => MirrorSettings {
+            enabled: false,
+            delay_stamp_after: Duration::MAX,
+            ..MirrorSettings::default()
+        },
+    };
     let domains = |server: &Server| [server.host(), server.service()].map(|name| domain(&name)).to_vec();
     Settings {
         local: domains(here),
@@ -132,6 +145,7 @@ fn settings(here: &Server, there: &Server, random: &mut Random) -> Settings {
             fragment_bytes_max: random.pick(&[100, 1024]),
             ..SessionConfig::default()
         },
+        mirror,
     }
 }
 
@@ -165,7 +179,7 @@ impl World {
             }
         }
         let mut end = |here: usize, there: usize| {
-            let settings = settings(&servers[here], &servers[there], &mut random);
+            let settings = settings(&servers[here], &servers[there], faults, &mut random);
             let manner = Manner {
                 acks: servers[here].flavour == Flavour::Prosody,
                 stanza_bytes_max: None,
