@@ -21,12 +21,17 @@ use super::{
 pub struct Declared {
     /// What waited long carries a `<delay/>` that its server did not write.
     pub delay: bool,
-    /// During a split far occupants are shown as gone (333) or away, and afterwards as they are.
+    /// During a split far occupants are shown as gone (333) or away, and afterwards as they are then, not all that they were meanwhile;
+    /// rooms are told the same of the peer's users.
     pub shows: bool,
     /// Words are heard near by before the room has reflected them, without the room's `stanza-id`; the reflection is swallowed.
     pub echo: bool,
-    /// Self-pings, pings and disco are answered near by, and do not cross.
+    /// Self-pings, pings and disco are answered near by, and do not cross; and each end asks its own server.
     pub near: bool,
+    /// During a split what only the room can grant is refused near by, and does not cross.
+    pub refused: bool,
+    /// A session that its room no longer has, because something was lost with a process, is told so by the mirror.
+    pub truth: bool,
 }
 
 impl Declared {
@@ -36,6 +41,8 @@ impl Declared {
             shows: faults.mirror,
             echo: faults.mirror,
             near: faults.mirror,
+            refused: faults.mirror,
+            truth: faults.mirror && faults.kills,
         }
     }
 
@@ -46,12 +53,19 @@ impl Declared {
 
     fn may_be_missing(self, sent: &Bytes) -> bool {
         let stanza = xml::text(sent);
-        self.near && is_near_question(stanza) || self.echo && is_words(stanza)
+        self.near && (is_near_question(stanza) || is_answer(stanza))
+            || self.echo && is_words(stanza)
+            || self.shows && is_show(stanza)
+            || self.refused && is_request(stanza)
     }
 
     fn may_be_extra(self, heard: &Bytes) -> bool {
         let stanza = xml::text(heard);
-        self.near && is_answer(stanza) || self.echo && is_words(stanza) || self.shows && is_show(stanza)
+        self.near && (is_near_question(stanza) || is_answer(stanza))
+            || self.echo && is_words(stanza)
+            || self.shows && is_show(stanza)
+            || self.refused && is_refusal(stanza)
+            || self.truth && muc_user(stanza).is_some_and(|x| has_status(x, "110") && has_status(x, "333"))
     }
 }
 
@@ -81,8 +95,26 @@ fn is_words(stanza: &str) -> bool {
     attribute(stanza, "type") == Some("groupchat") && child(stanza, "body").is_some() && !delayed
 }
 
+/// Who is there and how, as a room tells it or is told.
 fn is_show(stanza: &str) -> bool {
-    name(stanza) == "presence" && muc_user(stanza).is_some_and(|x| !has_status(x, "110"))
+    let is_for_room = attribute(stanza, "to").is_some_and(|to| domain_of(to).starts_with("conference."));
+    // That one is out oneself is never a show.
+    let stanza_type = attribute(stanza, "type");
+    let is_shown = muc_user(stanza).is_some_and(|x| stanza_type.is_none() || !has_status(x, "110"));
+    name(stanza) == "presence" && stanza_type != Some("error") && (is_for_room || is_shown)
+}
+
+/// What a client wants of a room beside being heard.
+fn is_request(stanza: &str) -> bool {
+    match name(stanza) {
+        "presence" => attribute(stanza, "type").is_none(),
+        "iq" => matches!(attribute(stanza, "type"), Some("get" | "set")),
+        _ => child(stanza, "body").is_none(),
+    }
+}
+
+fn is_refusal(stanza: &str) -> bool {
+    attribute(stanza, "type") == Some("error")
 }
 
 /// What happened, so that a run which tested nothing is noticed.
@@ -277,7 +309,7 @@ impl World {
                 );
                 if stay.view.inside.is_some() {
                     self.tally.rosters += 1;
-                    check_roster(client, &stay.view, room);
+                    self.check_roster(client, &stay.view, room);
                     let told = self.told(site, room, client);
                     assert_eq!(stay.view, told, "{} was told otherwise by {}", client.jid, room.jid);
                 }
@@ -289,6 +321,28 @@ impl World {
                 let answered = asked.answers == 1 || forgotten || self.faults.kills;
                 assert!(answered, "nobody answered {id} to {}", asked.to);
             }
+        }
+    }
+
+    /// Whoever is shown is there, and as they are; whoever is there is shown.
+    fn check_roster(&self, client: &Client, view: &View, room: &Room) {
+        // The server itself does not tell everybody everything.
+        if room.keeps_from_some {
+            return;
+        }
+        let whose = || {
+            let transcript = self.transcript(&room.jid, &client.jid);
+            format!("{}'s view of {}: {transcript}", client.jid, room.jid)
+        };
+        let shown: Vec<&String> = view.shown.keys().collect();
+        let there: Vec<&String> = room.occupants.keys().collect();
+        assert_eq!(shown, there, "{}", whose());
+        for (nick, shown) in &view.shown {
+            let occupant = &room.occupants[nick];
+            assert_eq!(shown.role, occupant.role.as_str(), "{nick} in {}", whose());
+            let show = format!("<x>{}</x>", occupant.presence.payload);
+            let show = child(&show, "show").map(inner).unwrap_or_default();
+            assert_eq!(shown.show, show, "{nick} in {}", whose());
         }
     }
 
@@ -329,25 +383,6 @@ impl World {
     }
 }
 
-/// Whoever is shown is there, and as they are; whoever is there is shown.
-fn check_roster(client: &Client, view: &View, room: &Room) {
-    // The server itself does not tell everybody everything.
-    if room.keeps_from_some {
-        return;
-    }
-    let whose = format!("{}'s view of {}", client.jid, room.jid);
-    let shown: Vec<&String> = view.shown.keys().collect();
-    let there: Vec<&String> = room.occupants.keys().collect();
-    assert_eq!(shown, there, "{whose}");
-    for (nick, shown) in &view.shown {
-        let occupant = &room.occupants[nick];
-        assert_eq!(shown.role, occupant.role.as_str(), "{whose}: {nick}");
-        let show = format!("<x>{}</x>", occupant.presence.payload);
-        let show = child(&show, "show").map(inner).unwrap_or_default();
-        assert_eq!(shown.show, show, "{whose}: {nick}");
-    }
-}
-
 /// What one sender wrote for one recipient, and whether it may be missing; and what was read.
 #[derive(Default)]
 struct Flow<'a> {
@@ -373,7 +408,7 @@ fn check_way(way: &Way, declared: Declared, lost: &mut Lost) {
     for ((from, to), Flow { written, read }) in flows {
         let missing = match matching(&written, &read, declared) {
             Some(missing) => missing,
-            None => panic!("from {from} to {to}: {}", difference(&written, &read)),
+            None => panic!("from {from} to {to}: {}", difference(&written, &read, declared)),
         };
         for at in missing {
             let stanza = xml::text(written[at].0);
@@ -430,19 +465,30 @@ fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> Op
     Some(missing)
 }
 
-fn difference(sent: &[(&Bytes, bool)], heard: &[&Bytes]) -> String {
-    let same = sent
-        .iter()
-        .zip(heard)
-        .take_while(|((sent, _), heard)| sent == *heard)
-        .count();
-    let written = sent.get(same).map(|(bytes, excused)| (xml::text(bytes), excused));
-    let read = heard.get(same).map(|bytes| xml::text(bytes));
-    format!(
-        "{} written, {} read, {same} alike, then written {written:?}, read {read:?}",
-        sent.len(),
-        heard.len()
-    )
+/// How far one can be followed in the other, and what stands there.
+fn difference(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> String {
+    let mut reached = BTreeSet::from([(0, 0)]);
+    let mut furthest = (0, 0);
+    while let Some((i, j)) = reached.pop_first() {
+        furthest = furthest.max((i + j, i));
+        let (written, read) = (sent.get(i), heard.get(j));
+        if written.is_some_and(|(bytes, excused)| *excused || declared.may_be_missing(bytes)) {
+            reached.insert((i + 1, j));
+        }
+        if read.is_some_and(|bytes| declared.may_be_extra(bytes)) {
+            reached.insert((i, j + 1));
+        }
+        if let (Some((written, _)), Some(read)) = (written, read)
+            && declared.is_same(written, read)
+        {
+            reached.insert((i + 1, j + 1));
+        }
+    }
+    let (i, j) = (furthest.1, furthest.0 - furthest.1);
+    let written = sent.get(i).map(|(bytes, _)| xml::text(bytes));
+    let read = heard.get(j).map(|bytes| xml::text(bytes));
+    let (writes, reads) = (sent.len(), heard.len());
+    format!("after {i} of {writes} written and {j} of {reads} read, written\n  {written:?}, read\n  {read:?}")
 }
 
 /// Words are heard once by whomever they were addressed to, however they came; old ones count apart.
@@ -516,6 +562,8 @@ mod tests {
         shows: false,
         echo: false,
         near: false,
+        refused: false,
+        truth: false,
     };
 
     /// Each declared difference lets through what it is about, and nothing else does.
@@ -532,27 +580,42 @@ mod tests {
                     <item role='none'/><status code='333'/></x></presence>";
         let out = "<presence FROM type='unavailable'><x xmlns='http://jabber.org/protocol/muc#user'>\
                    <item role='none'/><status code='110'/></x></presence>";
+        let lost = &out.replace("<status code='110'/>", "<status code='110'/><status code='333'/>");
         let ping = "<iq FROM type='get' id='1'><ping xmlns='urn:xmpp:ping'/></iq>";
         let version = "<iq FROM type='get' id='1'><query xmlns='jabber:iq:version'/></iq>";
         let pong = "<iq FROM type='result' id='1'/>";
-        let kinds: [(Declared, &str); 4] = [
+        let join = "<presence FROM><x xmlns='http://jabber.org/protocol/muc'/></presence>";
+        let no = "<presence FROM type='error'><error type='wait'/></presence>";
+        let kinds: [(Declared, &str); 6] = [
             (Declared { delay: true, ..NOTHING }, "delay"),
             (Declared { shows: true, ..NOTHING }, "shows"),
             (Declared { echo: true, ..NOTHING }, "echo"),
             (Declared { near: true, ..NOTHING }, "near"),
+            (
+                Declared {
+                    refused: true,
+                    ..NOTHING
+                },
+                "refused",
+            ),
+            (Declared { truth: true, ..NOTHING }, "truth"),
         ];
         for (sent, heard, by) in [
-            (&[words, pong][..], &[words, pong][..], "delay shows echo near"),
+            (&[words, pong][..], &[words, pong][..], "delay shows echo near refused"),
             (&[words], &[late], "delay"),
             (&[words], &[old], ""),
             (&[], &[gone], "shows"),
             (&[], &[out], ""),
+            (&[], &[lost], "truth"),
             (&[archived], &[words], "echo"),
             (&[], &[pong], "near"),
-            (&[ping], &[], "near"),
-            (&[version], &[], ""),
-            (&[pong, words], &[words, pong], "echo"),
-            (&[out, version], &[version, out], ""),
+            (&[ping], &[], "near refused"),
+            (&[version], &[], "refused"),
+            (&[gone], &[], "shows"),
+            (&[join], &[], "refused"),
+            (&[], &[no], "refused"),
+            (&[pong, words], &[words, pong], "echo near"),
+            (&[out, words], &[words, out], "echo"),
         ] {
             for (declared, kind) in kinds {
                 assert_eq!(

@@ -3,6 +3,8 @@
 //! Each step of a run lets one thing happen: somebody enters, speaks, is thrown out or vanishes, or something fails. When all has come
 //! to rest the rooms speak once more, which finds out who is gone, every client asks whether it is still in (XEP-0410), and then
 //! everybody must have been told what the rooms told them, and be shown what the rooms hold.
+//!
+//! `NARROWS_SIM_MIRROR=1` has the relays mirror the rooms in all of these worlds.
 
 mod check;
 mod client;
@@ -14,7 +16,8 @@ mod xml;
 use check::Tally;
 use world::{Faults, World};
 
-fn run(faults: Faults) {
+fn run(mut faults: Faults) {
+    faults.mirror |= crate::number("NARROWS_SIM_MIRROR").is_some();
     let mut happened = Tally::default();
     crate::for_each_seed(|seed| {
         let mut world = World::new(seed, faults);
@@ -85,6 +88,12 @@ fn rooms_of_restarting_servers() {
 #[test]
 fn rooms_between_killed_sidecars() {
     run(Faults { kills: true, ..NONE });
+}
+
+/// The rooms are mirrored, and the link is there: nobody sees a difference but in what is answered near by.
+#[test]
+fn mirrored_rooms_in_a_quiet_world() {
+    run(Faults { mirror: true, ..NONE });
 }
 
 /// A hub with two peers, and all of it at once.

@@ -63,8 +63,8 @@ pub struct Way {
     opened: BTreeMap<(u64, Bytes), Mono>,
     /// Whose broadcasts were begun when, by address and kind.
     begun: BTreeMap<(String, Kind), BTreeMap<u64, Mono>>,
-    /// When a relay that has only listened can first know who is in a room, and whom it then knows.
-    known: BTreeMap<String, Mono>,
+    /// From which words, and when, a relay that has only listened can first know who is in a room; and whom it then knows.
+    known: BTreeMap<String, (u64, Mono)>,
     reached: BTreeSet<(String, String)>,
 }
 
@@ -607,12 +607,21 @@ impl Way {
         let is_for_all = stanza_type.as_deref() == Some("groupchat") && !stanza.is_for_newcomers();
         // Whom a relay that has only listened does not yet know to be in the room may come as a surprise.
         let is_surprise = !self.reached.contains(&(room.clone(), to.clone()));
-        let is_known = self.known.get(&room).is_some_and(|from| *from <= now);
-        if is_for_all || is_known && stanza.has_muc_status("110") {
-            self.reached.insert((room.clone(), to));
-        }
-        if is_for_all {
-            self.known.entry(room).or_insert(now + window);
+        let is_known = self.known.get(&room).is_some_and(|(_, from)| *from <= now);
+        if stanza_type.as_deref() == Some("unavailable") && stanza.has_muc_status("110") {
+            self.reached.remove(&(room.clone(), to));
+            // A room without sessions is forgotten.
+            if !self.reached.iter().any(|(other, _)| *other == room) {
+                self.known.remove(&room);
+            }
+        } else if is_for_all || stanza.has_muc_status("110") {
+            let (first, _) = match is_for_all {
+                true => *self.known.entry(room.clone()).or_insert((event, now + window)),
+                false => (0, now),
+            };
+            if is_known || first == event {
+                self.reached.insert((room, to));
+            }
         }
         let begun = self.begun.entry((from, stanza.kind())).or_default();
         begun.retain(|_, at| now.since(*at) < window);
