@@ -258,12 +258,18 @@ impl World {
             }
             25..=29 => drop(self.read_lanes(pair, end, false)),
             30..=31 => {
-                if !self.take_up(pair, end) && !self.pairs[pair].wire.is_up() && self.now.mono >= self.down_until[pair]
-                {
+                if !self.pairs[pair].wire.is_up() && self.now.mono >= self.down_until[pair] {
                     self.pairs[pair].wire.dial();
                 }
+                self.take_up(pair, end);
+                if !self.random.one_in(3) {
+                    self.take_up(pair, 1 - end);
+                }
             }
-            32 if self.faults.flaps || self.faults.cuts && self.random.one_in(4) => self.cut(pair),
+            // Often enough to hurt, and not so often that nobody far ever gets to enter.
+            32 if self.faults.flaps && self.random.one_in(3) || self.faults.cuts && self.random.one_in(10) => {
+                self.cut(pair)
+            }
             33 if self.faults.lanes && self.random.one_in(2) => {
                 let broken = self.pairs[pair].break_lane(end, self.now, &mut self.random);
                 self.tally.lane_breaks += u64::from(broken);
