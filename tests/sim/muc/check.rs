@@ -601,7 +601,11 @@ mod tests {
             (Declared { truth: true, ..NOTHING }, "truth"),
         ];
         for (sent, heard, by) in [
-            (&[words, pong][..], &[words, pong][..], "delay shows echo near refused truth"),
+            (
+                &[words, pong][..],
+                &[words, pong][..],
+                "delay shows echo near refused truth",
+            ),
             (&[words], &[late], "delay"),
             (&[words], &[old], ""),
             (&[], &[gone], "shows"),

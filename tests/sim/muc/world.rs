@@ -60,7 +60,9 @@ pub struct Way {
     /// Casts that what was sent may become at most, and when the groups were opened that it belongs to.
     pub casts_due: u64,
     pub casts: u64,
-    opened: BTreeMap<(u64, Bytes), Mono>,
+    opened: BTreeMap<(u64, Bytes), (Mono, u64)>,
+    /// By room and recipient, the group that was opened last of those that it stands in.
+    latest: BTreeMap<(String, String), u64>,
     /// Whose broadcasts were begun when, by address and kind.
     begun: BTreeMap<(String, Kind), BTreeMap<u64, Mono>>,
     /// From which words, and when, a relay that has only listened can first know who is in a room; and whom it then knows.
@@ -318,6 +320,7 @@ impl World {
             out.sent[at].abandoned = true;
         }
         out.opened.clear();
+        out.latest.clear();
         out.begun.clear();
         out.known.clear();
         out.reached.clear();
@@ -615,7 +618,7 @@ impl Way {
         let is_surprise = !self.reached.contains(&(room.clone(), to.clone()));
         let is_known = self.known.get(&room).is_some_and(|(_, from)| *from <= now);
         if stanza_type.as_deref() == Some("unavailable") && stanza.has_muc_status("110") {
-            self.reached.remove(&(room.clone(), to));
+            self.reached.remove(&(room.clone(), to.clone()));
             // A room without sessions is forgotten.
             if !self.reached.iter().any(|(other, _)| *other == room) {
                 self.known.remove(&room);
@@ -626,7 +629,7 @@ impl Way {
                 false => (0, now),
             };
             if is_known || first == event {
-                self.reached.insert((room, to));
+                self.reached.insert((room.clone(), to.clone()));
             }
         }
         let begun = self.begun.entry((from, stanza.kind())).or_default();
@@ -635,16 +638,25 @@ impl Way {
         // What a newcomer is told of an occupant and what the occupant then says look like one event in two forms, which together
         // have reached everybody: the second may end early.
         let alone = begun.len() == 1;
-        let open = self.opened.get(&(event, template.clone()));
         let is_shared = matches!(
             stanza_type.as_deref(),
             None | Some("groupchat" | "unavailable" | "normal")
         );
-        if is_shared && alone && !is_surprise && open.is_some_and(|opened| now.since(*opened) < window) {
+        let latest = self.latest.entry((room, to)).or_default();
+        if let Some((opened, number)) = self.opened.get(&(event, template.clone()))
+            && is_shared
+            && alone
+            && !is_surprise
+            && now.since(*opened) < window
+            // Nobody is moved before what came to them earlier.
+            && *latest <= *number
+        {
+            *latest = *number;
             return;
         }
-        self.opened.insert((event, template), now);
         self.casts_due += 1;
+        *latest = self.casts_due;
+        self.opened.insert((event, template), (now, self.casts_due));
     }
 }
 
