@@ -5,6 +5,20 @@
 //! everybody must have been told what the rooms told them, and be shown what the rooms hold.
 //!
 //! `NARROWS_SIM_MIRROR=1` has the relays mirror the rooms in all of these worlds.
+//!
+//! # Planted and found on 2026-11-20
+//!
+//! One line each, by hand; 25 seeds of each world.
+//!
+//! | planted | found by |
+//! | --- | --- |
+//! | a lane is picked by the full address, so a room hears a user's words by two | all of them |
+//! | a recipient joins a group that was opened before one that it stands in | all of them |
+//! | a room counts as reached when half of it is | `rooms_in_a_quiet_world` and others |
+//! | from the sixth on, the copies of a cast are forgotten | all of them |
+//! | two wishes for a nick share a cast | `queue::collapse::tests`, and seed 945 of the first version of `rooms_over_a_bad_link` |
+//!
+//! Not found: recipients in two domains share a cast, because here a room's far occupants all have the same.
 
 mod check;
 mod client;
