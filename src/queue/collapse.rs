@@ -221,7 +221,9 @@ impl Collapse {
             // It tells nothing of who else is in the room.
             spread = Spread::Some;
         }
-        if spread == Spread::Some && stanza.is_join() {
+        // A client's presence to a room names the nick that it wants. Two that differ in nothing else must stay in order, and a cast
+        // has none. What a room or an account says to everybody is to be told by its payload, or goes to bare addresses.
+        if stanza.kind() == Kind::Presence && resource_of(&to).is_some() && !stanza.has_muc_user() {
             spread = Spread::One;
         }
         let to: Address = to.into();
@@ -762,6 +764,24 @@ mod tests {
         // Now b2 gets "one" again after "two": it must not join a group before its "two".
         let again = message("r@c.example/n", "b2@b.example/r", "one");
         assert_eq!(collapse.handle_stanza(&again, at(0)).unwrap().seq.0, 3);
+    }
+
+    /// A client that wants one nick and then another ends up with the second: a room hears both in order, each in a cast of its own.
+    #[test]
+    fn two_wishes_for_a_nick_stay_in_order() {
+        let mut collapse = Collapse::new(Seq(0), WINDOW);
+        for nick in ["z", "a"] {
+            let wish = format!("<presence from='u@a.example/r' to='room@c.example/{nick}'/>");
+            collapse.handle_stanza(&stanza(&wish), at(0)).unwrap();
+        }
+        assert_eq!(sealed(&mut collapse), [(1, 1), (2, 1)]);
+        // An account's presence goes to the accounts of its contacts, and is one cast.
+        for contact in ["b1", "b2"] {
+            let presence = format!("<presence from='u@a.example/r' to='{contact}@b.example'/>");
+            collapse.handle_stanza(&stanza(&presence), at(0)).unwrap();
+        }
+        collapse.handle_timeout(at(50));
+        assert_eq!(sealed(&mut collapse), [(3, 2)]);
     }
 
     /// A chat line between two users and an IQ are never broadcasts: they do not wait for a window.

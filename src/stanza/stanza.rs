@@ -287,7 +287,7 @@ impl Stanza {
     }
 
     /// Whether it has a child `x` in `muc#user`, as room traffic other than plain group messages has.
-    pub(super) fn has_muc_user(&self) -> bool {
+    pub fn has_muc_user(&self) -> bool {
         self.muc_user_children(|_| false).is_some()
     }
 

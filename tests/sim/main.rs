@@ -38,6 +38,8 @@
 //! `NARROWS_SIM_SEEDS=10000 cargo test --release --test sim` runs more seeds; `NARROWS_SIM_SEED=n` replays one.
 
 mod check;
+mod muc;
+mod pair;
 mod random;
 mod said;
 mod wire;
@@ -49,15 +51,23 @@ use world::{Faults, World};
 /// Seeds that a plain run tries in each kind of world. More are for the night: see above.
 const SEEDS: u64 = 60;
 
-fn seeds() -> Box<dyn Iterator<Item = u64>> {
-    let number = |name| {
-        std::env::var(name)
-            .ok()
-            .map(|text| text.parse::<u64>().expect("a number"))
+fn number(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().expect("a number"))
+}
+
+/// Runs every seed that was asked for; one that fails says how to replay it.
+fn for_each_seed(mut run: impl FnMut(u64)) {
+    let seeds = match (number("NARROWS_SIM_SEED"), number("NARROWS_SIM_SEEDS")) {
+        (Some(seed), _) => seed..seed + 1,
+        (None, seeds) => 0..seeds.unwrap_or(SEEDS),
     };
-    match (number("NARROWS_SIM_SEED"), number("NARROWS_SIM_SEEDS")) {
-        (Some(seed), _) => Box::new(seed..=seed),
-        (None, seeds) => Box::new(0..seeds.unwrap_or(SEEDS)),
+    for seed in seeds {
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(seed)));
+        if let Err(panic) = result {
+            eprintln!("seed {seed} failed: NARROWS_SIM_SEED={seed} replays it");
+            std::panic::resume_unwind(panic);
+        }
     }
 }
 
@@ -68,19 +78,16 @@ fn live(seed: u64, faults: Faults) -> Tally {
     world.tally
 }
 
+/// Whether everything that can happen must have happened somewhere.
+fn runs_many() -> bool {
+    number("NARROWS_SIM_SEED").is_none()
+}
+
 fn run(faults: Faults) {
     let mut happened = Tally::default();
-    for seed in seeds() {
-        match std::panic::catch_unwind(|| live(seed, faults)) {
-            Ok(tally) => happened.add(tally),
-            Err(panic) => {
-                eprintln!("seed {seed} failed: NARROWS_SIM_SEED={seed} replays it");
-                std::panic::resume_unwind(panic);
-            }
-        }
-    }
+    for_each_seed(|seed| happened.add(live(seed, faults)));
     println!("{happened:?}");
-    if std::env::var_os("NARROWS_SIM_SEED").is_none() {
+    if runs_many() {
         happened.assert_covers(faults);
     }
 }

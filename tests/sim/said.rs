@@ -39,12 +39,15 @@ impl Copy {
     }
 
     pub fn is_poison(&self) -> bool {
-        self.bytes.windows(POISON.len()).any(|bytes| bytes == POISON)
+        is_poison(&self.bytes)
     }
 }
 
 /// What a server closes its stream on.
-pub const POISON: &[u8] = b"<poison";
+pub fn is_poison(bytes: &Bytes) -> bool {
+    const POISON: &[u8] = b"<poison";
+    bytes.windows(POISON.len()).any(|bytes| bytes == POISON)
+}
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum What {
@@ -92,7 +95,9 @@ pub fn say(number: u64, here: char, there: char, rooms: &[Members], poison: bool
         let to = format!("u{user}@{there}.example/r");
         match What::of(number) {
             What::RoomPresence => {
-                format!("<presence to='{to}' from='{from}' id='{number}'><status>{body}</status>{extra}</presence>")
+                format!(
+                    "<presence to='{to}' from='{from}' id='{number}'><status>{body}</status>{extra}<x xmlns='http://jabber.org/protocol/muc#user'/></presence>"
+                )
             }
             What::RoomMessage => format!(
                 "<message from='{from}' id='{number}' type=\"groupchat\" to=\"{to}\"><body>{body}</body>{extra}</message>"
@@ -177,19 +182,6 @@ pub fn copies_of(entry: &Bytes) -> Vec<Copy> {
             .collect(),
         Ok(Entry::Void) | Err(_) => Vec::new(),
     }
-}
-
-/// The copies that the disk says were given to a lane.
-pub fn marked(disk: &Model) -> Vec<Copy> {
-    let (slots, _) = disk.read_inbox(Seq(0), usize::MAX, usize::MAX);
-    let given = |given: &[u8], k: usize| given.get(k / 8).is_some_and(|byte| byte & (1 << (k % 8)) != 0);
-    slots
-        .iter()
-        .flat_map(|slot| {
-            let copies = copies_of(&slot.entry).into_iter().enumerate();
-            copies.filter(|(k, _)| given(&slot.given, *k)).map(|(_, copy)| copy)
-        })
-        .collect()
 }
 
 pub fn in_inbox(disk: &Model) -> Vec<Copy> {

@@ -10,17 +10,17 @@ use narrows::{
     codec::position::{Epoch, Seq},
     link::session::{LinkError, SessionConfig},
     mirror::MirrorSettings,
-    queue::journal::{Batch, Change, Model},
-    relay::{Drop, Input, LaneFault, LaneKey, LegId, LinkClose, Output, Relay, Settings},
+    queue::journal::{Batch, Change, Levels, Model},
+    relay::{Drop, Input, LegId, LinkClose, RelayStats, Settings},
     stanza::{Domain, DomainPair, Stanza, domain_of},
     time::{Mono, Now, Wall},
 };
 
 use crate::{
     check::Tally,
+    pair::{self, End, Event, Manner, Pair},
     random::Random,
     said::{self, Copy, Members, What},
-    wire::Wire,
 };
 
 /// What goes wrong in a world.
@@ -48,48 +48,10 @@ pub struct Faults {
     pub few_words: bool,
 }
 
-/// A lane as the server sees it.
-struct LaneEnd {
-    life: u64,
-    up: bool,
-    acks: bool,
-    /// Written to the kernel, not yet read by the server.
-    written: VecDeque<Bytes>,
-    read: u64,
-    told: u64,
-}
-
-impl LaneEnd {
-    /// Without acks: what the kernel has taken.
-    fn confirmed(&self) -> u64 {
-        if self.acks {
-            self.read
-        } else {
-            self.read + self.written.len() as u64
-        }
-    }
-}
-
-enum Job {
-    Commit(Batch),
-    Read(Input),
-}
-
 pub struct Site {
     pub name: char,
-    pub relay: Relay,
-    settings: Settings,
-    pub disk: Model,
-    /// Given to the disk and not yet finished, in order; a read has seen what was given before it.
-    jobs: VecDeque<Job>,
-    /// The place of the last read of the spool that found nothing, to notice one that is asked for again and again.
-    empty_read: Option<Seq>,
     /// Copies that the server has written and we have not said to be on disk, by leg and number; and whether they were refused.
     unaccepted: BTreeMap<(LegId, u64), (Copy, bool)>,
-    leg: u64,
-    leg_count: u64,
-    lanes: BTreeMap<LaneKey, LaneEnd>,
-    acks: bool,
     stanza_bytes_max: Option<usize>,
     rooms: Vec<Members>,
     /// Accepted from this site's server, in order.
@@ -121,7 +83,8 @@ pub struct World {
     pub faults: Faults,
     pub now: Now,
     pub sites: [Site; 2],
-    wire: Wire,
+    /// Site 0 is at its end 0.
+    pair: Pair,
     /// Stanzas that the servers still want to write: interleaved copies.
     to_say: [VecDeque<Bytes>; 2],
     numbers: u64,
@@ -174,7 +137,7 @@ fn settings(name: char, other: char, faults: Faults, random: &mut Random) -> Set
 }
 
 impl Site {
-    fn new(name: char, other: char, faults: Faults, random: &mut Random, now: Now) -> Self {
+    fn new(name: char, other: char, faults: Faults, random: &mut Random, now: Now) -> (Self, End) {
         let settings = settings(name, other, faults, random);
         let mut disk = Model::new(Epoch(random.next()));
         if faults.forged && name == 'a' {
@@ -189,21 +152,18 @@ impl Site {
             disk.apply(Batch { number: 1, changes });
             disk.commit(1);
         }
-        Self {
-            name,
-            relay: Relay::new(settings.clone(), &disk.opening(), now),
-            window: settings.collapse_window,
-            settings,
-            disk,
-            jobs: VecDeque::new(),
-            empty_read: None,
-            unaccepted: BTreeMap::new(),
-            leg: 1,
-            leg_count: 0,
-            lanes: BTreeMap::new(),
+        let stanza_bytes_max = faults.oversize.then_some(2000);
+        let manner = Manner {
             // A server without acks does not say which stanza it refused: what is behind it in the kernel is TCP's.
             acks: faults.poison || random.one_in(2),
-            stanza_bytes_max: faults.oversize.then_some(2000),
+            stanza_bytes_max,
+            is_poison: said::is_poison,
+        };
+        let site = Self {
+            name,
+            window: settings.collapse_window,
+            unaccepted: BTreeMap::new(),
+            stanza_bytes_max,
             rooms: (0..2).map(|_| 1 + random.below(31)).collect(),
             accepted: Vec::new(),
             refused: Vec::new(),
@@ -217,7 +177,8 @@ impl Site {
             in_doubt: 0,
             dropped: BTreeMap::new(),
             group_opened: BTreeMap::new(),
-        }
+        };
+        (site, End::new(settings, disk, manner, now))
     }
 
     pub fn is_over_limit(&self, copy: &Copy) -> bool {
@@ -225,17 +186,12 @@ impl Site {
     }
 
     /// What the relay has counted outlives it.
-    pub fn keep_counts(&mut self) {
-        let stats = self.relay.stats();
+    fn keep_counts(&mut self, stats: &RelayStats) {
         self.casts += stats.casts;
         self.in_doubt += stats.in_doubt;
         for drop in Drop::ALL {
             *self.dropped.entry(drop).or_default() += stats.dropped_total(drop);
         }
-    }
-
-    fn is_idle(&self) -> bool {
-        self.jobs.is_empty() && self.relay.is_quiet() && self.unaccepted.is_empty()
     }
 }
 
@@ -258,16 +214,14 @@ impl World {
             mono: Mono::from_start(Duration::ZERO),
             wall: Wall(1_800_000_000_000),
         };
-        let sites = [
-            Site::new('a', 'b', faults, &mut random, now),
-            Site::new('b', 'a', faults, &mut random, now),
-        ];
+        let (a, end_a) = Site::new('a', 'b', faults, &mut random, now);
+        let (b, end_b) = Site::new('b', 'a', faults, &mut random, now);
         Self {
             random,
             faults,
             now,
-            sites,
-            wire: Wire::default(),
+            sites: [a, b],
+            pair: Pair::new([end_a, end_b]),
             to_say: [VecDeque::new(), VecDeque::new()],
             numbers: 0,
             ends: [0; 2],
@@ -284,8 +238,8 @@ impl World {
             }
         }
         self.rest();
-        for site in &mut self.sites {
-            site.keep_counts();
+        for (site, end) in self.sites.iter_mut().zip(&self.pair.ends) {
+            site.keep_counts(end.relay.stats());
         }
     }
 
@@ -307,15 +261,14 @@ impl World {
             14..=16 if !self.faults.small_queues || self.random.one_in(8) => drop(self.read_lanes(site, false)),
             17 => self.pass(40),
             18..=19 => {
-                if self.wire.take_up(site) {
-                    self.handle(site, Input::LinkUp);
-                } else if !self.wire.is_up() || self.faults.link && self.random.one_in(4) {
-                    self.wire.dial();
+                let wanted = !self.pair.wire.is_up() || self.faults.link && self.random.one_in(4);
+                if !self.take_up(site) && wanted {
+                    self.pair.wire.dial();
                 }
             }
             20 if self.faults.link && self.random.one_in(4) => {
                 self.tally.cuts += 1;
-                self.wire.cut();
+                self.pair.wire.cut();
             }
             21 if self.faults.lanes && self.random.one_in(2) => self.break_lane(site),
             22 if self.faults.kills && self.random.one_in(5) => self.kill(site),
@@ -348,8 +301,8 @@ impl World {
             if self.random.one_in(3) {
                 continue;
             }
-            if !self.wire.is_up() {
-                self.wire.dial();
+            if !self.pair.wire.is_up() {
+                self.pair.wire.dial();
             }
             self.come_to_a_stop();
             self.pass_until(due);
@@ -366,19 +319,19 @@ impl World {
     /// moment that a relay has asked for.
     pub fn rest(&mut self) {
         let begun = self.now.mono;
-        if !self.wire.is_up() {
-            self.wire.dial();
+        if !self.pair.wire.is_up() {
+            self.pair.wire.dial();
         }
         loop {
             self.come_to_a_stop();
-            let idle = self.sites.iter().all(Site::is_idle);
-            if idle {
+            let accepted = self.sites.iter().all(|site| site.unaccepted.is_empty());
+            if accepted && self.pair.ends.iter().all(End::is_idle) {
                 assert!(self.is_delivered(), "idle, but not delivered: {}", self.unrest());
                 return;
             }
-            let deadline = self.sites.iter().filter_map(|site| site.relay.poll_timeout()).min();
+            let deadline = self.pair.ends.iter().filter_map(|end| end.relay.poll_timeout()).min();
             let at = match deadline {
-                Some(deadline) if self.wire.is_up() => deadline.at,
+                Some(deadline) if self.pair.wire.is_up() => deadline.at,
                 _ => {
                     let redial = self.now.mono + REDIAL;
                     deadline.map_or(redial, |deadline| deadline.at.min(redial))
@@ -397,8 +350,8 @@ impl World {
                 self.unrest()
             );
             self.pass_until(at);
-            if !self.wire.is_up() {
-                self.wire.dial();
+            if !self.pair.wire.is_up() {
+                self.pair.wire.dial();
             }
         }
     }
@@ -413,10 +366,7 @@ impl World {
                 // Also before the disk: so that what it finishes must wake the link by itself.
                 done |= self.carry(site);
                 done |= self.finish_disk(site);
-                if self.wire.take_up(site) {
-                    self.handle(site, Input::LinkUp);
-                    done = true;
-                }
+                done |= self.take_up(site);
                 done |= self.carry(site);
                 done |= self.read_lanes(site, true);
             }
@@ -428,35 +378,17 @@ impl World {
 
     /// Whether everything that was accepted is with the servers.
     fn is_delivered(&self) -> bool {
-        (0..2).all(|site| {
-            self.to_say[site].is_empty()
-                && self.sites[site].unaccepted.is_empty()
-                && self.sites[site].relay.is_delivered()
-                && self.sites[site].disk.opening().levels.inbox_entries == 0
-                && self.crossed(site)
-        })
-    }
-
-    /// Whether what this site's spool holds is with the other.
-    fn crossed(&self, site: usize) -> bool {
-        let (here, there) = (self.sites[site].disk.opening(), self.sites[1 - site].disk.opening());
-        here.spool_first.is_none() || there.received.epoch == here.epoch && there.received.upto >= here.spool_last
+        (0..2).all(|site| self.to_say[site].is_empty() && self.sites[site].unaccepted.is_empty())
+            && self.pair.is_delivered()
     }
 
     fn unrest(&self) -> String {
-        let site = |site: &Site| {
-            format!(
-                "{}: {:?}, {:?}, {} unaccepted, lanes {:?}, settled {}, linked {}; ",
-                site.name,
-                site.relay.levels(),
-                site.relay.stats(),
-                site.unaccepted.len(),
-                site.relay.lanes_up(),
-                site.relay.is_settled(),
-                site.relay.is_linked(),
-            )
-        };
-        self.sites.iter().map(site).collect()
+        let unaccepted = self.sites.iter().map(|site| site.unaccepted.len());
+        format!(
+            "{:?} unaccepted; {}",
+            unaccepted.collect::<Vec<_>>(),
+            self.pair.unrest()
+        )
     }
 
     /// A server decides to tell something to some far users.
@@ -484,44 +416,33 @@ impl World {
             return false;
         };
         let copy = Copy::read(&bytes);
-        let site = &mut self.sites[index];
-        site.leg_count += 1;
-        let (leg, n) = (LegId(site.leg), site.leg_count);
         self.tally.copies += 1;
         let pair = DomainPair {
             local: domain(domain_of(&copy.flow)),
             far: domain(domain_of(&copy.to)),
         };
         let stanza = Stanza::parse(bytes).expect("a stanza");
-        let refused_before = site.relay.stats().refused;
-        site.relay.handle(Input::Stanza { leg, n, pair, stanza }, self.now);
-        let refused = site.relay.stats().refused > refused_before;
+        let refused = |pair: &Pair| pair.ends[index].relay.stats().refused;
+        let refused_before = refused(&self.pair);
+        let place = self.pair.write(index, pair, stanza, self.now);
+        let refused = refused(&self.pair) > refused_before;
+        let site = &mut self.sites[index];
         if !refused {
             site.note_cast(&copy, self.now.mono);
         }
-        site.unaccepted.insert((leg, n), (copy, refused));
-        self.drain(index);
+        site.unaccepted.insert(place, (copy, refused));
+        self.notice();
         true
     }
 
     fn finish_disk(&mut self, index: usize) -> bool {
-        let site = &mut self.sites[index];
-        match site.jobs.pop_front() {
-            None => return false,
-            Some(Job::Read(read)) => self.handle(index, read),
-            Some(Job::Commit(batch)) => self.finish_commit(index, &batch),
-        }
-        true
+        let done = self.pair.finish_disk(index, self.now, &mut self.random);
+        self.notice();
+        done
     }
 
-    fn finish_commit(&mut self, index: usize, batch: &Batch) {
-        let site = &mut self.sites[index];
-        // What only trims may be answered before it is on disk, and come undone.
-        if batch.matters() || self.random.one_in(2) {
-            site.disk.commit(batch.number);
-        }
-        let levels = site.disk.opening().levels;
-        let limits = &site.settings;
+    fn check_levels(&self, index: usize, levels: Levels) {
+        let limits = &self.pair.ends[index].settings;
         // Answers to what the server does not take come instead of what was in the inbox.
         let answers = u64::from(self.faults.poison || self.faults.oversize) * 1000;
         assert!(
@@ -541,117 +462,29 @@ impl World {
             levels.inbox_bytes <= limits.queue_bytes_max + 8000,
             "the inbox is over its limit"
         );
-        let batch = batch.number;
-        self.handle(index, Input::Committed { batch, levels });
     }
 
-    /// Lets the socket take something, and some of what is under way arrive.
+    fn take_up(&mut self, index: usize) -> bool {
+        let done = self.pair.take_up(index, self.now);
+        self.notice();
+        done
+    }
+
     fn carry(&mut self, index: usize) -> bool {
-        let mut done = false;
-        if self.wire.is_held(index)
-            && self.wire.has_room(index)
-            && self.sites[index].relay.wants_transmit()
-            && let Some(bytes) = self.sites[index].relay.poll_transmit(self.now)
-        {
-            self.wire.write(index, bytes);
-            done = true;
-        }
-        self.drain(index);
-        if let Some(pipe) = self.wire.incoming(index)
-            && let Some(mut bytes) = pipe.pop_front()
-        {
-            let all = bytes.len() as u64;
-            let cut = if self.random.one_in(4) {
-                self.random.below(all + 1)
-            } else {
-                all
-            } as usize;
-            let first = bytes.split_to(cut);
-            if !bytes.is_empty() {
-                pipe.push_front(bytes);
-            }
-            self.handle(index, Input::LinkBytes(first));
-            done = true;
-        }
-        if self.wire.is_over(index) {
-            self.wire.leave(index);
-            self.handle(index, Input::LinkDown);
-            done = true;
-        }
+        let done = self.pair.carry(index, self.now, &mut self.random);
+        self.notice();
         done
     }
 
-    /// The server reads what lanes have brought, all of it or some, and acknowledges it.
     fn read_lanes(&mut self, index: usize, all: bool) -> bool {
-        let mut done = false;
-        let keys: Vec<LaneKey> = self.sites[index].lanes.keys().cloned().collect();
-        for lane in keys {
-            let site = &mut self.sites[index];
-            let (acks, stanza_bytes_max) = (site.acks, site.stanza_bytes_max);
-            let Some(end) = site.lanes.get_mut(&lane) else { continue };
-            let life = end.life;
-            if !end.up {
-                end.up = true;
-                let up = Input::LaneUp {
-                    lane,
-                    life,
-                    acks,
-                    stanza_bytes_max,
-                };
-                self.handle(index, up);
-                done = true;
-                continue;
-            }
-            let some = if all { u64::MAX } else { self.random.below(8) };
-            let mut poisoned = false;
-            for _ in 0..some {
-                let Some(bytes) = end.written.pop_front() else { break };
-                let copy = Copy::read(&bytes);
-                if copy.is_poison() {
-                    poisoned = true;
-                    break;
-                }
-                end.read += 1;
-                site.heard.push(copy);
-            }
-            let stanzas = end.confirmed();
-            if stanzas > end.told && (all || poisoned || self.random.one_in(2)) {
-                end.told = stanzas;
-                let lane = lane.clone();
-                self.handle(index, Input::LaneConfirmed { lane, life, stanzas });
-                done = true;
-            }
-            if poisoned {
-                self.tally.refusals += 1;
-                self.sites[index].lanes.remove(&lane);
-                let fault = LaneFault::Refused;
-                self.handle(index, Input::LaneDown { lane, life, fault });
-                done = true;
-            }
-        }
+        let done = self.pair.read_lanes(index, all, self.now, &mut self.random);
+        self.notice();
         done
     }
 
-    /// The server closes a lane in good order: what it has read it has acknowledged, if it does that at all; the rest is not read.
-    /// A server without acks is given until it has read what the kernel took, because what is lost there nobody can know.
     fn break_lane(&mut self, index: usize) {
-        let site = &mut self.sites[index];
-        let pick = self.random.below(site.lanes.len().max(1) as u64) as usize;
-        let Some(lane) = site.lanes.keys().nth(pick).cloned() else {
-            return;
-        };
-        let mut end = site.lanes.remove(&lane).expect("picked from the keys");
-        let (life, stanzas) = (end.life, end.confirmed());
-        if !end.acks {
-            site.heard.extend(end.written.drain(..).map(|bytes| Copy::read(&bytes)));
-        }
-        self.tally.lane_breaks += 1;
-        if end.up {
-            let lane = lane.clone();
-            self.handle(index, Input::LaneConfirmed { lane, life, stanzas });
-        }
-        let fault = LaneFault::Gone;
-        self.handle(index, Input::LaneDown { lane, life, fault });
+        self.tally.lane_breaks += u64::from(self.pair.break_lane(index, self.now, &mut self.random));
+        self.notice();
     }
 
     /// kill -9, in the midst of a write to disk: of the unfinished batches some are on disk, whole, in order. The next life may end
@@ -659,7 +492,6 @@ impl World {
     fn kill(&mut self, index: usize) {
         loop {
             self.tally.kills += 1;
-            self.wire.leave(index);
             self.end_process(index);
             self.start_process(index);
             if !self.random.one_in(3) {
@@ -671,46 +503,29 @@ impl World {
 
     /// What is left when a process is no more.
     fn end_process(&mut self, index: usize) {
+        self.pair.end_process(index, &mut self.random);
+        self.notice();
         let site = &mut self.sites[index];
-        let finished = self.random.below(site.jobs.len() as u64 + 1) as usize;
-        for job in site.jobs.drain(..).take(finished) {
-            if let Job::Commit(batch) = job {
-                site.disk.commit(batch.number);
-            }
-        }
-        site.disk.crash();
-        // The kernel still delivers what was written before.
-        for (_, end) in std::mem::take(&mut site.lanes) {
-            for copy in end.written.iter().map(Copy::read) {
-                // The server closes the stream here. What is behind it is marked, and will be missed.
-                if copy.is_poison() {
-                    break;
-                }
-                site.heard.push(copy);
-            }
-        }
         let lost = std::mem::take(&mut site.unaccepted).into_values();
         site.abandoned
             .extend(lost.filter(|(_, refused)| !refused).map(|(copy, _)| copy));
         let heard: BTreeSet<&Copy> = site.heard.iter().collect();
         // What is too large is marked in the batch with its answer: there is no doubt about it.
-        let doubtful = said::marked(&site.disk)
-            .into_iter()
+        let marked = self.pair.ends[index].marked();
+        let doubtful = marked
+            .iter()
+            .map(Copy::read)
             .filter(|copy| !heard.contains(copy) && !site.is_over_limit(copy));
         site.doubtful.extend(doubtful.collect::<Vec<_>>());
     }
 
     fn start_process(&mut self, index: usize) {
         let site = &mut self.sites[index];
-        // A server without XEP-0198 does not know what it lost; the rest it still has to say goes to a new stream.
-        site.leg += 1;
-        site.leg_count = 0;
         site.group_opened.clear();
-        site.keep_counts();
-        site.relay = Relay::new(site.settings.clone(), &site.disk.opening(), self.now);
-        site.empty_read = None;
+        site.keep_counts(self.pair.ends[index].relay.stats());
         self.ends[index] += 1;
-        self.drain(index);
+        self.pair.start_process(index, self.now);
+        self.notice();
     }
 
     /// SIGTERM: everything that has come in is on disk, everything that is with a lane is confirmed, then the process ends.
@@ -720,30 +535,18 @@ impl World {
         for round in 0.. {
             assert!(round < 10_000, "does not drain: {}", self.unrest());
             let done = self.finish_disk(index) | self.read_lanes(index, true);
-            if self.sites[index].relay.is_settled() && self.sites[index].relay.lanes_up().1 == 0 {
+            let relay = &self.pair.ends[index].relay;
+            if relay.is_settled() && relay.lanes_up().1 == 0 {
                 break;
             }
             assert!(done, "does not drain: {}", self.unrest());
             self.pass(2);
         }
-        let site = &mut self.sites[index];
-        assert!(site.unaccepted.is_empty(), "drained, but not accepted");
-        site.relay.say_goodbye();
-        while self.wire.is_held(index)
-            && self.sites[index].relay.wants_transmit()
-            && let Some(bytes) = self.sites[index].relay.poll_transmit(self.now)
-        {
-            self.wire.write(index, bytes);
-        }
-        self.drain(index);
-        self.wire.leave(index);
+        assert!(self.sites[index].unaccepted.is_empty(), "drained, but not accepted");
+        self.pair.say_goodbye(index, self.now);
+        self.pair.finish_commits(index);
+        self.notice();
         let before = self.sites[index].doubtful.clone();
-        let site = &mut self.sites[index];
-        for job in site.jobs.drain(..) {
-            if let Job::Commit(batch) = job {
-                site.disk.commit(batch.number);
-            }
-        }
         self.end_process(index);
         assert_eq!(before, self.sites[index].doubtful, "in doubt after a drain");
         self.start_process(index);
@@ -752,8 +555,7 @@ impl World {
     /// The process is killed, and its disk is gone with all that was on it.
     fn replace_disk(&mut self, index: usize) {
         self.tally.disks_replaced += 1;
-        self.wire.leave(index);
-        let (here, there) = (&self.sites[index], &self.sites[1 - index]);
+        let (here, there) = (&self.pair.ends[index], &self.pair.ends[1 - index]);
         let (old, other) = (here.disk.opening(), there.disk.opening());
         let crossed =
             |to: &narrows::codec::position::Received, epoch: Epoch, seq: Seq| to.epoch == epoch && to.contains(seq);
@@ -775,7 +577,7 @@ impl World {
         }
         self.sites[index].gone_with_disk.extend(lost_inbox);
         self.sites[1 - index].gone_with_disk.extend(lost_spool);
-        self.sites[index].disk = Model::new(Epoch(self.random.next()));
+        self.pair.replace_disk(index, Epoch(self.random.next()));
         self.start_process(index);
     }
 
@@ -786,110 +588,38 @@ impl World {
     }
 
     fn pass_until(&mut self, until: Mono) {
-        let before = self.now.mono;
-        loop {
-            let due = (0..2)
-                .filter_map(|index| Some((self.sites[index].relay.poll_timeout()?, index)))
-                .filter(|(deadline, _)| deadline.at <= until)
-                .min();
-            let Some((deadline, index)) = due else { break };
-            self.now.mono = self.now.mono.max(deadline.at);
-            self.handle(index, Input::Timeout);
-            let next = self.sites[index].relay.poll_timeout();
-            assert_ne!(next, Some(deadline), "a timeout must do something");
-        }
-        self.now.mono = self.now.mono.max(until);
-        self.now.wall = Wall(self.now.wall.0 + self.now.mono.since(before).as_millis() as u64);
+        pair::pass_until(std::slice::from_mut(&mut self.pair), &mut self.now, until);
+        self.notice();
     }
 
     fn handle(&mut self, index: usize, input: Input) {
-        self.sites[index].relay.handle(input, self.now);
-        self.drain(index);
+        self.pair.handle(index, input, self.now);
+        self.notice();
     }
 
-    fn drain(&mut self, index: usize) {
-        while let Some(output) = self.sites[index].relay.poll_output() {
-            self.carry_out(index, output);
-        }
-    }
-
-    fn carry_out(&mut self, index: usize, output: Output) {
-        let [a, b] = &mut self.sites;
-        let (site, other) = if index == 0 { (a, b) } else { (b, a) };
-        match output {
-            Output::Commit(batch) => {
-                for change in &batch.changes {
-                    if let Change::PutInbox { entry, .. } = change {
-                        other.assert_accepted(entry);
+    /// Takes note of what has happened.
+    fn notice(&mut self) {
+        while let Some((index, event)) = self.pair.events.pop_front() {
+            let [a, b] = &mut self.sites;
+            let (site, other) = if index == 0 { (a, b) } else { (b, a) };
+            match event {
+                Event::Accepted(leg, n) => {
+                    let known = site.unaccepted.remove(&(leg, n));
+                    let (copy, refused) = known.expect("accepted once, and only what was written");
+                    if refused {
+                        site.refused.push(copy);
+                    } else {
+                        site.accepted.push(copy);
                     }
                 }
-                site.disk.apply(batch.clone());
-                site.jobs.push_back(Job::Commit(batch));
-            }
-            Output::ReadSpool {
-                from,
-                entries_max,
-                bytes_max,
-            } => {
-                let (slots, end) = site.disk.read_spool(from, entries_max.min(3), bytes_max);
-                if slots.is_empty() {
-                    assert_ne!(site.empty_read, Some(from), "nothing is read, again and again");
-                    site.empty_read = Some(from);
-                } else {
-                    site.empty_read = None;
-                }
-                site.jobs.push_back(Job::Read(Input::SpoolRead { slots, end }));
-            }
-            Output::ReadInbox {
-                from,
-                entries_max,
-                bytes_max,
-            } => {
-                let (slots, end) = site.disk.read_inbox(from, entries_max.min(3), bytes_max);
-                site.jobs.push_back(Job::Read(Input::InboxRead { slots, end }));
-            }
-            Output::Accepted { leg, n } => {
-                let known = site.unaccepted.remove(&(leg, n));
-                let (copy, refused) = known.expect("accepted once, and only what was written");
-                if refused {
-                    site.refused.push(copy);
-                } else {
-                    site.accepted.push(copy);
-                }
-            }
-            Output::OpenLane { lane, life } => {
-                let end = LaneEnd {
-                    life,
-                    up: false,
-                    acks: site.acks,
-                    written: VecDeque::new(),
-                    read: 0,
-                    told: 0,
-                };
-                assert!(
-                    site.lanes.insert(lane, end).is_none(),
-                    "one stream for a lane at a time"
-                );
-            }
-            Output::WriteLane {
-                lane, life, stanzas, ..
-            } => {
-                if let Some(end) = site.lanes.get_mut(&lane)
-                    && end.life == life
-                {
-                    assert!(end.up);
-                    end.written.extend(stanzas);
-                }
-            }
-            Output::LinkQuiet(_) => {}
-            Output::CloseLink(why) => {
-                match why {
-                    LinkClose::InboxFull => self.tally.inbox_full += 1,
-                    LinkClose::Goodbye(_) => assert!(self.faults.drains, "nobody said goodbye"),
-                    LinkClose::Error(LinkError::PeerSilent { .. }) => self.tally.silences += 1,
-                    LinkClose::Error(error) => panic!("site {}: {error}", site.name),
-                }
-                self.wire.leave(index);
+                Event::Stored(entry) => other.assert_accepted(&entry),
+                Event::Committed(levels) => self.check_levels(index, levels),
+                Event::Heard(bytes) => site.heard.push(Copy::read(&bytes)),
+                Event::Refused => self.tally.refusals += 1,
+                Event::Closed(LinkClose::InboxFull) => self.tally.inbox_full += 1,
+                Event::Closed(LinkClose::Goodbye(_)) => assert!(self.faults.drains, "nobody said goodbye"),
+                Event::Closed(LinkClose::Error(LinkError::PeerSilent { .. })) => self.tally.silences += 1,
+                Event::Closed(LinkClose::Error(error)) => panic!("site {}: {error}", site.name),
             }
         }
     }

@@ -1,0 +1,633 @@
+//! What the promises say of rooms, once everything has come to rest.
+//!
+//! Two kinds of checks stand side by side. The strict one compares what one server wrote with what the other read, byte for byte, for
+//! each flow and recipient; what a mirror may make different is let through by name, see [`Declared`]. The others hold whatever is
+//! declared: they look at what users have been shown and told.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use bytes::Bytes;
+use narrows::stanza::{bare, domain_of, resource_of};
+
+use super::{
+    client::{Client, View},
+    room::Room,
+    world::{Faults, Way, World, may_be_forgotten},
+    xml::{self, attribute, child, elements, has_status, inner, muc_user, name},
+};
+
+/// The differences from a direct stream that the design declares (its §7), each to be switched on by itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Declared {
+    /// What waited long carries a `<delay/>` that its server did not write.
+    pub delay: bool,
+    /// During a split far occupants are shown as gone (333) or away, and afterwards as they are then, not all that they were meanwhile;
+    /// rooms are told the same of the peer's users.
+    pub shows: bool,
+    /// Words are heard near by before the room has reflected them, without the room's `stanza-id`; the reflection is swallowed.
+    pub echo: bool,
+    /// Self-pings, pings and disco are answered near by, and do not cross; and each end asks its own server.
+    pub near: bool,
+    /// During a split what only the room can grant is refused near by, and does not cross.
+    pub refused: bool,
+    /// A session that its room no longer has, because something was lost with a process, is told so by the mirror.
+    pub truth: bool,
+}
+
+impl Declared {
+    pub fn of(faults: Faults) -> Self {
+        Self {
+            delay: faults.mirror,
+            shows: faults.mirror,
+            echo: faults.mirror,
+            near: faults.mirror,
+            refused: faults.mirror,
+            truth: faults.mirror && faults.kills,
+        }
+    }
+
+    /// Whether what was read may be what was written.
+    fn is_same(self, sent: &Bytes, heard: &Bytes) -> bool {
+        sent == heard || self.delay && xml::text(sent) == without_delay(xml::text(heard))
+    }
+
+    fn may_be_missing(self, sent: &Bytes) -> bool {
+        let stanza = xml::text(sent);
+        self.near && (is_near_question(stanza) || is_answer(stanza))
+            || self.echo && is_words(stanza)
+            || self.shows && is_show(stanza)
+            || self.refused && is_request(stanza)
+    }
+
+    fn may_be_extra(self, heard: &Bytes) -> bool {
+        let stanza = xml::text(heard);
+        self.near && (is_near_question(stanza) || is_answer(stanza))
+            || self.echo && is_words(stanza)
+            || self.shows && is_show(stanza)
+            || self.refused && is_refusal(stanza)
+            || self.truth && muc_user(stanza).is_some_and(|x| has_status(x, "110") && has_status(x, "333"))
+    }
+}
+
+/// Without a `<delay/>` that another than a room has added: a room's tells how old a line of history is.
+fn without_delay(stanza: &str) -> String {
+    let room = attribute(stanza, "from").map(bare).unwrap_or_default();
+    match child(stanza, "delay") {
+        Some(delay) if attribute(delay, "from") != Some(room) => stanza.replacen(delay, "", 1),
+        Some(_) | None => stanza.to_owned(),
+    }
+}
+
+fn is_near_question(stanza: &str) -> bool {
+    let asks = name(stanza) == "iq" && attribute(stanza, "type") == Some("get");
+    asks && ["<ping ", "disco#info", "disco#items"]
+        .iter()
+        .any(|what| stanza.contains(what))
+}
+
+fn is_answer(stanza: &str) -> bool {
+    name(stanza) == "iq" && matches!(attribute(stanza, "type"), Some("result" | "error"))
+}
+
+/// Plain words to everybody in a room, as its occupants hear them now.
+fn is_words(stanza: &str) -> bool {
+    let delayed = child(stanza, "delay").is_some();
+    attribute(stanza, "type") == Some("groupchat") && child(stanza, "body").is_some() && !delayed
+}
+
+/// Who is there and how, as a room tells it or is told.
+fn is_show(stanza: &str) -> bool {
+    let is_for_room = attribute(stanza, "to").is_some_and(|to| domain_of(to).starts_with("conference."));
+    // That one is out oneself is never a show.
+    let stanza_type = attribute(stanza, "type");
+    let is_shown = muc_user(stanza).is_some_and(|x| stanza_type.is_none() || !has_status(x, "110"));
+    name(stanza) == "presence" && stanza_type != Some("error") && (is_for_room || is_shown)
+}
+
+/// What a client wants of a room beside being heard.
+fn is_request(stanza: &str) -> bool {
+    match name(stanza) {
+        "presence" => attribute(stanza, "type").is_none(),
+        "iq" => matches!(attribute(stanza, "type"), Some("get" | "set")),
+        _ => child(stanza, "body").is_none(),
+    }
+}
+
+fn is_refusal(stanza: &str) -> bool {
+    attribute(stanza, "type") == Some("error")
+}
+
+/// What happened, so that a run which tested nothing is noticed.
+#[derive(Clone, Debug, Default)]
+pub struct Tally {
+    pub acts: u64,
+    pub delivered: u64,
+    pub copies: u64,
+    pub casts: u64,
+    pub cuts: u64,
+    pub lane_breaks: u64,
+    pub kills: u64,
+    pub restarts: u64,
+    pub vanished: u64,
+    pub expelled: u64,
+    pub occupants: u64,
+    pub rosters: u64,
+    pub answers: u64,
+    pub lost: u64,
+    /// What rooms said at least once to somebody far.
+    pub said: BTreeSet<&'static str>,
+}
+
+/// What rooms have to say, and how it is known.
+const SAYINGS: [(&str, &str); 26] = [
+    ("new room", "<status code='201'/>"),
+    ("addresses are shown", "<status code='100'/>"),
+    ("configuration", "<status code='104'/>"),
+    ("no longer anonymous", "<status code='172'/>"),
+    ("anonymous", "<status code='173'/>"),
+    ("ban", "<status code='301'/>"),
+    ("new nick", "<status code='303'/>"),
+    ("kick", "<status code='307'/>"),
+    ("no longer a member", "<status code='321'/>"),
+    ("members only", "<status code='322'/>"),
+    ("shutdown", "<status code='332'/>"),
+    ("destroyed", "<destroy>"),
+    ("history", "<delay "),
+    ("subject", "<subject>"),
+    ("archived", "<stanza-id "),
+    ("a moderator", "role='moderator'"),
+    ("a visitor", "role='visitor'"),
+    ("private message", "type='chat'"),
+    ("invitation", "<invite "),
+    ("request for voice", "<title>Voice request"),
+    ("relayed question", "jabber:iq:version"),
+    ("disco", "<identity "),
+    ("nick is taken", "<conflict "),
+    ("may not", "<forbidden "),
+    ("password", "<not-authorized "),
+    ("not a member", "<registration-required "),
+];
+
+impl Tally {
+    fn fields(&mut self) -> [&mut u64; 14] {
+        [
+            &mut self.acts,
+            &mut self.delivered,
+            &mut self.copies,
+            &mut self.casts,
+            &mut self.cuts,
+            &mut self.lane_breaks,
+            &mut self.kills,
+            &mut self.restarts,
+            &mut self.vanished,
+            &mut self.expelled,
+            &mut self.occupants,
+            &mut self.rosters,
+            &mut self.answers,
+            &mut self.lost,
+        ]
+    }
+
+    pub fn add(&mut self, mut other: Self) {
+        self.said.append(&mut other.said);
+        for (sum, more) in self.fields().into_iter().zip(other.fields()) {
+            *sum += *more;
+        }
+    }
+
+    /// Every fault that the worlds were to have happened in some of them, and no other.
+    pub fn assert_covers(&self, faults: Faults) {
+        assert!(self.copies > self.casts, "too little was shared");
+        assert!(self.rosters > 0 && self.answers > 0, "nobody was in a room");
+        for (what, count, expected) in [
+            ("cuts", self.cuts, faults.cuts || faults.flaps),
+            ("lane breaks", self.lane_breaks, faults.lanes),
+            ("kills", self.kills, faults.kills),
+            ("restarts", self.restarts, faults.restarts),
+            ("vanished", self.vanished, faults.vanishing),
+            ("lost", self.lost, faults.kills),
+        ] {
+            assert_eq!(count > 0, expected, "{what}: {count}");
+        }
+        // A leave that was lost makes a ghost.
+        assert!(self.expelled > 0 || !faults.vanishing);
+        assert!(self.expelled == 0 || faults.vanishing || faults.kills);
+        // A plain run may go without the rarer ones.
+        let expected = |what: &str| what != "shutdown" || faults.restarts;
+        let unsaid: Vec<&str> = SAYINGS
+            .into_iter()
+            .map(|(what, _)| what)
+            .filter(|what| expected(what) && !self.said.contains(what))
+            .collect();
+        let unsaid_max = if self.acts > 100_000 { 0 } else { 8 };
+        assert!(unsaid.len() <= unsaid_max, "never said: {unsaid:?}");
+    }
+}
+
+/// A room and a session between whom something was lost that may be.
+type Lost = BTreeSet<(String, String)>;
+
+impl World {
+    /// Holds what everybody was told and shown against what the rooms said and hold.
+    pub fn check(&mut self) {
+        let declared = Declared::of(self.faults);
+        let mut lost = Lost::new();
+        for way in self.ways.iter().flatten() {
+            check_way(way, declared, &mut lost);
+            check_real_addresses(way);
+            for (what, form) in SAYINGS {
+                let is_said = || way.sent.iter().any(|sent| xml::text(&sent.bytes).contains(form));
+                if !self.tally.said.contains(what) && is_said() {
+                    self.tally.said.insert(what);
+                }
+            }
+            assert!(
+                way.casts <= way.casts_due,
+                "P2: {} casts, {} would have done",
+                way.casts,
+                way.casts_due
+            );
+            self.tally.casts += way.casts;
+        }
+        assert!(self.faults.kills || lost.is_empty());
+        self.tally.lost += lost.len() as u64;
+        self.check_rooms(&lost);
+        self.check_clients(&lost);
+    }
+
+    fn check_rooms(&mut self, lost: &Lost) {
+        for server in &self.servers {
+            for room in server.rooms.values() {
+                let is_lost = |jid: &str| lost.contains(&(room.jid.clone(), jid.to_owned()));
+                for jid in &room.expelled {
+                    let vanished = self.vanished.contains(jid);
+                    assert!(vanished || is_lost(jid), "P5: {jid} fell out of {}", room.jid);
+                    self.tally.expelled += 1;
+                }
+                for (nick, occupant) in &room.occupants {
+                    for jid in &occupant.sessions {
+                        self.tally.occupants += 1;
+                        let client = self.clients.iter().find(|client| client.jid == *jid);
+                        let view = client.and_then(|client| Some(&client.stays.get(&room.jid)?.view));
+                        let knows = view.is_some_and(|view| view.inside.as_ref() == Some(nick));
+                        assert!(
+                            knows || is_lost(jid),
+                            "{jid} does not know that it is in {} as {nick}: {view:?} {}",
+                            room.jid,
+                            self.transcript(&room.jid, jid)
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    fn check_clients(&mut self, lost: &Lost) {
+        let rooms: BTreeMap<&str, (usize, &Room)> = self
+            .servers
+            .iter()
+            .enumerate()
+            .flat_map(|(site, server)| server.rooms.values().map(move |room| (room.jid.as_str(), (site, room))))
+            .collect();
+        for client in self.clients.iter().chain(&self.gone) {
+            for room in &client.rejoins {
+                let is_lost = lost.contains(&(room.clone(), client.jid.clone()));
+                assert!(is_lost, "P5: {} had to enter {room} again", client.jid);
+            }
+        }
+        for client in &self.clients {
+            let is_lost = |room: &str| lost.contains(&(room.to_owned(), client.jid.clone()));
+            for (room, stay) in client.stays.iter().filter(|(room, _)| !is_lost(room)) {
+                assert!(stay.asked.is_none(), "{} still waits before {room}", client.jid);
+                let (site, room) = rooms[room.as_str()];
+                assert_eq!(
+                    stay.view.inside.as_deref(),
+                    room.nick_of(&client.jid),
+                    "{} in {}",
+                    client.jid,
+                    room.jid
+                );
+                if stay.view.inside.is_some() {
+                    self.tally.rosters += 1;
+                    self.check_roster(client, &stay.view, room);
+                    let told = self.told(site, room, client);
+                    assert_eq!(stay.view, told, "{} was told otherwise by {}", client.jid, room.jid);
+                }
+            }
+            for (id, asked) in &client.asked {
+                assert!(asked.answers <= 1, "{} answers to {id}", asked.answers);
+                self.tally.answers += asked.answers;
+                let forgotten = may_be_forgotten(asked.question) && !self.restarted.is_empty();
+                let answered = asked.answers == 1 || forgotten || self.faults.kills;
+                assert!(answered, "nobody answered {id} to {}", asked.to);
+            }
+        }
+    }
+
+    /// Whoever is shown is there, and as they are; whoever is there is shown.
+    fn check_roster(&self, client: &Client, view: &View, room: &Room) {
+        // The server itself does not tell everybody everything.
+        if room.keeps_from_some {
+            return;
+        }
+        let whose = || {
+            let transcript = self.transcript(&room.jid, &client.jid);
+            format!("{}'s view of {}: {transcript}", client.jid, room.jid)
+        };
+        let shown: Vec<&String> = view.shown.keys().collect();
+        let there: Vec<&String> = room.occupants.keys().collect();
+        assert_eq!(shown, there, "{}", whose());
+        for (nick, shown) in &view.shown {
+            let occupant = &room.occupants[nick];
+            assert_eq!(shown.role, occupant.role.as_str(), "{nick} in {}", whose());
+            let show = format!("<x>{}</x>", occupant.presence.payload);
+            let show = child(&show, "show").map(inner).unwrap_or_default();
+            assert_eq!(shown.show, show, "{nick} in {}", whose());
+        }
+    }
+
+    /// What a far session and a room last heard of each other, for whoever must find out what went wrong.
+    fn transcript(&self, room: &str, jid: &str) -> String {
+        let mut lines = Vec::new();
+        for way in self.ways.iter().flatten() {
+            let of_both = |bytes: &&Bytes| {
+                let stanza = xml::text(bytes);
+                let of = |name| attribute(stanza, name).unwrap_or_default();
+                let (from, to) = (of("from"), of("to"));
+                bare(from) == room && to == jid || from == jid && bare(to) == room
+            };
+            let heard: Vec<&Bytes> = way.heard.iter().filter(of_both).collect();
+            let last = heard.len().saturating_sub(12);
+            lines.extend(heard[last..].iter().map(|bytes| format!("\n  {}", xml::text(bytes))));
+        }
+        lines.concat()
+    }
+
+    /// What the room has told a session, all in all.
+    fn told(&self, site: usize, room: &Room, client: &Client) -> View {
+        let mut told = View::default();
+        let mut see = |bytes: &Bytes| {
+            let stanza = xml::text(bytes);
+            let is_from = attribute(stanza, "from").map(bare) == Some(&room.jid);
+            if is_from && attribute(stanza, "to") == Some(&client.jid) {
+                told.see(stanza);
+            }
+        };
+        if site == client.site {
+            self.servers[site].local.iter().for_each(|(_, bytes)| see(bytes));
+        } else {
+            let (pair, end) = if site == 0 { (client.site - 1, 0) } else { (site - 1, 1) };
+            self.ways[pair][end].sent.iter().for_each(|sent| see(&sent.bytes));
+        }
+        told
+    }
+}
+
+/// What one sender wrote for one recipient, and whether it may be missing; and what was read.
+#[derive(Default)]
+struct Flow<'a> {
+    written: Vec<(&'a Bytes, bool)>,
+    read: Vec<&'a Bytes>,
+}
+
+/// P1, P3, P4, §5 rule 4: each recipient reads what was written to it, all of it, in order, and nothing else; words are heard once.
+fn check_way(way: &Way, declared: Declared, lost: &mut Lost) {
+    let key = |bytes: &Bytes| {
+        let stanza = xml::text(bytes);
+        let of = |name| attribute(stanza, name).unwrap_or_default();
+        (bare(of("from")).to_owned(), recipient(of("to")))
+    };
+    let mut flows: BTreeMap<(String, String), Flow<'_>> = BTreeMap::new();
+    for sent in &way.sent {
+        let written = (&sent.bytes, way.is_excused(sent));
+        flows.entry(key(&sent.bytes)).or_default().written.push(written);
+    }
+    for heard in &way.heard {
+        flows.entry(key(heard)).or_default().read.push(heard);
+    }
+    for ((from, to), Flow { written, read }) in flows {
+        let missing = match matching(&written, &read, declared) {
+            Some(missing) => missing,
+            None => panic!("from {from} to {to}: {}", difference(&written, &read, declared)),
+        };
+        for at in missing {
+            let stanza = xml::text(written[at].0);
+            // Either of them may be the room.
+            for (room, session) in [("from", "to"), ("to", "from")] {
+                let of = |name| attribute(stanza, name).unwrap_or_default();
+                lost.insert((bare(of(room)).to_owned(), of(session).to_owned()));
+            }
+        }
+        check_words(&written, &read);
+    }
+}
+
+/// Order is kept towards a session, or an account; a room hears a user in order, by whichever nick it is addressed.
+fn recipient(to: &str) -> String {
+    match domain_of(to).starts_with("conference.") {
+        true => bare(to).to_owned(),
+        false => to.to_owned(),
+    }
+}
+
+/// Which of what was written is missing, if what was read can be what was written but for what may be missing or added.
+fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> Option<Vec<usize>> {
+    if sent.len() == heard.len() && sent.iter().zip(heard).all(|((sent, _), heard)| sent == heard) {
+        return Some(Vec::new());
+    }
+    let may_skip = |at: usize| sent[at].1 || declared.may_be_missing(sent[at].0);
+    // From the end: whether the rest of one fits the rest of the other.
+    let mut fits = vec![vec![false; heard.len() + 1]; sent.len() + 1];
+    for i in (0..=sent.len()).rev() {
+        for j in (0..=heard.len()).rev() {
+            fits[i][j] = i == sent.len() && j == heard.len()
+                || i < sent.len() && may_skip(i) && fits[i + 1][j]
+                || j < heard.len() && declared.may_be_extra(heard[j]) && fits[i][j + 1]
+                || i < sent.len() && j < heard.len() && fits[i + 1][j + 1] && declared.is_same(sent[i].0, heard[j]);
+        }
+    }
+    if !fits[0][0] {
+        return None;
+    }
+    let (mut i, mut j, mut missing) = (0, 0, Vec::new());
+    while i < sent.len() || j < heard.len() {
+        if i < sent.len() && j < heard.len() && fits[i + 1][j + 1] && declared.is_same(sent[i].0, heard[j]) {
+            (i, j) = (i + 1, j + 1);
+        } else if j < heard.len() && declared.may_be_extra(heard[j]) && fits[i][j + 1] {
+            j += 1;
+        } else {
+            if sent[i].1 {
+                missing.push(i);
+            }
+            i += 1;
+        }
+    }
+    Some(missing)
+}
+
+/// How far one can be followed in the other, and what stands there.
+fn difference(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> String {
+    let mut reached = BTreeSet::from([(0, 0)]);
+    let mut furthest = (0, 0);
+    while let Some((i, j)) = reached.pop_first() {
+        furthest = furthest.max((i + j, i));
+        let (written, read) = (sent.get(i), heard.get(j));
+        if written.is_some_and(|(bytes, excused)| *excused || declared.may_be_missing(bytes)) {
+            reached.insert((i + 1, j));
+        }
+        if read.is_some_and(|bytes| declared.may_be_extra(bytes)) {
+            reached.insert((i, j + 1));
+        }
+        if let (Some((written, _)), Some(read)) = (written, read)
+            && declared.is_same(written, read)
+        {
+            reached.insert((i + 1, j + 1));
+        }
+    }
+    let (i, j) = (furthest.1, furthest.0 - furthest.1);
+    let written = sent.get(i).map(|(bytes, _)| xml::text(bytes));
+    let read = heard.get(j).map(|bytes| xml::text(bytes));
+    let (writes, reads) = (sent.len(), heard.len());
+    format!("after {i} of {writes} written and {j} of {reads} read, written\n  {written:?}, read\n  {read:?}")
+}
+
+/// Words are heard once by whomever they were addressed to, however they came; old ones count apart.
+fn check_words(sent: &[(&Bytes, bool)], heard: &[&Bytes]) {
+    let words = |bytes: &Bytes| {
+        let stanza = xml::text(bytes);
+        let room = attribute(stanza, "from").map(bare);
+        let body = child(stanza, "body")?.to_owned();
+        let is_old = child(stanza, "delay").is_some_and(|delay| attribute(delay, "from") == room);
+        let is_error = attribute(stanza, "type") == Some("error");
+        Some((body, is_old, is_error))
+    };
+    let mut counts: BTreeMap<_, (u64, u64, u64)> = BTreeMap::new();
+    for (bytes, excused) in sent {
+        if let Some(words) = words(bytes) {
+            let (written, excuses, _) = counts.entry(words).or_default();
+            *written += 1;
+            *excuses += u64::from(*excused);
+        }
+    }
+    for bytes in heard {
+        if let Some(words) = words(bytes) {
+            counts.entry(words).or_default().2 += 1;
+        }
+    }
+    for (words, (written, excuses, heard)) in counts {
+        let right = heard <= written && written <= heard + excuses;
+        assert!(right, "{words:?} was said {written} times and heard {heard} times");
+    }
+}
+
+/// G27: a real address reaches a session only if the room showed it to that session.
+fn check_real_addresses(way: &Way) {
+    let shown = |bytes: &Bytes| -> Vec<(String, String, String)> {
+        let stanza = xml::text(bytes);
+        let of = |name| attribute(stanza, name).unwrap_or_default();
+        let (room, to) = (bare(of("from")), of("to"));
+        let Some(x) = muc_user(stanza) else { return Vec::new() };
+        let items = elements(inner(x)).into_iter();
+        let actors = items.clone().filter_map(|item| child(item, "actor"));
+        items
+            .chain(actors)
+            .filter_map(|item| attribute(item, "jid"))
+            .filter(|jid| resource_of(jid).is_some())
+            .map(|jid| (room.to_owned(), to.to_owned(), jid.to_owned()))
+            .collect()
+    };
+    let addressed: BTreeSet<_> = way.sent.iter().flat_map(|sent| shown(&sent.bytes)).collect();
+    for address in way.heard.iter().flat_map(shown) {
+        assert!(addressed.contains(&address), "shown a real address: {address:?}");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FROM: &str = "from='room@conference.a.example/n' to='u@b.example/r'";
+
+    fn fits(sent: &[&str], heard: &[&str], declared: Declared) -> bool {
+        let read = |text: &&str| Bytes::from(text.replace("FROM", FROM));
+        let (sent, heard): (Vec<Bytes>, Vec<Bytes>) =
+            (sent.iter().map(read).collect(), heard.iter().map(read).collect());
+        let sent: Vec<(&Bytes, bool)> = sent.iter().map(|bytes| (bytes, false)).collect();
+        let heard: Vec<&Bytes> = heard.iter().collect();
+        matching(&sent, &heard, declared).is_some()
+    }
+
+    const NOTHING: Declared = Declared {
+        delay: false,
+        shows: false,
+        echo: false,
+        near: false,
+        refused: false,
+        truth: false,
+    };
+
+    /// Each declared difference lets through what it is about, and nothing else does.
+    #[test]
+    fn differences_are_let_through_by_name() {
+        let words = "<message FROM type='groupchat' id='1'><body>x</body></message>";
+        let archived =
+            "<message FROM type='groupchat' id='1'><body>x</body><stanza-id xmlns='urn:xmpp:sid:0' id='7'/></message>";
+        let late = "<message FROM type='groupchat' id='1'><body>x</body>\
+                    <delay xmlns='urn:xmpp:delay' from='b.example' stamp='s'/></message>";
+        let old = "<message FROM type='groupchat' id='1'><body>x</body>\
+                   <delay xmlns='urn:xmpp:delay' from='room@conference.a.example' stamp='s'/></message>";
+        let gone = "<presence FROM type='unavailable'><x xmlns='http://jabber.org/protocol/muc#user'>\
+                    <item role='none'/><status code='333'/></x></presence>";
+        let out = "<presence FROM type='unavailable'><x xmlns='http://jabber.org/protocol/muc#user'>\
+                   <item role='none'/><status code='110'/></x></presence>";
+        let lost = &out.replace("<status code='110'/>", "<status code='110'/><status code='333'/>");
+        let ping = "<iq FROM type='get' id='1'><ping xmlns='urn:xmpp:ping'/></iq>";
+        let version = "<iq FROM type='get' id='1'><query xmlns='jabber:iq:version'/></iq>";
+        let pong = "<iq FROM type='result' id='1'/>";
+        let join = "<presence FROM><x xmlns='http://jabber.org/protocol/muc'/></presence>";
+        let no = "<presence FROM type='error'><error type='wait'/></presence>";
+        let kinds: [(Declared, &str); 6] = [
+            (Declared { delay: true, ..NOTHING }, "delay"),
+            (Declared { shows: true, ..NOTHING }, "shows"),
+            (Declared { echo: true, ..NOTHING }, "echo"),
+            (Declared { near: true, ..NOTHING }, "near"),
+            (
+                Declared {
+                    refused: true,
+                    ..NOTHING
+                },
+                "refused",
+            ),
+            (Declared { truth: true, ..NOTHING }, "truth"),
+        ];
+        for (sent, heard, by) in [
+            (
+                &[words, pong][..],
+                &[words, pong][..],
+                "delay shows echo near refused truth",
+            ),
+            (&[words], &[late], "delay"),
+            (&[words], &[old], ""),
+            (&[], &[gone], "shows"),
+            (&[], &[out], ""),
+            (&[], &[lost], "truth"),
+            (&[archived], &[words], "echo"),
+            (&[], &[pong], "near"),
+            (&[ping], &[], "near refused"),
+            (&[version], &[], "refused"),
+            (&[gone], &[], "shows"),
+            (&[join], &[], "refused"),
+            (&[], &[no], "refused"),
+            (&[pong, words], &[words, pong], "echo near"),
+            (&[out, words], &[words, out], "echo"),
+        ] {
+            for (declared, kind) in kinds {
+                assert_eq!(
+                    fits(sent, heard, declared),
+                    by.contains(kind),
+                    "{kind}: {sent:?} as {heard:?}"
+                );
+            }
+        }
+    }
+}

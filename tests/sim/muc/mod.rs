@@ -1,0 +1,125 @@
+//! Rooms: model servers that behave as Prosody and ejabberd do, clients that act at random, and sidecars between them.
+//!
+//! Each step of a run lets one thing happen: somebody enters, speaks, is thrown out or vanishes, or something fails. When all has come
+//! to rest the rooms speak once more, which finds out who is gone, every client asks whether it is still in (XEP-0410), and then
+//! everybody must have been told what the rooms told them, and be shown what the rooms hold.
+//!
+//! `NARROWS_SIM_MIRROR=1` has the relays mirror the rooms in all of these worlds.
+//!
+//! # Planted and found on 2026-11-20
+//!
+//! One line each, by hand; 25 seeds of each world.
+//!
+//! | planted | found by |
+//! | --- | --- |
+//! | a lane is picked by the full address, so a room hears a user's words by two | all of them |
+//! | a recipient joins a group that was opened before one that it stands in | all of them |
+//! | a room counts as reached when half of it is | `rooms_in_a_quiet_world` and others |
+//! | from the sixth on, the copies of a cast are forgotten | all of them |
+//! | two wishes for a nick share a cast | `queue::collapse::tests`, and seed 945 of the first version of `rooms_over_a_bad_link` |
+//!
+//! Not found: recipients in two domains share a cast, because here a room's far occupants all have the same.
+
+mod check;
+mod client;
+mod room;
+mod server;
+mod world;
+mod xml;
+
+use check::Tally;
+use world::{Faults, World};
+
+fn run(mut faults: Faults) {
+    faults.mirror |= crate::number("NARROWS_SIM_MIRROR").is_some();
+    let mut happened = Tally::default();
+    crate::for_each_seed(|seed| {
+        let mut world = World::new(seed, faults);
+        world.run();
+        world.check();
+        happened.add(world.tally);
+    });
+    println!("{happened:?}");
+    if crate::runs_many() {
+        happened.assert_covers(faults);
+    }
+}
+
+const NONE: Faults = Faults {
+    peers: 1,
+    cuts: false,
+    flaps: false,
+    lanes: false,
+    kills: false,
+    restarts: false,
+    vanishing: false,
+    mirror: false,
+};
+
+/// Nothing fails: everybody is told everything, in order.
+#[test]
+fn rooms_in_a_quiet_world() {
+    run(NONE);
+}
+
+/// The link is lost for seconds or for twenty minutes: nobody falls out, nobody has to enter again, everything comes.
+#[test]
+fn rooms_over_a_bad_link() {
+    run(Faults { cuts: true, ..NONE });
+}
+
+/// The link comes and goes faster than anything can be done about it.
+#[test]
+fn rooms_over_a_flapping_link() {
+    run(Faults {
+        flaps: true,
+        lanes: true,
+        ..NONE
+    });
+}
+
+/// Clients vanish without a word, and only they are expelled.
+#[test]
+fn rooms_with_vanishing_clients() {
+    run(Faults {
+        vanishing: true,
+        cuts: true,
+        ..NONE
+    });
+}
+
+/// Servers restart: ejabberd forgets who was in a room and tells them, Prosody does not forget.
+#[test]
+fn rooms_of_restarting_servers() {
+    run(Faults {
+        restarts: true,
+        lanes: true,
+        ..NONE
+    });
+}
+
+/// Sidecars are killed: what was not yet theirs may be lost, and only whom that concerns is in doubt.
+#[test]
+fn rooms_between_killed_sidecars() {
+    run(Faults { kills: true, ..NONE });
+}
+
+/// The rooms are mirrored, and the link is there: nobody sees a difference but in what is answered near by.
+#[test]
+fn mirrored_rooms_in_a_quiet_world() {
+    run(Faults { mirror: true, ..NONE });
+}
+
+/// A hub with two peers, and all of it at once.
+#[test]
+fn rooms_of_a_hub_where_everything_fails() {
+    run(Faults {
+        peers: 2,
+        cuts: true,
+        lanes: true,
+        kills: true,
+        restarts: true,
+        vanishing: true,
+        ..NONE
+    });
+}
