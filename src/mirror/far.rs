@@ -156,12 +156,20 @@ impl Mirror {
     }
 
     /// While what waited comes, who is beyond the link is shown to those only who enter; to all others when all has come.
-    fn shown_now(&self, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Option<Keeps> {
-        let room = self.rooms.get(name)?;
-        let withheld = room.split_shown && self.settings.split_near == SplitNear::Leave && !room.is_ours(nick);
+    fn shown_now(&mut self, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Option<Keeps> {
+        let room = self.rooms.get_mut(name)?;
+        let withheld = self.settings.split_near == SplitNear::Leave && room.is_hidden(nick);
         if !withheld || muc.is_self() {
             return Some(Keeps::All);
         }
+        if room
+            .hidden
+            .as_mut()
+            .is_some_and(|hidden| hidden.insert(nick.to_owned()))
+        {
+            self.write_room(name);
+        }
+        let room = self.rooms.get(name)?;
         let joined = |address: &String| room.sessions.get(address).is_some_and(|session| session.joined);
         Some(Keeps::Only(
             addresses.iter().filter(|address| !joined(address)).cloned().collect(),

@@ -198,7 +198,7 @@ impl Mirror {
             self.drop_room(&room);
         }
         // Who was told of a split is not told again, and what was refused stays refused.
-        if self.rooms.values().any(|room| room.split_shown) || self.primary.has_absent() {
+        if self.rooms.values().any(|room| room.hidden.is_some()) || self.primary.has_absent() {
             self.link = Link::Split;
         }
     }
@@ -261,7 +261,7 @@ impl Mirror {
         Levels {
             rooms: self.rooms.len(),
             sessions: rooms().map(|room| room.sessions.len()).sum(),
-            rooms_split: rooms().filter(|room| room.split_shown).count(),
+            rooms_split: rooms().filter(|room| room.hidden.is_some()).count(),
             guests: self.primary.guests(),
             echoes_pending: rooms().map(Room::echoes_shown).sum(),
         }
@@ -296,7 +296,7 @@ impl Mirror {
         self.link = match self.link {
             Link::Up => Link::Waiting { since: now.mono },
             // The split is not over before all has come.
-            Link::CatchingUp if self.rooms.values().any(|room| room.split_shown) => Link::Split,
+            Link::CatchingUp if self.rooms.values().any(|room| room.hidden.is_some()) => Link::Split,
             Link::CatchingUp => Link::Waiting { since: now.mono },
             link @ (Link::Waiting { .. } | Link::Split) => link,
         };
@@ -352,12 +352,18 @@ impl Mirror {
         let Some(room) = self.rooms.get_mut(name) else {
             return false;
         };
-        if room.split_shown || self.settings.split_near == SplitNear::Hold {
+        if room.hidden.is_some() || self.settings.split_near == SplitNear::Hold {
             return false;
         }
-        room.split_shown = true;
+        let beyond: BTreeSet<String> = room
+            .occupants
+            .keys()
+            .filter(|nick| !room.is_ours(nick))
+            .cloned()
+            .collect();
+        room.hidden = Some(beyond.clone());
         let room = &self.rooms[name];
-        let beyond = room.occupants.iter().filter(|(nick, _)| !room.is_ours(nick));
+        let beyond = room.occupants.iter().filter(|(nick, _)| beyond.contains(*nick));
         for (nick, version) in beyond.flat_map(|(nick, versions)| versions.iter().map(move |version| (nick, version))) {
             let occupant = format!("{name}/{nick}");
             let shown = match self.settings.split_near {
@@ -379,11 +385,9 @@ impl Mirror {
         let Some(room) = self.rooms.get_mut(name) else {
             return false;
         };
-        if !std::mem::take(&mut room.split_shown) {
-            return false;
-        }
+        let Some(hidden) = room.hidden.take() else { return false };
         let room = &self.rooms[name];
-        let beyond = room.occupants.iter().filter(|(nick, _)| !room.is_ours(nick));
+        let beyond = room.occupants.iter().filter(|(nick, _)| hidden.contains(*nick));
         for version in beyond.flat_map(|(_, versions)| versions) {
             let truth = cast_to(version.template.clone(), version.to_at, room.viewers(version));
             self.outputs.push_back(Output::Deliver(truth));

@@ -84,8 +84,8 @@ pub struct Room {
     pub settled: BTreeMap<String, BTreeSet<String>>,
     /// Its messages carry ids of its own (XEP-0359), which an echo could not.
     pub gives_ids: bool,
-    /// Our users were told of the split.
-    pub split_shown: bool,
+    /// Since our users were told of the split: whom they do not see as they are, until all has come.
+    pub hidden: Option<BTreeSet<String>>,
 }
 
 impl Room {
@@ -99,6 +99,12 @@ impl Room {
     pub fn sessions_of<'a>(&'a self, nick: &'a str) -> impl Iterator<Item = &'a String> + 'a {
         let of_nick = move |(_, session): &(&String, &Session)| session.joined && session.nick == nick;
         self.sessions.iter().filter(of_nick).map(|(address, _)| address)
+    }
+
+    /// Whether what the room says of this occupant waits until all has come.
+    pub fn is_hidden(&self, nick: &str) -> bool {
+        let hidden = self.hidden.as_ref();
+        hidden.is_some_and(|hidden| hidden.contains(nick) || !self.is_ours(nick))
     }
 
     /// A session that has asked to enter.
@@ -223,7 +229,7 @@ impl Room {
     /// Its own row: everything but occupants and echoes.
     pub fn encode(&self) -> Bytes {
         let mut out = begin_row();
-        out.push(u8::from(self.gives_ids) | u8::from(self.split_shown) << 1);
+        out.push(u8::from(self.gives_ids) | u8::from(self.hidden.is_some()) << 1);
         put_len(&mut out, self.last as usize);
         put_len(&mut out, self.sessions.len());
         for (address, session) in &self.sessions {
@@ -237,6 +243,9 @@ impl Room {
             put_prefixed(&mut out, nick.as_bytes());
             put_texts(&mut out, sessions);
         }
+        if let Some(hidden) = &self.hidden {
+            put_texts(&mut out, hidden);
+        }
         out.into()
     }
 
@@ -245,7 +254,6 @@ impl Room {
         let flags = reader.byte().ok()?;
         let mut room = Self {
             gives_ids: flags & 1 != 0,
-            split_shown: flags & 2 != 0,
             ..Self::default()
         };
         room.last = number(&mut reader)?;
@@ -261,6 +269,9 @@ impl Room {
         for _ in 0..reader.len_upto(OCCUPANTS_MAX).ok()? {
             let nick = text(&mut reader)?;
             room.settled.insert(nick, texts(&mut reader)?);
+        }
+        if flags & 2 != 0 {
+            room.hidden = Some(texts(&mut reader)?);
         }
         reader.finish().ok()?;
         Some(room)
@@ -366,6 +377,6 @@ fn put_texts(out: &mut Vec<u8>, texts: &BTreeSet<String>) {
 }
 
 fn texts(reader: &mut Reader<'_>) -> Option<BTreeSet<String>> {
-    let count = reader.len_upto(SESSIONS_MAX + 1).ok()?;
+    let count = reader.len_upto(OCCUPANTS_MAX).ok()?;
     (0..count).map(|_| text(reader)).collect()
 }

@@ -731,3 +731,25 @@ fn a_reflection_in_two_goes_is_heard_once() {
     }
     assert_eq!(site.far(&reflection, &["b1@b.example/r"]).delivered.len(), 1);
 }
+
+/// Who enters just before the link goes is known to those beside him before he is known to be in: he is hidden with the others, and
+/// shown with them.
+#[test]
+fn who_was_entering_is_shown_again() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.join("b3");
+    site.presence("b3", "", &["b1@b.example/r"]);
+    let seen = site.split();
+    assert!(has(&seen.delivered, &["/b3'", "unavailable", "to='b1@"]));
+    site.mirror.handle_link_up(site.now);
+    site.self_presence("b3", "b3@b.example/r");
+    // And one who enters while what waited comes.
+    site.join("b4");
+    assert_eq!(site.presence("b4", "", &["b1@b.example/r"]).delivered.len(), 0);
+    site.self_presence("b4", "b4@b.example/r");
+    site.mirror.handle_caught_up();
+    let seen = site.drain();
+    for nick in ["/alice'", "/b3'", "/b4'"] {
+        assert!(has(&seen.delivered, &[nick, "to='b1@"]), "{nick}: {seen:?}");
+    }
+}
