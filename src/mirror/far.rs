@@ -155,7 +155,7 @@ impl Mirror {
         Some(news.unwrap_or(keeps))
     }
 
-    /// While what waited comes, who is beyond the link is shown to those only who enter; to all others when all has come.
+    /// While what waited comes, who is beyond the link is shown to those only who have entered since; to all others when all has come.
     fn shown_now(&mut self, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Option<Keeps> {
         let room = self.rooms.get_mut(name)?;
         let withheld = self.settings.split_near == SplitNear::Leave && room.is_hidden(nick);
@@ -163,17 +163,15 @@ impl Mirror {
             return Some(Keeps::All);
         }
         if room
-            .hidden
+            .split
             .as_mut()
-            .is_some_and(|hidden| hidden.insert(nick.to_owned()))
+            .is_some_and(|split| split.hidden.insert(nick.to_owned()))
         {
             self.write_room(name);
         }
         let room = self.rooms.get(name)?;
-        let joined = |address: &String| room.sessions.get(address).is_some_and(|session| session.joined);
-        Some(Keeps::Only(
-            addresses.iter().filter(|address| !joined(address)).cloned().collect(),
-        ))
+        let now = addresses.iter().filter(|address| !room.was_told(address));
+        Some(Keeps::Only(now.cloned().collect()))
     }
 
     /// The room has refused to let them in.

@@ -54,7 +54,7 @@ use self::{
     muc::LOST,
     near::Near,
     primary::Primary,
-    room::{EchoState, Room},
+    room::{EchoState, Room, Split},
     rows::Rows,
     words::{away_presence, cast, cast_to, lost_presence},
 };
@@ -198,7 +198,7 @@ impl Mirror {
             self.drop_room(&room);
         }
         // Who was told of a split is not told again, and what was refused stays refused.
-        if self.rooms.values().any(|room| room.hidden.is_some()) || self.primary.has_absent() {
+        if self.rooms.values().any(|room| room.split.is_some()) || self.primary.has_absent() {
             self.link = Link::Split;
         }
     }
@@ -261,7 +261,7 @@ impl Mirror {
         Levels {
             rooms: self.rooms.len(),
             sessions: rooms().map(|room| room.sessions.len()).sum(),
-            rooms_split: rooms().filter(|room| room.hidden.is_some()).count(),
+            rooms_split: rooms().filter(|room| room.split.is_some()).count(),
             guests: self.primary.guests(),
             echoes_pending: rooms().map(Room::echoes_shown).sum(),
         }
@@ -296,7 +296,7 @@ impl Mirror {
         self.link = match self.link {
             Link::Up => Link::Waiting { since: now.mono },
             // The split is not over before all has come.
-            Link::CatchingUp if self.rooms.values().any(|room| room.hidden.is_some()) => Link::Split,
+            Link::CatchingUp if self.rooms.values().any(|room| room.split.is_some()) => Link::Split,
             Link::CatchingUp => Link::Waiting { since: now.mono },
             link @ (Link::Waiting { .. } | Link::Split) => link,
         };
@@ -352,7 +352,7 @@ impl Mirror {
         let Some(room) = self.rooms.get_mut(name) else {
             return false;
         };
-        if room.hidden.is_some() || self.settings.split_near == SplitNear::Hold {
+        if room.split.is_some() || self.settings.split_near == SplitNear::Hold {
             return false;
         }
         let beyond: BTreeSet<String> = room
@@ -361,7 +361,10 @@ impl Mirror {
             .filter(|nick| !room.is_ours(nick))
             .cloned()
             .collect();
-        room.hidden = Some(beyond.clone());
+        room.split = Some(Split {
+            hidden: beyond.clone(),
+            told: room.sessions.values().map(|session| session.number).collect(),
+        });
         let room = &self.rooms[name];
         let beyond = room.occupants.iter().filter(|(nick, _)| beyond.contains(*nick));
         for (nick, version) in beyond.flat_map(|(nick, versions)| versions.iter().map(move |version| (nick, version))) {
@@ -385,12 +388,17 @@ impl Mirror {
         let Some(room) = self.rooms.get_mut(name) else {
             return false;
         };
-        let Some(hidden) = room.hidden.take() else { return false };
+        let Some(split) = room.split.take() else { return false };
         let room = &self.rooms[name];
-        let beyond = room.occupants.iter().filter(|(nick, _)| hidden.contains(*nick));
+        let beyond = room.occupants.iter().filter(|(nick, _)| split.hidden.contains(*nick));
         for version in beyond.flat_map(|(_, versions)| versions) {
-            let truth = cast_to(version.template.clone(), version.to_at, room.viewers(version));
-            self.outputs.push_back(Output::Deliver(truth));
+            let told = room
+                .viewers(version)
+                .filter(|address| split.told.contains(&room.sessions[*address].number));
+            let truth = cast_to(version.template.clone(), version.to_at, told);
+            if !truth.recipients.is_empty() {
+                self.outputs.push_back(Output::Deliver(truth));
+            }
         }
         self.write_room(name);
         true

@@ -72,6 +72,15 @@ pub enum EchoState {
     Shown { to: BTreeSet<String> },
 }
 
+/// What some of our users were told that is not so.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub struct Split {
+    /// Whom they do not see as they are.
+    pub hidden: BTreeSet<String>,
+    /// The sessions that were there when it was told. Who enters later sees everything as it comes.
+    pub told: BTreeSet<u32>,
+}
+
 #[derive(Clone, Debug, Default, Eq, PartialEq)]
 pub struct Room {
     pub sessions: BTreeMap<String, Session>,
@@ -84,8 +93,8 @@ pub struct Room {
     pub settled: BTreeMap<String, BTreeSet<String>>,
     /// Its messages carry ids of its own (XEP-0359), which an echo could not.
     pub gives_ids: bool,
-    /// Since our users were told of the split: whom they do not see as they are, until all has come.
-    pub hidden: Option<BTreeSet<String>>,
+    /// Since our users were told of the split, until all has come.
+    pub split: Option<Split>,
 }
 
 impl Room {
@@ -101,10 +110,19 @@ impl Room {
         self.sessions.iter().filter(of_nick).map(|(address, _)| address)
     }
 
-    /// Whether what the room says of this occupant waits until all has come.
+    /// Whether what the room says of this occupant waits, for those who were told of the split.
     pub fn is_hidden(&self, nick: &str) -> bool {
-        let hidden = self.hidden.as_ref();
-        hidden.is_some_and(|hidden| hidden.contains(nick) || !self.is_ours(nick))
+        let split = self.split.as_ref();
+        split.is_some_and(|split| split.hidden.contains(nick) || !self.is_ours(nick))
+    }
+
+    /// Whether this session was told of the split.
+    pub fn was_told(&self, address: &str) -> bool {
+        let number = self.sessions.get(address).map(|session| session.number);
+        self.split
+            .as_ref()
+            .zip(number)
+            .is_some_and(|(split, number)| split.told.contains(&number))
     }
 
     /// A session that has asked to enter.
@@ -229,7 +247,7 @@ impl Room {
     /// Its own row: everything but occupants and echoes.
     pub fn encode(&self) -> Bytes {
         let mut out = begin_row();
-        out.push(u8::from(self.gives_ids) | u8::from(self.hidden.is_some()) << 1);
+        out.push(u8::from(self.gives_ids) | u8::from(self.split.is_some()) << 1);
         put_len(&mut out, self.last as usize);
         put_len(&mut out, self.sessions.len());
         for (address, session) in &self.sessions {
@@ -243,8 +261,9 @@ impl Room {
             put_prefixed(&mut out, nick.as_bytes());
             put_texts(&mut out, sessions);
         }
-        if let Some(hidden) = &self.hidden {
-            put_texts(&mut out, hidden);
+        if let Some(split) = &self.split {
+            put_texts(&mut out, &split.hidden);
+            put_numbers(&mut out, &split.told);
         }
         out.into()
     }
@@ -271,7 +290,10 @@ impl Room {
             room.settled.insert(nick, texts(&mut reader)?);
         }
         if flags & 2 != 0 {
-            room.hidden = Some(texts(&mut reader)?);
+            room.split = Some(Split {
+                hidden: texts(&mut reader)?,
+                told: numbers(&mut reader)?,
+            });
         }
         reader.finish().ok()?;
         Some(room)
@@ -284,10 +306,7 @@ impl Room {
         for version in versions {
             put_prefixed(&mut out, &version.template);
             put_len(&mut out, version.to_at as usize);
-            put_len(&mut out, version.shown_to.len());
-            for &number in &version.shown_to {
-                put_len(&mut out, number as usize);
-            }
+            put_numbers(&mut out, &version.shown_to);
         }
         Some(out.into())
     }
@@ -298,9 +317,7 @@ impl Room {
         for _ in 0..reader.len_upto(SESSIONS_MAX + 1).ok()? {
             let template = Bytes::copy_from_slice(reader.prefixed(PART_MAX).ok()?);
             let to_at = u32::try_from(reader.len_upto(template.len()).ok()?).ok()?;
-            let count = reader.len_upto(SESSIONS_MAX + 1).ok()?;
-            let shown_to: Option<BTreeSet<u32>> = (0..count).map(|_| number(&mut reader)).collect();
-            let shown_to = shown_to?;
+            let shown_to = numbers(&mut reader)?;
             versions.push(Version {
                 template,
                 to_at,
@@ -367,6 +384,18 @@ pub fn text(reader: &mut Reader<'_>) -> Option<String> {
 
 fn number(reader: &mut Reader<'_>) -> Option<u32> {
     reader.len_upto(u32::MAX as usize).ok()?.try_into().ok()
+}
+
+fn put_numbers(out: &mut Vec<u8>, numbers: &BTreeSet<u32>) {
+    put_len(out, numbers.len());
+    for &number in numbers {
+        put_len(out, number as usize);
+    }
+}
+
+fn numbers(reader: &mut Reader<'_>) -> Option<BTreeSet<u32>> {
+    let count = reader.len_upto(SESSIONS_MAX + 1).ok()?;
+    (0..count).map(|_| number(reader)).collect()
 }
 
 fn put_texts(out: &mut Vec<u8>, texts: &BTreeSet<String>) {
