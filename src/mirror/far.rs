@@ -140,7 +140,7 @@ impl Mirror {
         let room = self.rooms.get_mut(name)?;
         room.hide(nick, addresses);
         let mut changed = vec![nick.to_owned()];
-        if muc.is_self() && !muc.is_nick_change() && muc.is_leave() {
+        if muc.is_own_leave() {
             changed.extend(addresses.iter().flat_map(|address| room.remove_session(address)));
             self.forget_viewers(name, addresses);
         }

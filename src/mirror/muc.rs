@@ -76,6 +76,12 @@ impl MucUser {
                 .all(|item| item.role.is_empty() || item.role == "none")
     }
 
+    /// Whether it tells its recipients that they are out themselves. ejabberd tells so of a room that is destroyed without saying whose
+    /// presence it is (measured): each occupant gets the one of its own nick.
+    pub fn is_own_leave(&self) -> bool {
+        self.destroyed || self.is_self() && !self.is_nick_change() && self.is_leave()
+    }
+
     pub fn role(&self) -> &str {
         self.items.first().map_or("", |item| &item.role)
     }

@@ -230,7 +230,7 @@ impl Primary {
                     }
                     Some("unavailable") if guests.contains_key(to) => {
                         let muc = MucUser::of(&node_of(&stanza)).unwrap_or_default();
-                        if muc.is_self() && !muc.is_nick_change() && muc.is_leave() {
+                        if muc.is_own_leave() {
                             self.remove(name, to);
                         }
                     }
