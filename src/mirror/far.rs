@@ -137,6 +137,7 @@ impl Mirror {
 
     fn unavailable(&mut self, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Option<Keeps> {
         let keeps = self.shown_now(muc, name, nick, addresses)?;
+        self.rename_echoes(muc, name, nick);
         let room = self.rooms.get_mut(name)?;
         room.hide(nick, addresses);
         let mut changed = vec![nick.to_owned()];
@@ -153,6 +154,27 @@ impl Mirror {
         room.settled.retain(|_, told| !told.is_empty());
         self.write_changed(name, &changed);
         Some(news.unwrap_or(keeps))
+    }
+
+    /// XEP-0045 §7.6: what has not been reflected yet will be under the new nick. The room took the change before it.
+    fn rename_echoes(&mut self, muc: &MucUser, name: &str, nick: &str) {
+        let Some(new) = muc
+            .items
+            .iter()
+            .find_map(|item| item.nick.clone())
+            .filter(|_| muc.is_nick_change())
+        else {
+            return;
+        };
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let mut renamed = Vec::new();
+        for (&number, echo) in room.echoes.iter_mut().filter(|(_, echo)| echo.nick == nick) {
+            echo.nick.clone_from(&new);
+            renamed.push(number);
+        }
+        for number in renamed {
+            self.write_echo(name, number);
+        }
     }
 
     /// While what waited comes, who is beyond the link is shown to those only who have entered since; to all others when all has come.

@@ -753,3 +753,36 @@ fn who_was_entering_is_shown_again() {
         assert!(has(&seen.delivered, &[nick, "to='b1@"]), "{nick}: {seen:?}");
     }
 }
+
+/// Who has asked for another nick before the link went has it when the room reflects what he said since.
+#[test]
+fn an_echo_follows_its_author_to_another_nick() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.local(&format!("<presence from='b1@b.example/r' to='{ROOM}/bee'/>"));
+    site.split();
+    site.local(&say("b1", "m1"));
+    site.mirror.handle_link_up(site.now);
+    let away = format!(
+        "<presence from='{ROOM}/b1' type='unavailable'><x xmlns='{}'><item affiliation='member' role='participant' nick='bee'/>\
+         <status code='303'/></x></presence>",
+        ns::MUC_USER
+    );
+    site.far(&away, &["b2@b.example/r"]);
+    site.presence("bee", "", &["b2@b.example/r"]);
+    let reflection = format!("<message from='{ROOM}/bee' type='groupchat' id='m1'><body>hello</body></message>");
+    assert_eq!(site.far(&reflection, &["b2@b.example/r"]).delivered.len(), 0);
+}
+
+/// ejabberd's presence for a room that is destroyed has no 110.
+#[test]
+fn a_destroyed_room_is_forgotten() {
+    let mut site = Site::populated(MirrorSettings::default());
+    for user in ["b1", "b2"] {
+        let gone = format!(
+            "<presence from='{ROOM}/{user}' type='unavailable'><x xmlns='{}'><destroy/><item affiliation='none' role='none'/></x></presence>",
+            ns::MUC_USER
+        );
+        assert_eq!(site.far(&gone, &[&format!("{user}@b.example/r")]).delivered.len(), 1);
+    }
+    assert_eq!((site.mirror.levels(), site.rows.len()), (Levels::default(), 0));
+}
