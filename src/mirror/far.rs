@@ -137,7 +137,11 @@ impl Mirror {
 
     fn unavailable(&mut self, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Option<Keeps> {
         let keeps = self.shown_now(muc, name, nick, addresses)?;
-        self.rename_echoes(muc, name, nick);
+        let mut leaves = nick;
+        if let Some(new) = muc.new_nick() {
+            self.rename(name, nick, new);
+            leaves = new;
+        }
         let room = self.rooms.get_mut(name)?;
         room.hide(nick, addresses);
         let mut changed = vec![nick.to_owned()];
@@ -147,8 +151,12 @@ impl Mirror {
         }
         // What was settled here is not said again.
         let room = self.rooms.get_mut(name)?;
-        let news = room.settled.get_mut(nick).map(|told| {
-            let news = addresses.iter().filter(|address| !told.remove(*address));
+        let is_leave = leaves == nick;
+        let news = room.settled.get_mut(leaves).map(|told| {
+            let news = addresses.iter().filter(|address| match is_leave {
+                true => !told.remove(*address),
+                false => !told.contains(*address) || muc.is_self(),
+            });
             Keeps::Only(news.cloned().collect())
         });
         room.settled.retain(|_, told| !told.is_empty());
@@ -156,21 +164,17 @@ impl Mirror {
         Some(news.unwrap_or(keeps))
     }
 
-    /// XEP-0045 §7.6: what has not been reflected yet will be under the new nick. The room took the change before it.
-    fn rename_echoes(&mut self, muc: &MucUser, name: &str, nick: &str) {
-        let Some(new) = muc
-            .items
-            .iter()
-            .find_map(|item| item.nick.clone())
-            .filter(|_| muc.is_nick_change())
-        else {
-            return;
-        };
+    /// XEP-0045 §7.6: what has not been reflected yet will be under the new nick, for the room took the change before it. So will be the
+    /// leave of who has left here.
+    fn rename(&mut self, name: &str, nick: &str, new: &str) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         let mut renamed = Vec::new();
         for (&number, echo) in room.echoes.iter_mut().filter(|(_, echo)| echo.nick == nick) {
-            echo.nick.clone_from(&new);
+            new.clone_into(&mut echo.nick);
             renamed.push(number);
+        }
+        if let Some(told) = room.settled.remove(nick) {
+            room.settled.insert(new.to_owned(), told);
         }
         for number in renamed {
             self.write_echo(name, number);

@@ -62,13 +62,19 @@ impl MucUser {
         self.codes.contains(&SELF_PRESENCE)
     }
 
-    pub fn is_nick_change(&self) -> bool {
+    fn is_nick_change(&self) -> bool {
         self.codes.contains(&NEW_NICK)
+    }
+
+    /// Of an unavailable presence: the nick under which the occupant goes on.
+    pub fn new_nick(&self) -> Option<&str> {
+        let new = self.items.iter().find_map(|item| item.nick.as_deref());
+        new.filter(|_| self.is_nick_change())
     }
 
     /// Of an unavailable presence: whether the occupant is out. With another role it is only hidden: Prosody's way to
     /// withdraw whom `presencebroadcast` excludes.
-    pub fn is_leave(&self) -> bool {
+    fn is_leave(&self) -> bool {
         self.destroyed
             || self
                 .items
