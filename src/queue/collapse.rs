@@ -699,7 +699,9 @@ mod tests {
         let mut collapse = Collapse::new(Seq(0), WINDOW);
         let presence = |collapse: &mut Collapse, id: &str, users: &[u32], now| {
             for n in users {
-                let text = format!("<presence from='r@c.example/n' to='b{n}@b.example/r' id='{id}'/>");
+                let text = format!(
+                    "<presence from='r@c.example/n' to='b{n}@b.example/r' id='{id}'><x xmlns='http://jabber.org/protocol/muc#user'/></presence>"
+                );
                 collapse.handle_stanza(&stanza(&text), at(now)).unwrap();
             }
         };
@@ -729,7 +731,9 @@ mod tests {
         assert_eq!(sealed(&mut collapse), [(1, 1)]);
         for (id, casts) in [(1, [(2, 1), (3, 2)].as_slice()), (2, &[(4, 3)]), (3, &[(5, 3)])] {
             for n in 0..3 {
-                let text = format!("<presence from='r@c.example/n' to='b{n}@b.example/r' id='{id}'/>");
+                let text = format!(
+                    "<presence from='r@c.example/n' to='b{n}@b.example/r' id='{id}'><x xmlns='http://jabber.org/protocol/muc#user'/></presence>"
+                );
                 collapse.handle_stanza(&stanza(&text), at(100 * id)).unwrap();
             }
             collapse.handle_timeout(at(100 * id + 50));
