@@ -145,7 +145,6 @@ impl Mirror {
         room.settled.entry(session.nick.clone()).or_default().extend(told);
         let mut changed = room.remove_session(from);
         changed.push(session.nick);
-        self.forget_viewers(name, &[from.to_owned()]);
         self.write_changed(name, &changed);
     }
 

@@ -54,7 +54,7 @@ impl Declared {
     fn may_be_missing(self, sent: &Bytes) -> bool {
         let stanza = xml::text(sent);
         self.near && (is_near_question(stanza) || is_answer(stanza))
-            || self.echo && is_words(stanza)
+            || self.echo && is_words(stanza, self)
             || self.shows && is_show(stanza)
             || self.refused && is_request(stanza)
     }
@@ -62,7 +62,7 @@ impl Declared {
     fn may_be_extra(self, heard: &Bytes) -> bool {
         let stanza = xml::text(heard);
         self.near && (is_near_question(stanza) || is_answer(stanza))
-            || self.echo && is_words(stanza)
+            || self.echo && is_words(stanza, self)
             || self.shows && is_show(stanza)
             || self.refused && is_refusal(stanza)
             || self.truth && muc_user(stanza).is_some_and(|x| has_status(x, "110") && has_status(x, "333"))
@@ -90,9 +90,9 @@ fn is_answer(stanza: &str) -> bool {
 }
 
 /// Plain words to everybody in a room, as its occupants hear them now.
-fn is_words(stanza: &str) -> bool {
+fn is_words(stanza: &str, declared: Declared) -> bool {
     let room = attribute(stanza, "from").map(bare);
-    let is_old = child(stanza, "delay").is_some_and(|delay| attribute(delay, "from") == room);
+    let is_old = child(stanza, "delay").is_some_and(|delay| !declared.delay || attribute(delay, "from") == room);
     attribute(stanza, "type") == Some("groupchat") && child(stanza, "body").is_some() && !is_old
 }
 
