@@ -584,6 +584,7 @@ mod tests {
                     <item role='none'/><status code='333'/></x></presence>";
         let out = "<presence FROM type='unavailable'><x xmlns='http://jabber.org/protocol/muc#user'>\
                    <item role='none'/><status code='110'/></x></presence>";
+        let kicked = &out.replace("<status code='110'/>", "<status code='110'/><status code='307'/>");
         let lost = &out.replace("<status code='110'/>", "<status code='110'/><status code='333'/>");
         let ping = "<iq FROM type='get' id='1'><ping xmlns='urn:xmpp:ping'/></iq>";
         let version = "<iq FROM type='get' id='1'><query xmlns='jabber:iq:version'/></iq>";
@@ -613,7 +614,8 @@ mod tests {
             (&[words], &[late], "delay"),
             (&[words], &[old], ""),
             (&[], &[gone], "shows"),
-            (&[], &[out], ""),
+            (&[], &[out], "shows"),
+            (&[], &[kicked], ""),
             (&[], &[lost], "truth"),
             (&[archived], &[words], "echo"),
             (&[], &[pong], "near"),
@@ -623,7 +625,7 @@ mod tests {
             (&[join], &[], "refused"),
             (&[], &[no], "refused"),
             (&[pong, words], &[words, pong], "echo near"),
-            (&[out, words], &[words, out], "echo"),
+            (&[kicked, words], &[words, kicked], "echo"),
         ] {
             for (declared, kind) in kinds {
                 assert_eq!(
