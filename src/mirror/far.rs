@@ -7,7 +7,7 @@ use bytes::Bytes;
 use super::{
     Mirror, Output, SplitNear,
     muc::MucUser,
-    room::EchoState,
+    room::{Echo, EchoState},
     words::{address_in, cast_to, gives_id, narrowed, node_of, stamped},
 };
 use crate::{
@@ -242,6 +242,7 @@ impl Mirror {
                     None => return Some(cast),
                 };
                 self.write_echo(name, number);
+                self.drop_if_over(name);
                 if seen.is_empty() {
                     return Some(cast);
                 }
@@ -251,16 +252,28 @@ impl Mirror {
             }
             (Some("error"), None, Some(id)) => {
                 let author = recipients.first().and_then(|(address, _)| room.sessions.get(address));
-                let Some(author) = author.map(|session| session.nick.clone()) else {
-                    return Some(cast);
+                let number = match author {
+                    Some(author) => room.echo_of(&author.nick, &id),
+                    // He has left since.
+                    None => room
+                        .echoes
+                        .iter()
+                        .find(|(_, echo)| echo.id == id)
+                        .map(|(number, _)| *number),
                 };
-                if let Some(number) = room.echo_of(&author, &id) {
+                if let Some(number) = number {
                     let echo = room.echoes.remove(&number);
                     self.write_echo(name, number);
-                    if let Some(EchoState::Shown { to }) = echo.map(|echo| echo.state) {
+                    if let Some(Echo {
+                        nick,
+                        state: EchoState::Shown { to },
+                        ..
+                    }) = echo
+                    {
                         self.stats.echoes_refused += 1;
-                        self.tell_refused(name, &author, &to, recipients);
+                        self.tell_refused(name, &nick, &to, recipients);
                     }
+                    self.drop_if_over(name);
                 }
                 Some(cast)
             }

@@ -259,7 +259,7 @@ impl Mirror {
     pub fn levels(&self) -> Levels {
         let rooms = || self.rooms.values();
         Levels {
-            rooms: self.rooms.len(),
+            rooms: rooms().filter(|room| !room.sessions.is_empty()).count(),
             sessions: rooms().map(|room| room.sessions.len()).sum(),
             rooms_split: rooms().filter(|room| room.split.is_some()).count(),
             guests: self.primary.guests(),
@@ -470,16 +470,22 @@ impl Mirror {
         }
     }
 
-    /// Writes a room and these of its occupants; a room without sessions of ours is no longer mirrored.
+    /// Writes a room and these of its occupants. A room of which nothing more is due is no longer mirrored.
     fn write_changed(&mut self, name: &str, nicks: &[String]) {
         for nick in nicks {
             self.write_occupant(name, nick);
         }
-        if self.rooms.get(name).is_some_and(|room| room.sessions.is_empty()) {
-            self.drop_room(name);
-        } else {
+        if !self.drop_if_over(name) {
             self.write_room(name);
         }
+    }
+
+    fn drop_if_over(&mut self, name: &str) -> bool {
+        let is_over = self.rooms.get(name).is_some_and(Room::is_over);
+        if is_over {
+            self.drop_room(name);
+        }
+        is_over
     }
 
     fn drop_room(&mut self, name: &str) {

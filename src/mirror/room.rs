@@ -211,6 +211,11 @@ impl Room {
         changed
     }
 
+    /// Whether nobody of ours is in it, and the room has said all that was shown here before it.
+    pub fn is_over(&self) -> bool {
+        self.sessions.is_empty() && self.settled.is_empty() && self.echoes_shown() == 0
+    }
+
     /// Messages that were shown here and that the room has not taken.
     pub fn echoes_shown(&self) -> usize {
         let shown = |echo: &&Echo| matches!(echo.state, EchoState::Shown { .. });

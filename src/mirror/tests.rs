@@ -786,3 +786,34 @@ fn a_destroyed_room_is_forgotten() {
     }
     assert_eq!((site.mirror.levels(), site.rows.len()), (Levels::default(), 0));
 }
+
+/// A room that all have left during a split still knows what they were shown, until the room has caught up with it.
+#[test]
+fn what_was_shown_outlasts_those_who_saw_it() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.split();
+    site.local(&say("b1", "m1"));
+    for user in ["b1", "b2"] {
+        site.local(&format!(
+            "<presence from='{user}@b.example/r' to='{ROOM}/{user}' type='unavailable'/>"
+        ));
+    }
+    assert_eq!((site.mirror.levels().rooms, site.mirror.levels().sessions), (0, 0));
+    site.mirror.handle_link_up(site.now);
+    let both = ["b1@b.example/r", "b2@b.example/r"];
+    let reflection = format!("<message from='{ROOM}/b1' type='groupchat' id='m1'><body>hello</body></message>");
+    assert_eq!(site.far(&reflection, &both).delivered.len(), 0);
+    // Of `b2`, who left last, `b1` was not told: nobody hears what the room says to him.
+    for (user, codes, to) in [
+        ("b1", "<status code='110'/>", 0),
+        ("b1", "", 1),
+        ("b2", "<status code='110'/>", 1),
+    ] {
+        let gone = format!(
+            "<presence from='{ROOM}/{user}' type='unavailable'><x xmlns='{}'><item affiliation='member' role='none'/>{codes}</x></presence>",
+            ns::MUC_USER
+        );
+        assert_eq!(site.far(&gone, &both[to..][..1]).delivered.len(), 0, "{user} {codes}");
+    }
+    assert_eq!(site.rows.len(), 0);
+}
