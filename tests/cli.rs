@@ -118,9 +118,11 @@ fn status_of_nobody_is_unreachable() {
 /// Without the lab beside it, the demo says where it is.
 #[test]
 fn demo_says_where_it_is() {
-    let directory = tempfile::tempdir().unwrap();
+    // A link, on the file system of the target directory: a copy is open for writing for a moment, another test's child may inherit
+    // that, and then it cannot be executed ("Text file busy").
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     let alone = directory.path().join("narrows");
-    fs::copy(env!("CARGO_BIN_EXE_narrows"), &alone).unwrap();
+    fs::hard_link(env!("CARGO_BIN_EXE_narrows"), &alone).unwrap();
     let output = Command::new(alone).arg("demo").output().unwrap();
     assert_eq!(code(&output), 1);
     assert!(stderr(&output).contains("tests/demo"));
