@@ -300,6 +300,9 @@ struct Outward {
     acked: Received,
     /// Entries under way in fragments, and how far.
     partial: BTreeMap<Seq, usize>,
+    /// In the batch that is being built, which bounds them.
+    departing: Vec<Seq>,
+    /// When what the peer has not acknowledged left.
     departures: VecDeque<(Seq, Mono)>,
 }
 
@@ -581,6 +584,7 @@ impl LinkSession {
     /// nothing to say. To be asked when the socket can take the bytes, not before.
     pub fn poll_transmit(&mut self, now: Now) -> Option<Bytes> {
         self.now = now;
+        self.outward.depart(now.mono);
         let mut wire = Vec::new();
         match &mut self.state {
             State::Greeting => self.put_hello(&mut wire),
@@ -709,7 +713,7 @@ impl LinkSession {
 
     fn departed(&mut self, seq: Seq) {
         self.life.keepalive = self.config.keepalive;
-        push_bounded(&mut self.outward.departures, (seq, self.now.mono));
+        self.outward.departing.push(seq);
     }
 
     fn fail(&mut self, error: LinkError) {
@@ -855,6 +859,7 @@ impl LinkSession {
             }
         } else {
             self.writer = FrameWriter::default();
+            self.outward.departing.clear();
         }
         let peer = PeerLimits {
             entry_bytes_max: usize::try_from(hello.entry_bytes_max)
@@ -1140,6 +1145,16 @@ impl Inward {
             upto: self.stored.upto,
             beyond: self.stored.beyond.clone(),
             delay_ms: millis(delay),
+        }
+    }
+}
+
+impl Outward {
+    /// The batch that was being built leaves now. Until here nobody has told us the time since something was last said or heard, which
+    /// may be a minute ago.
+    fn depart(&mut self, now: Mono) {
+        for seq in self.departing.drain(..) {
+            push_bounded(&mut self.departures, (seq, now));
         }
     }
 }
