@@ -1,5 +1,6 @@
 //! What waits, in which order, and for whom.
 
+pub mod class;
 pub mod collapse;
 pub mod journal;
 pub mod scheduler;

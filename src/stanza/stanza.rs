@@ -252,7 +252,7 @@ impl Stanza {
     }
 
     /// Namespace and name of each child element.
-    fn children(&self) -> Option<Vec<(String, String)>> {
+    pub fn children(&self) -> Option<Vec<(String, String)>> {
         let mut reader = self.reader()?;
         let mut depth = 0_usize;
         let mut children = Vec::new();
