@@ -2,13 +2,11 @@
 
 use std::{borrow::Cow, collections::BTreeSet, time::Duration};
 
-use bytes::Bytes;
-
 use super::{
     Mirror, Output, SplitNear,
     muc::MucUser,
-    room::{Echo, EchoState},
-    words::{address_in, cast_to, gives_id, narrowed, node_of, stamped},
+    room::{Echo, EchoState, Room},
+    words::{address_in, cast_to, gives_id, node_of, stamped, without},
 };
 use crate::{
     codec::entry::Cast,
@@ -16,14 +14,8 @@ use crate::{
     time::Now,
 };
 
-/// A recipient's address, and the attribute it was written in.
-type Recipient = (String, Bytes);
-
-/// Who of a cast's recipients gets it.
-enum Keeps {
-    All,
-    Only(BTreeSet<String>),
-}
+/// Those of a cast's recipients who are not to have it, or not yet. All others are, also where nothing is known of them.
+type Withheld = BTreeSet<String>;
 
 impl Mirror {
     /// A cast that has crossed, after waiting so long: gives what our server is to have of it.
@@ -60,58 +52,41 @@ impl Mirror {
             return Some(cast);
         }
         if self.rooms.contains_key(name) {
-            let recipients: Vec<Recipient> = cast
-                .recipients
-                .iter()
-                .filter_map(|attribute| Some((address_in(attribute)?, attribute.clone())))
-                .collect();
-            return match (stanza.kind(), resource_of(&from)) {
-                (Kind::Presence, Some(nick)) => self.presence(cast, stanza, name, nick, &recipients),
-                (Kind::Message, nick) => self.message(cast, stanza, name, nick, &recipients),
-                (Kind::Presence | Kind::Iq, _) => Some(cast),
+            let recipients: Vec<String> = cast.recipients.iter().filter_map(address_in).collect();
+            let withheld = match (stanza.kind(), resource_of(&from)) {
+                (Kind::Presence, Some(nick)) => self.presence(&cast, stanza, name, nick, &recipients),
+                (Kind::Message, nick) => self.message(stanza, name, nick, &recipients),
+                (Kind::Presence | Kind::Iq, _) => Withheld::new(),
             };
+            return without(cast, &withheld);
         }
         self.primary.handle_far(stanza, now);
         Some(cast)
     }
 
     /// What the room says of an occupant.
-    fn presence(
-        &mut self,
-        cast: Cast,
-        stanza: &Stanza,
-        name: &str,
-        nick: &str,
-        recipients: &[Recipient],
-    ) -> Option<Cast> {
-        let addresses: Vec<String> = recipients.iter().map(|(address, _)| address.clone()).collect();
+    fn presence(&mut self, cast: &Cast, stanza: &Stanza, name: &str, nick: &str, addresses: &[String]) -> Withheld {
         let muc = MucUser::of(&node_of(stanza));
-        let keeps: Keeps = match (stanza.stanza_type().as_deref(), muc) {
-            (None, Some(muc)) => self.available(&cast, &muc, name, nick, &addresses)?,
-            (Some("unavailable"), muc) => self.unavailable(&muc.unwrap_or_default(), name, nick, &addresses)?,
+        match (stanza.stanza_type().as_deref(), muc) {
+            (None, Some(muc)) => self.available(cast, &muc, name, nick, addresses),
+            (Some("unavailable"), muc) => self.unavailable(&muc.unwrap_or_default(), name, nick, addresses),
             (Some("error"), _) => {
-                self.not_let_in(name, &addresses);
-                Keeps::All
+                self.not_let_in(name, addresses);
+                Withheld::new()
             }
-            _ => Keeps::All,
-        };
-        match keeps {
-            Keeps::All => Some(cast),
-            Keeps::Only(who) => {
-                let kept = recipients.iter().filter(|(address, _)| who.contains(address));
-                narrowed(cast, kept.map(|(_, attribute)| attribute.clone()).collect())
-            }
+            _ => Withheld::new(),
         }
     }
 
-    fn available(&mut self, cast: &Cast, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Option<Keeps> {
-        let keeps = self.shown_now(muc, name, nick, addresses)?;
-        let room = self.rooms.get_mut(name)?;
+    fn available(&mut self, cast: &Cast, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Withheld {
+        let withheld = self.withheld(muc, name, nick, addresses);
+        let Some(room) = self.rooms.get_mut(name) else {
+            return withheld;
+        };
         // Who has left here is gone, whatever the room said before it knew; who has asked to enter again, is there again.
         let returned = room.sessions.values().any(|session| session.nick == nick);
         if let Some(told) = room.settled.get(nick).filter(|_| !returned) {
-            let others = addresses.iter().filter(|address| !told.contains(*address));
-            return Some(Keeps::Only(others.cloned().collect()));
+            return told.clone();
         }
         let mut changed = room.settled.remove(nick).is_some();
         room.show(nick, cast, addresses);
@@ -126,42 +101,45 @@ impl Mirror {
         }
         if room.is_too_large() {
             self.drop_room(name);
-            return Some(Keeps::All);
+            return Withheld::new();
         }
         self.write_occupant(name, nick);
         if changed {
             self.write_room(name);
         }
-        Some(keeps)
+        withheld
     }
 
-    fn unavailable(&mut self, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Option<Keeps> {
-        let keeps = self.shown_now(muc, name, nick, addresses)?;
+    fn unavailable(&mut self, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Withheld {
+        let withheld = self.withheld(muc, name, nick, addresses);
         let mut leaves = nick;
         if let Some(new) = muc.new_nick() {
             self.rename(name, nick, new);
             leaves = new;
         }
-        let room = self.rooms.get_mut(name)?;
-        room.hide(nick, addresses);
         let mut changed = vec![nick.to_owned()];
-        if muc.is_own_leave() {
-            changed.extend(addresses.iter().flat_map(|address| room.remove_session(address)));
-            self.forget_viewers(name, addresses);
+        if let Some(room) = self.rooms.get_mut(name) {
+            room.hide(nick, addresses);
+            if muc.is_own_leave() {
+                changed.extend(addresses.iter().flat_map(|address| room.remove_session(address)));
+                self.forget_viewers(name, addresses);
+            }
         }
         // What was settled here is not said again.
-        let room = self.rooms.get_mut(name)?;
+        let Some(room) = self.rooms.get_mut(name) else {
+            return withheld;
+        };
         let is_leave = leaves == nick;
-        let news = room.settled.get_mut(leaves).map(|told| {
-            let news = addresses.iter().filter(|address| match is_leave {
-                true => !told.remove(*address),
-                false => !told.contains(*address) || muc.is_self(),
+        let settled = room.settled.get_mut(leaves).map(|told| {
+            let known = addresses.iter().filter(|address| match is_leave {
+                true => told.remove(*address),
+                false => told.contains(*address) && !muc.is_self(),
             });
-            Keeps::Only(news.cloned().collect())
+            known.cloned().collect()
         });
         room.settled.retain(|_, told| !told.is_empty());
         self.write_changed(name, &changed);
-        Some(news.unwrap_or(keeps))
+        settled.unwrap_or(withheld)
     }
 
     /// XEP-0045 §7.6: what has not been reflected yet will be under the new nick, for the room took the change before it. So will be the
@@ -182,11 +160,13 @@ impl Mirror {
     }
 
     /// While what waited comes, who is beyond the link is shown to those only who have entered since; to all others when all has come.
-    fn shown_now(&mut self, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Option<Keeps> {
-        let room = self.rooms.get_mut(name)?;
-        let withheld = self.settings.split_near == SplitNear::Leave && room.is_hidden(nick);
-        if !withheld || muc.is_self() {
-            return Some(Keeps::All);
+    fn withheld(&mut self, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Withheld {
+        let hidden = |room: &&mut Room| self.settings.split_near == SplitNear::Leave && room.is_hidden(nick);
+        let Some(room) = self.rooms.get_mut(name).filter(hidden) else {
+            return Withheld::new();
+        };
+        if muc.is_self() {
+            return Withheld::new();
         }
         if room
             .split
@@ -195,9 +175,15 @@ impl Mirror {
         {
             self.write_room(name);
         }
-        let room = self.rooms.get(name)?;
-        let now = addresses.iter().filter(|address| !room.was_told(address));
-        Some(Keeps::Only(now.cloned().collect()))
+        // A room that could not be written has nobody any more to whom it will be shown later.
+        let Some(room) = self.rooms.get(name) else {
+            return Withheld::new();
+        };
+        addresses
+            .iter()
+            .filter(|address| room.was_told(address))
+            .cloned()
+            .collect()
     }
 
     /// The room has refused to let them in.
@@ -211,87 +197,89 @@ impl Mirror {
         }
     }
 
-    fn message(
-        &mut self,
-        cast: Cast,
-        stanza: &Stanza,
-        name: &str,
-        nick: Option<&str>,
-        recipients: &[Recipient],
-    ) -> Option<Cast> {
-        let room = self.rooms.get_mut(name)?;
+    fn message(&mut self, stanza: &Stanza, name: &str, nick: Option<&str>, addresses: &[String]) -> Withheld {
         match (stanza.stanza_type().as_deref(), nick, stanza.id()) {
             (Some("groupchat"), _, id) => {
                 // XEP-0045 §10.2.1: the configuration changed, and with it what the room says of itself.
                 if nick.is_none() && node_of(stanza).child(ns::MUC_USER, "x").is_some() {
                     self.near.forget_room(name);
                 }
-                if !room.gives_ids && gives_id(stanza, name) {
-                    room.gives_ids = true;
-                    self.write_room(name);
-                }
-                let (Some(nick), Some(id)) = (nick, id) else {
-                    return Some(cast);
-                };
-                let room = self.rooms.get_mut(name)?;
-                let (number, seen) = match room.echo_of(nick, &id) {
-                    Some(number) => (
-                        number,
-                        room.echo_seen(number, recipients.iter().map(|(address, _)| address)),
-                    ),
-                    None => return Some(cast),
-                };
-                self.write_echo(name, number);
-                self.drop_if_over(name);
-                if seen.is_empty() {
-                    return Some(cast);
-                }
-                self.stats.reflections_swallowed += 1;
-                let news = recipients.iter().filter(|(address, _)| !seen.contains(address));
-                narrowed(cast, news.map(|(_, attribute)| attribute.clone()).collect())
+                self.note_ids(stanza, name);
+                nick.zip(id)
+                    .map_or_else(Withheld::new, |(nick, id)| self.reflected(name, nick, &id, addresses))
             }
             (Some("error"), None, Some(id)) => {
-                let author = recipients.first().and_then(|(address, _)| room.sessions.get(address));
-                let number = match author {
-                    Some(author) => room.echo_of(&author.nick, &id),
-                    // He has left since.
-                    None => room
-                        .echoes
-                        .iter()
-                        .find(|(_, echo)| echo.id == id)
-                        .map(|(number, _)| *number),
-                };
-                if let Some(number) = number {
-                    let echo = room.echoes.remove(&number);
-                    self.write_echo(name, number);
-                    if let Some(Echo {
-                        nick,
-                        state: EchoState::Shown { to },
-                        ..
-                    }) = echo
-                    {
-                        self.stats.echoes_refused += 1;
-                        self.tell_refused(name, &nick, &to, recipients);
-                    }
-                    self.drop_if_over(name);
-                }
-                Some(cast)
+                self.not_taken(name, &id, addresses);
+                Withheld::new()
             }
-            _ => Some(cast),
+            _ => Withheld::new(),
         }
     }
 
+    /// Whether the room gives its messages ids (XEP-0359): once it did, an echo would be another message to clients.
+    fn note_ids(&mut self, stanza: &Stanza, name: &str) {
+        if let Some(room) = self.rooms.get_mut(name)
+            && !room.gives_ids
+            && gives_id(stanza, name)
+        {
+            room.gives_ids = true;
+            self.write_room(name);
+        }
+    }
+
+    /// The room has said this to these: gives those who had heard it before.
+    fn reflected(&mut self, name: &str, nick: &str, id: &str, addresses: &[String]) -> Withheld {
+        let Some(room) = self.rooms.get_mut(name) else {
+            return Withheld::new();
+        };
+        let Some(number) = room.echo_of(nick, id) else {
+            return Withheld::new();
+        };
+        let seen = room.echo_seen(number, addresses.iter());
+        self.write_echo(name, number);
+        self.drop_if_over(name);
+        self.stats.reflections_swallowed += u64::from(!seen.is_empty());
+        seen
+    }
+
+    /// The room has told one of these that it does not take his message.
+    fn not_taken(&mut self, name: &str, id: &str, addresses: &[String]) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let author = addresses.first().and_then(|address| room.sessions.get(address));
+        let number = match author {
+            Some(author) => room.echo_of(&author.nick, id),
+            // He has left since.
+            None => room
+                .echoes
+                .iter()
+                .find(|(_, echo)| echo.id == id)
+                .map(|(number, _)| *number),
+        };
+        let Some(number) = number else { return };
+        let echo = room.echoes.remove(&number);
+        self.write_echo(name, number);
+        if let Some(Echo {
+            nick,
+            state: EchoState::Shown { to },
+            ..
+        }) = echo
+        {
+            self.stats.echoes_refused += 1;
+            self.tell_refused(name, &nick, &to, addresses);
+        }
+        self.drop_if_over(name);
+    }
+
     /// Tells those who saw a message that the room has not taken it. Its author has the room's own answer.
-    fn tell_refused(&mut self, name: &str, nick: &str, shown_to: &BTreeSet<String>, author: &[Recipient]) {
+    fn tell_refused(&mut self, name: &str, nick: &str, shown_to: &BTreeSet<String>, author: &[String]) {
         let text = format!("A message of {nick}, sent while the link was down or slow, was not accepted by the room.");
         let body = escape_text(&text);
         let template = format!(
             "<message from='{}' type='groupchat'><body>{body}</body></message>",
             escape_attribute(name)
         );
-        let present = self.rooms[name].sessions.keys();
-        let others = present
-            .filter(|address| shown_to.contains(*address) && author.iter().all(|(author, _)| author != *address));
+        let present = self.rooms.get(name).into_iter().flat_map(|room| room.sessions.keys());
+        let others = present.filter(|address| shown_to.contains(*address) && !author.contains(address));
         let told = cast_to(template.into(), "<message".len() as u32, others);
         if !told.recipients.is_empty() {
             self.outputs.push_back(Output::Deliver(told));

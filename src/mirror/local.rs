@@ -1,17 +1,19 @@
 //! What our server sends to the peer: what of it crosses, and what is dealt with here.
 
-use std::collections::BTreeSet;
+use std::{borrow::Cow, collections::BTreeSet};
+
+use bytes::Bytes;
 
 use super::{
     Link, Mirror, Output, ROOMS_MAX,
     muc::SELF_PRESENCE,
     near,
-    room::{self, ECHOES_MAX, EchoState, Version},
+    room::{self, ECHOES_MAX, EchoState, Room, Version},
     settings::Echo,
     words::{cast_to, has_body, lost_presence, message_error, node_of, occupant_id, presence_error},
 };
 use crate::{
-    codec::xml::Node,
+    codec::{entry::Cast, xml::Node},
     stanza::{Condition, Domain, ErrorType, Kind, Stanza, bare, bounce, domain_of, ns, resource_of},
     time::Now,
 };
@@ -22,6 +24,15 @@ enum Asked {
     Answered(Stanza),
     /// The room cannot be asked now.
     Refused,
+}
+
+/// What becomes of something said to a room or in it.
+enum Said {
+    Crosses,
+    /// In this form, which the room's answer will tell us again.
+    CrossesAs(Stanza),
+    /// Whom it is for has it, or who said it has an answer.
+    Settled,
 }
 
 impl Mirror {
@@ -48,7 +59,13 @@ impl Mirror {
                 }
                 _ => {}
             },
-            Kind::Message if self.is_session(name, &from) => return self.speak(stanza, &from, &to),
+            Kind::Message if self.is_session(name, &from) => {
+                return match self.speak(&stanza, &from, &to) {
+                    Said::Crosses => Some(stanza),
+                    Said::CrossesAs(stanza) => Some(stanza),
+                    Said::Settled => None,
+                };
+            }
             Kind::Iq => match self.ask(&stanza, &from, &to, now) {
                 Asked::Crosses => {}
                 Asked::Answered(answer) => {
@@ -149,30 +166,38 @@ impl Mirror {
     }
 
     /// A message of a session of ours to its room or to somebody in it.
-    fn speak(&mut self, stanza: Stanza, from: &str, to: &str) -> Option<Stanza> {
-        let name = bare(to).to_owned();
-        let room = self.rooms.get(&name)?;
-        let Some(session) = room.sessions.get(from).filter(|session| session.joined) else {
-            return Some(stanza);
+    fn speak(&mut self, stanza: &Stanza, from: &str, to: &str) -> Said {
+        let name = bare(to);
+        let Some(room) = self.rooms.get(name) else {
+            return Said::Crosses;
         };
-        let node = node_of(&stanza);
+        let Some(session) = room.sessions.get(from).filter(|session| session.joined) else {
+            return Said::Crosses;
+        };
+        let node = node_of(stanza);
         if !has_body(&node) {
-            return Some(stanza);
+            return Said::Crosses;
         }
         let nick = session.nick.clone();
         match (stanza.stanza_type().as_deref(), resource_of(to)) {
-            (Some("groupchat"), None) => self.speak_to_all(stanza, &node, &name, from, &nick),
-            (None | Some("chat" | "normal"), Some(other)) if self.link == Link::Split && room.is_ours(other) => {
-                let other = other.to_owned();
-                self.speak_to_one(&stanza, &node, &name, &nick, &other);
-                None
+            (Some("groupchat"), None) => self.speak_to_all(stanza, &node, name, from, &nick),
+            (None | Some("chat" | "normal"), Some(other)) if self.link == Link::Split => {
+                match whisper(room, stanza, &node, name, &nick, other) {
+                    Some(told) => {
+                        self.outputs.push_back(Output::Deliver(told));
+                        Said::Settled
+                    }
+                    None => Said::Crosses,
+                }
             }
-            _ => Some(stanza),
+            _ => Said::Crosses,
         }
     }
 
-    fn speak_to_all(&mut self, stanza: Stanza, node: &Node, name: &str, from: &str, nick: &str) -> Option<Stanza> {
-        let room = &self.rooms[name];
+    fn speak_to_all(&mut self, stanza: &Stanza, node: &Node, name: &str, from: &str, nick: &str) -> Said {
+        let Some(room) = self.rooms.get(name) else {
+            return Said::Crosses;
+        };
         let own = room.version(nick, from);
         let role = own
             .and_then(Version::muc)
@@ -190,38 +215,29 @@ impl Mirror {
         };
         if at_once && split && role == "visitor" {
             let text = "Visitors may not speak in this room.";
-            self.refuse(message_error(&stanza, text));
-            return None;
+            self.refuse(message_error(stanza, text));
+            return Said::Settled;
         }
         let plain = node.child(ns::SERVER, "subject").is_none();
         let may_speak = role == "participant" || role == "moderator";
         if !(plain && may_speak) || policy == Echo::Reflect {
-            return Some(stanza);
+            return Said::Crosses;
         }
         // Ids that the room gives cannot be known here; during a split there is no other way.
         let at_once = at_once && (split || !room.gives_ids);
-        let (stanza, id) = match stanza.id() {
-            Some(id) => {
-                let id = id.into_owned();
-                (stanza, id)
-            }
-            None if split => {
-                let id = format!("narrows-{:x}-{:x}", self.epoch.0, self.echo_last + 1);
-                (stanza.with_id(&id)?, id)
-            }
-            // As it is, as long as it may be heard from the room.
-            None => return Some(stanza),
+        let given = match stanza.id() {
+            Some(_) => None,
+            None if split => stanza.with_id(&format!("narrows-{:x}-{:x}", self.epoch.0, self.echo_last + 1)),
+            None => None,
         };
-        let mut shown = stanza.with_from(&format!("{name}/{nick}"))?;
-        if let Some(occupant_id) = own
-            .and_then(Version::stanza)
-            .and_then(|own| occupant_id(&node_of(&own)))
+        let crossing = given.as_ref().unwrap_or(stanza);
+        // As it is, as long as it may be heard from the room.
+        let Some(id) = crossing.id().map(Cow::into_owned) else {
+            return Said::Crosses;
+        };
+        if room.echoes.len() < ECHOES_MAX
+            && let Some((template, to_at)) = shown(crossing, &format!("{name}/{nick}"), own)
         {
-            shown = shown.with_child(&occupant_id)?;
-        }
-        let (template, to_at, _) = shown.split_to()?;
-        let to_at = to_at as u32;
-        if room.echoes.len() < ECHOES_MAX {
             self.echo_last += 1;
             let echo = room::Echo {
                 nick: nick.to_owned(),
@@ -234,7 +250,7 @@ impl Mirror {
             // With all that was said before it, so that it is heard in order.
             self.show_unheard(name);
         }
-        Some(stanza)
+        given.map_or(Said::Crosses, Said::CrossesAs)
     }
 
     fn put_echo(&mut self, name: &str, number: u64, echo: room::Echo) {
@@ -255,33 +271,22 @@ impl Mirror {
         };
         let joined = room.sessions.iter().filter(|(_, session)| session.joined);
         let to: BTreeSet<String> = joined.map(|(address, _)| address.clone()).collect();
-        for (number, echo) in room.echoes.clone() {
-            if let EchoState::Unheard { template, to_at } = echo.state {
-                self.outputs
-                    .push_back(Output::Deliver(cast_to(template, to_at, to.iter())));
-                let state = EchoState::Shown { to: to.clone() };
-                self.put_echo(name, number, room::Echo { state, ..echo });
-                self.stats.echoes += 1;
+        let unheard = room.echoes.iter().filter_map(|(number, echo)| match &echo.state {
+            EchoState::Unheard { template, to_at } => {
+                let shown = cast_to(template.clone(), *to_at, to.iter());
+                Some((*number, echo.nick.clone(), echo.id.clone(), shown))
             }
-        }
-    }
-
-    /// A private message between two of our users while the room is out of reach: it does not need the room, and never reaches it.
-    fn speak_to_one(&mut self, stanza: &Stanza, node: &Node, name: &str, nick: &str, other: &str) {
-        let Some(mut shown) = stanza.with_from(&format!("{name}/{nick}")) else {
-            return;
-        };
-        if node.child(ns::MUC_USER, "x").is_none()
-            && let Some(marked) = shown.with_child(&format!("<x xmlns='{}'/>", ns::MUC_USER))
-        {
-            shown = marked;
-        }
-        let Some((template, to_at, _)) = shown.split_to() else {
-            return;
-        };
-        let told = cast_to(template, to_at as u32, self.rooms[name].sessions_of(other));
-        if !told.recipients.is_empty() {
-            self.outputs.push_back(Output::Deliver(told));
+            EchoState::Shown { .. } => None,
+        });
+        for (number, nick, id, shown) in unheard.collect::<Vec<_>>() {
+            let state = EchoState::Shown { to: to.clone() };
+            self.put_echo(name, number, room::Echo { nick, id, state });
+            // What is not written down would be heard again from the room.
+            if !self.rooms.contains_key(name) {
+                return;
+            }
+            self.outputs.push_back(Output::Deliver(shown));
+            self.stats.echoes += 1;
         }
     }
 
@@ -323,4 +328,27 @@ impl Mirror {
         }
         Asked::Crosses
     }
+}
+
+/// A message as the room would show it, without the ids that it gives: a template, and where `to` goes.
+fn shown(stanza: &Stanza, occupant: &str, own: Option<&Version>) -> Option<(Bytes, u32)> {
+    let mut shown = stanza.with_from(occupant)?;
+    let own = own.and_then(Version::stanza);
+    if let Some(occupant_id) = own.and_then(|own| occupant_id(&node_of(&own))) {
+        shown = shown.with_child(&occupant_id)?;
+    }
+    let (template, to_at, _) = shown.split_to()?;
+    Some((template, to_at as u32))
+}
+
+/// A private message between two of our users while the room is out of reach: it does not need the room, and never reaches it. `None`
+/// if it cannot be given to anybody here.
+fn whisper(room: &Room, stanza: &Stanza, node: &Node, name: &str, nick: &str, other: &str) -> Option<Cast> {
+    let mut shown = stanza.with_from(&format!("{name}/{nick}"))?;
+    if node.child(ns::MUC_USER, "x").is_none() {
+        shown = shown.with_child(&format!("<x xmlns='{}'/>", ns::MUC_USER))?;
+    }
+    let (template, to_at, _) = shown.split_to()?;
+    let told = cast_to(template, to_at as u32, room.sessions_of(other));
+    (!told.recipients.is_empty()).then_some(told)
 }

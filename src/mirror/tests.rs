@@ -172,6 +172,12 @@ impl Site {
         self.down();
         self.pass(300)
     }
+
+    /// From here on no row is taken.
+    fn fill_rows(&mut self) {
+        let all = vec![0; rows::BYTES_MAX as usize];
+        self.mirror.rows.note(&Bytes::from_static(b"full"), &all);
+    }
 }
 
 fn text(bytes: &Bytes) -> String {
@@ -816,4 +822,74 @@ fn what_was_shown_outlasts_those_who_saw_it() {
         assert_eq!(site.far(&gone, &both[to..][..1]).delivered.len(), 0, "{user} {codes}");
     }
     assert_eq!(site.rows.len(), 0);
+}
+
+/// A room of which no more can be written is not mirrored any longer. What tells of it still passes, as it came.
+#[test]
+fn what_cannot_be_written_passes() {
+    let both = ["b1@b.example/r", "b2@b.example/r"];
+    let renamed = format!(
+        "<presence from='{ROOM}/b1' type='unavailable'><x xmlns='{}'><item affiliation='member' role='participant' nick='bee'/>\
+         <status code='303'/></x></presence>",
+        ns::MUC_USER
+    );
+    let left = format!(
+        "<presence from='{ROOM}/b1' type='unavailable'><x xmlns='{}'><item affiliation='member' role='none'/><status code='110'/></x></presence>",
+        ns::MUC_USER
+    );
+    let stamped = format!(
+        "<message from='{ROOM}/alice' type='groupchat' id='a'><body>x</body><stanza-id xmlns='urn:xmpp:sid:0' by='{ROOM}' id='1'/></message>"
+    );
+    let came = format!(
+        "<presence from='{ROOM}/eve'><x xmlns='{}'><item affiliation='member' role='participant'/></x></presence>",
+        ns::MUC_USER
+    );
+    for (told, splits) in [(&renamed, false), (&left, true), (&stamped, false), (&came, true)] {
+        let mut site = Site::populated(MirrorSettings::default());
+        if splits {
+            site.split();
+        }
+        site.local(&say("b1", "m1"));
+        site.mirror.handle_link_up(site.now);
+        site.drain();
+        site.fill_rows();
+        assert_eq!(site.far(told, &both).delivered.len(), 2, "{told}");
+        assert_eq!(site.mirror.levels().rooms, 0, "{told}");
+    }
+}
+
+/// What is shown near by before the room has it is written down first: what cannot be is heard once, from the room.
+#[test]
+fn an_echo_that_cannot_be_written_is_not_shown() {
+    let mut site = Site::populated(MirrorSettings::default());
+    assert_eq!(site.local(&say("b1", "m1")).delivered.len(), 0);
+    site.fill_rows();
+    site.down();
+    assert_eq!(site.drain().delivered.len(), 0);
+    let seen = site.local(&say("b1", "m2"));
+    assert_eq!((seen.crossed.len(), seen.delivered.len()), (1, 0));
+    site.mirror.handle_link_up(site.now);
+    let both = ["b1@b.example/r", "b2@b.example/r"];
+    for id in ["m1", "m2"] {
+        let reflection = format!("<message from='{ROOM}/b1' type='groupchat' id='{id}'><body>hello</body></message>");
+        assert_eq!(site.far(&reflection, &both).delivered.len(), 2);
+    }
+}
+
+/// Whom a cast is for may be written in a way that is not understood here: then nothing is known of him, and he gets it.
+#[test]
+fn unreadable_recipients_get_everything() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.down();
+    site.local(&say("b1", "m1"));
+    site.up();
+    let (template, to_at, _) = stanza(&format!(
+        "<message to='x' from='{ROOM}/b1' type='groupchat' id='m1'><body>hello</body></message>"
+    ))
+    .split_to()
+    .unwrap();
+    let attributes = [to_attribute("b1@b.example/r"), Bytes::from_static(b" to='c&who;'")];
+    let reflection = cast(template, to_at as u32, attributes.iter());
+    let kept = site.mirror.handle_far(reflection, Duration::ZERO, site.now).unwrap();
+    assert_eq!(kept.recipients, attributes[1..]);
 }

@@ -177,7 +177,11 @@ pub fn cast_to<'a>(template: Bytes, to_at: u32, addresses: impl Iterator<Item = 
     cast(template, to_at, attributes.iter())
 }
 
-/// The cast for these of its recipients.
-pub fn narrowed(cast: Cast, recipients: Vec<Bytes>) -> Option<Cast> {
-    (!recipients.is_empty()).then_some(Cast { recipients, ..cast })
+/// The cast for its other recipients, if there are any. An address that cannot be read is none of these.
+pub fn without(mut cast: Cast, withheld: &BTreeSet<String>) -> Option<Cast> {
+    if !withheld.is_empty() {
+        cast.recipients
+            .retain(|attribute| address_in(attribute).is_none_or(|address| !withheld.contains(&address)));
+    }
+    (!cast.recipients.is_empty()).then_some(cast)
 }
