@@ -10,13 +10,33 @@ use super::{
     near,
     room::{self, ECHOES_MAX, EchoState, Room, Version},
     settings::Echo,
-    words::{cast_to, has_body, lost_presence, message_error, node_of, occupant_id, presence_error},
+    words::{cast_to, has_body, lost_presence, node_of, occupant_id},
 };
 use crate::{
     codec::{entry::Cast, xml::Node},
-    stanza::{Condition, Domain, ErrorType, Kind, Stanza, bare, bounce, domain_of, ns, resource_of},
+    stanza::{Condition, Domain, ErrorType, Kind, Stanza, bare, domain_of, ns, resource_of},
     time::Now,
 };
+
+/// Why something is not done now, as its sender is told.
+pub(super) type Refusal = (ErrorType, Condition, &'static str);
+
+const LINK_DOWN: Refusal = (
+    ErrorType::Wait,
+    Condition::RemoteServerTimeout,
+    "The link to this room is down.",
+);
+const NICK_STAYS: Refusal = (
+    ErrorType::Wait,
+    Condition::NotAcceptable,
+    "The link to this room is down: nicks cannot be changed.",
+);
+/// XEP-0045 §7.5: as the room would answer.
+const VISITOR: Refusal = (
+    ErrorType::Auth,
+    Condition::Forbidden,
+    "Visitors may not speak in this room.",
+);
 
 /// What becomes of a question.
 enum Asked {
@@ -49,12 +69,12 @@ impl Mirror {
         match stanza.kind() {
             Kind::Presence if resource_of(&to).is_some() => match stanza.stanza_type().as_deref() {
                 None if resource_of(&from).is_some() => {
-                    if let Some(refused) = self.enter_or_change(&stanza, &from, &to) {
-                        self.refuse(refused);
+                    if let Some(refusal) = self.enter_or_change(&stanza, &from, &to) {
+                        self.refuse(&stanza, refusal);
                         return None;
                     }
                 }
-                Some("unavailable") if self.link == Link::Split && self.is_session(name, &from) => {
+                Some("unavailable") if self.is_detached() && self.is_session(name, &from) => {
                     self.leave_near(name, &from);
                 }
                 _ => {}
@@ -73,15 +93,13 @@ impl Mirror {
                     return None;
                 }
                 Asked::Refused => {
-                    let text = "The link to this room is down.";
-                    let answer = bounce(&stanza, ErrorType::Wait, Condition::RemoteServerTimeout, text);
-                    self.refuse(answer.and_then(|answer| Stanza::parse(answer).ok()));
+                    self.refuse(&stanza, LINK_DOWN);
                     return None;
                 }
             },
             Kind::Presence | Kind::Message => {}
         }
-        self.primary.handle_local(stanza, &from, &to, now)
+        self.primary.handle_local(stanza, &from, &to)
     }
 
     fn is_session(&self, room: &str, session: &str) -> bool {
@@ -90,21 +108,13 @@ impl Mirror {
             .is_some_and(|room| room.sessions.contains_key(session))
     }
 
-    /// An available presence for an occupant's address. Gives the refusal, if it is refused near by.
-    fn enter_or_change(&mut self, stanza: &Stanza, from: &str, to: &str) -> Option<Option<Stanza>> {
+    /// An available presence for an occupant's address: why it is refused near by, if it is.
+    fn enter_or_change(&mut self, stanza: &Stanza, from: &str, to: &str) -> Option<Refusal> {
         let (name, nick) = (bare(to), resource_of(to)?);
-        let joins = node_of(stanza).child(ns::MUC, "x").is_some();
         let known = self.rooms.get(name).and_then(|room| room.sessions.get(from));
         match known {
-            None if !joins => None,
-            None if self.link == Link::Split => Some(presence_error(
-                stanza,
-                to,
-                from,
-                "wait",
-                "remote-server-timeout",
-                "The link to this room is down.",
-            )),
+            None if !stanza.is_join() => None,
+            None if self.is_detached() => Some(LINK_DOWN),
             None => {
                 let domain = Domain::new(domain_of(name)).ok();
                 if domain.is_some_and(|domain| self.far.contains(&domain))
@@ -115,16 +125,7 @@ impl Mirror {
                 }
                 None
             }
-            Some(session) if session.joined && session.nick != nick && self.link == Link::Split => {
-                Some(presence_error(
-                    stanza,
-                    to,
-                    from,
-                    "wait",
-                    "not-acceptable",
-                    "The link to this room is down: nicks cannot be changed.",
-                ))
-            }
+            Some(session) if session.joined && session.nick != nick && self.is_detached() => Some(NICK_STAYS),
             Some(_) => None,
         }
     }
@@ -181,7 +182,7 @@ impl Mirror {
         let nick = session.nick.clone();
         match (stanza.stanza_type().as_deref(), resource_of(to)) {
             (Some("groupchat"), None) => self.speak_to_all(stanza, &node, name, from, &nick),
-            (None | Some("chat" | "normal"), Some(other)) if self.link == Link::Split => {
+            (None | Some("chat" | "normal"), Some(other)) if self.is_detached() => {
                 match whisper(room, stanza, &node, name, &nick, other) {
                     Some(told) => {
                         self.outputs.push_back(Output::Deliver(told));
@@ -203,19 +204,18 @@ impl Mirror {
             .and_then(Version::muc)
             .map(|muc| muc.role().to_owned())
             .unwrap_or_default();
-        let split = self.link == Link::Split;
+        let split = self.is_detached();
         let policy = self.settings.echo_of(name);
         let at_once = match policy {
             Echo::Reflect => false,
             Echo::Local => true,
             Echo::Auto => match self.link {
-                Link::Up | Link::CatchingUp => self.rtt.is_some_and(|rtt| rtt > self.settings.echo_rtt_max),
-                Link::Waiting { .. } | Link::Split => true,
+                Link::Live | Link::Resyncing => self.rtt.is_some_and(|rtt| rtt > self.settings.echo_rtt_max),
+                Link::Waiting { .. } | Link::Detached { .. } => true,
             },
         };
         if at_once && split && role == "visitor" {
-            let text = "Visitors may not speak in this room.";
-            self.refuse(message_error(stanza, text));
+            self.refuse(stanza, VISITOR);
             return Said::Settled;
         }
         let plain = node.child(ns::SERVER, "subject").is_none();
@@ -265,7 +265,7 @@ impl Mirror {
         let Some(room) = self
             .rooms
             .get(name)
-            .filter(|room| self.link == Link::Split || !room.gives_ids)
+            .filter(|room| self.is_detached() || !room.gives_ids)
         else {
             return;
         };
@@ -302,7 +302,7 @@ impl Mirror {
         let commands = [ns::MUC_ADMIN, ns::MUC_OWNER]
             .iter()
             .any(|namespace| node.child(namespace, "query").is_some());
-        if commands && self.link == Link::Split && stanza.stanza_type().as_deref() == Some("set") {
+        if commands && self.is_detached() && stanza.stanza_type().as_deref() == Some("set") {
             return Asked::Refused;
         }
         let is_get = stanza.stanza_type().as_deref() == Some("get");
@@ -310,17 +310,17 @@ impl Mirror {
             let own = session.is_some_and(|session| session.joined && resource_of(to) == Some(&session.nick));
             return match (own, self.link) {
                 // XEP-0410 §3.2: what comes back is the room's own answer to an occupant.
-                (true, Link::Up) => {
+                (true, Link::Live) => {
                     self.stats.pings_answered += 1;
                     near::result(stanza, "").map_or(Asked::Crosses, Asked::Answered)
                 }
                 // Undecided: a client that hears anything else may enter again.
-                (true, Link::Split) => Asked::Refused,
-                (true, Link::CatchingUp | Link::Waiting { .. }) | (false, _) => Asked::Crosses,
+                (true, Link::Detached { .. }) => Asked::Refused,
+                (true, Link::Resyncing | Link::Waiting { .. }) | (false, _) => Asked::Crosses,
             };
         }
         if is_get
-            && self.link == Link::Up
+            && self.link == Link::Live
             && let Some(answer) = self.near.ask(stanza, &node, from, to, session.is_some(), now)
         {
             self.stats.discos_answered += 1;

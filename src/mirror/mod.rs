@@ -51,6 +51,7 @@ use bytes::Bytes;
 
 pub use self::settings::*;
 use self::{
+    local::Refusal,
     muc::LOST,
     near::Near,
     primary::Primary,
@@ -60,7 +61,7 @@ use self::{
 };
 use crate::{
     codec::{entry::Cast, position::Epoch},
-    stanza::{Domain, Stanza, domain_of},
+    stanza::{Domain, Stanza, answer, domain_of},
     time::{Deadline, Mono, Now},
 };
 
@@ -105,14 +106,18 @@ pub struct MirrorStats {
 /// Where the link stands, as users notice it.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Link {
-    Up,
+    Live,
     /// It is up, and what waited is still coming.
-    CatchingUp,
+    Resyncing,
     /// It is down and nobody was told.
     Waiting {
         since: Mono,
     },
-    Split,
+    /// It is down and users were told; at `rest_at`, those who were not there then, or were told otherwise since, because it was up
+    /// for a moment.
+    Detached {
+        rest_at: Option<Mono>,
+    },
 }
 
 /// Room by room, for `/status`.
@@ -144,7 +149,7 @@ pub struct Mirror {
 }
 
 impl Mirror {
-    /// `state` is what [`Output::Change`] has written.
+    /// `state` is what [`Output::PutRow`] and [`Output::DropRow`] have written.
     pub fn new(
         settings: MirrorSettings,
         local: Vec<Domain>,
@@ -199,7 +204,7 @@ impl Mirror {
         }
         // Who was told of a split is not told again, and what was refused stays refused.
         if self.rooms.values().any(|room| room.split.is_some()) || self.primary.has_absent() {
-            self.link = Link::Split;
+            self.link = self.detached_again(now);
         }
     }
 
@@ -238,15 +243,28 @@ impl Mirror {
         if !self.settings.enabled {
             return None;
         }
-        let hold = match self.link {
-            Link::Waiting { since } => Some(Deadline {
-                at: since + self.settings.split_hold,
-                why: "split",
-            }),
-            Link::Up | Link::CatchingUp | Link::Split => None,
-        };
+        let split = self.split_at().map(|at| Deadline { at, why: "split" });
         let primary = self.primary.poll_timeout();
-        Deadline::earlier(hold, primary)
+        Deadline::earlier(split, primary)
+    }
+
+    /// When users are to be told that the link is down.
+    fn split_at(&self) -> Option<Mono> {
+        match self.link {
+            Link::Waiting { since } => Some(since + self.settings.split_hold),
+            Link::Detached { rest_at } => rest_at,
+            Link::Live | Link::Resyncing => None,
+        }
+    }
+
+    fn detached_again(&self, now: Now) -> Link {
+        Link::Detached {
+            rest_at: Some(now.mono + self.settings.split_hold),
+        }
+    }
+
+    fn is_detached(&self) -> bool {
+        matches!(self.link, Link::Detached { .. })
     }
 
     pub fn stats(&self) -> MirrorStats {
@@ -268,20 +286,20 @@ impl Mirror {
     }
 
     /// The peer has said what it holds; what it has for us follows.
-    pub fn handle_link_up(&mut self, now: Now) {
-        if !self.settings.enabled || matches!(self.link, Link::Up | Link::CatchingUp) {
+    pub fn handle_link_up(&mut self) {
+        if !self.settings.enabled || matches!(self.link, Link::Live | Link::Resyncing) {
             return;
         }
-        self.link = Link::CatchingUp;
-        self.primary.heal(now);
+        self.link = Link::Resyncing;
+        self.primary.heal();
     }
 
     /// All that the peer had when the link came up is here.
     pub fn handle_caught_up(&mut self) {
-        if self.link != Link::CatchingUp {
+        if self.link != Link::Resyncing {
             return;
         }
-        self.link = Link::Up;
+        self.link = Link::Live;
         let rooms: Vec<String> = self.rooms.keys().cloned().collect();
         let mut healed = false;
         for name in rooms {
@@ -294,11 +312,10 @@ impl Mirror {
         self.rtt = None;
         self.near.forget_questions();
         self.link = match self.link {
-            Link::Up => Link::Waiting { since: now.mono },
             // The split is not over before all has come.
-            Link::CatchingUp if self.rooms.values().any(|room| room.split.is_some()) => Link::Split,
-            Link::CatchingUp => Link::Waiting { since: now.mono },
-            link @ (Link::Waiting { .. } | Link::Split) => link,
+            Link::Resyncing if self.rooms.values().any(|room| room.split.is_some()) => self.detached_again(now),
+            Link::Live | Link::Resyncing => Link::Waiting { since: now.mono },
+            link @ (Link::Waiting { .. } | Link::Detached { .. }) => link,
         };
         let rooms: Vec<String> = self.rooms.keys().cloned().collect();
         for name in rooms {
@@ -326,21 +343,17 @@ impl Mirror {
     }
 
     pub fn handle_timeout(&mut self, now: Now) {
-        if let Link::Waiting { since } = self.link
-            && since + self.settings.split_hold <= now.mono
-            && self.settings.enabled
-        {
-            self.link = Link::Split;
-            self.split(now);
+        if self.settings.enabled && self.split_at().is_some_and(|at| at <= now.mono) {
+            self.link = Link::Detached { rest_at: None };
+            self.split();
         }
-        self.primary
-            .handle_timeout(matches!(self.link, Link::Up | Link::CatchingUp), now);
+        self.primary.handle_timeout(now);
     }
 
-    /// Tells both sides' users that the link is gone.
-    fn split(&mut self, now: Now) {
+    /// Tells both sides' users that the link is gone, whoever of them does not know.
+    fn split(&mut self) {
         let rooms: Vec<String> = self.rooms.keys().cloned().collect();
-        let mut shown = self.primary.split(now);
+        let mut shown = self.primary.split();
         for name in rooms {
             shown |= self.show_split(&name);
             self.show_unheard(&name);
@@ -349,34 +362,49 @@ impl Mirror {
     }
 
     fn show_split(&mut self, name: &str) -> bool {
-        let Some(room) = self.rooms.get_mut(name) else {
+        let near = self.settings.split_near;
+        let Some(room) = self.rooms.get_mut(name).filter(|_| near != SplitNear::Hold) else {
             return false;
         };
-        if room.split.is_some() || self.settings.split_near == SplitNear::Hold {
-            return false;
-        }
+        let before = room.split.clone().unwrap_or_default();
         let beyond: BTreeSet<String> = room
             .occupants
             .keys()
             .filter(|nick| !room.is_ours(nick))
             .cloned()
             .collect();
+        let all: BTreeSet<u32> = room.sessions.values().map(|session| session.number).collect();
+        // To whom they have left they were not shown since, but away they were as they came.
+        let tells: BTreeSet<u32> = match near {
+            SplitNear::Leave => all.difference(&before.told).copied().collect(),
+            SplitNear::Away | SplitNear::Hold => all.clone(),
+        };
+        if room.split.is_some() && tells.is_empty() {
+            return false;
+        }
         room.split = Some(Split {
-            hidden: beyond.clone(),
-            told: room.sessions.values().map(|session| session.number).collect(),
+            hidden: before.hidden.union(&beyond).cloned().collect(),
+            told: all,
         });
-        let room = &self.rooms[name];
+        let told = |address: &&String| {
+            room.sessions
+                .get(*address)
+                .is_some_and(|session| tells.contains(&session.number))
+        };
+        let room = &*room;
         let beyond = room.occupants.iter().filter(|(nick, _)| beyond.contains(*nick));
         for (nick, version) in beyond.flat_map(|(nick, versions)| versions.iter().map(move |version| (nick, version))) {
             let occupant = format!("{name}/{nick}");
-            let shown = match self.settings.split_near {
+            let shown = match near {
                 SplitNear::Leave => version.muc().map(|muc| lost_presence(&occupant, &muc, &[LOST])),
                 SplitNear::Away => away_presence(version),
                 SplitNear::Hold => None,
             };
             if let Some((template, to_at)) = shown {
-                self.outputs
-                    .push_back(Output::Deliver(cast_to(template, to_at, room.viewers(version))));
+                let shown = cast_to(template, to_at, room.viewers(version).filter(told));
+                if !shown.recipients.is_empty() {
+                    self.outputs.push_back(Output::Deliver(shown));
+                }
             }
         }
         self.write_room(name);
@@ -414,9 +442,11 @@ impl Mirror {
         }
     }
 
-    fn refuse(&mut self, answer: Option<Stanza>) {
+    /// To one of our users, never to a room.
+    fn refuse(&mut self, stanza: &Stanza, (error_type, condition, text): Refusal) {
         self.stats.refused += 1;
-        if let Some(answer) = answer {
+        let answer = answer(stanza, error_type, condition, text);
+        if let Some(answer) = answer.and_then(|answer| Stanza::parse(answer).ok()) {
             self.deliver_stanza(&answer);
         }
     }

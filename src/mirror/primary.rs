@@ -16,7 +16,7 @@ use super::{
     muc::{LOST, MucUser, SELF_PRESENCE},
     room::{SESSIONS_MAX, begin_row, row, text},
     rows::{self, Rows},
-    words::{away, lost_presence, node_of, to_attribute},
+    words::{AWAY, away, lost_presence, node_of, to_attribute},
 };
 use crate::{
     codec::{entry::Cast, position::Epoch, varint::put_prefixed},
@@ -32,9 +32,6 @@ const VERIFY_SOON: Duration = Duration::from_secs(5);
 const VERIFY_BURST: usize = 100;
 /// The wait for the rest of a burst.
 const VERIFY_NEXT: Duration = Duration::from_secs(2);
-
-/// What the room's other occupants read beside a far user's name while the link is down. It also tells us our own word when it comes back.
-const AWAY: &str = "The link to this user's server is down.";
 
 /// A far user in one of our rooms.
 #[derive(Clone, Debug)]
@@ -59,6 +56,8 @@ pub struct Primary {
     asked: BTreeMap<String, (String, String)>,
     asked_last: u64,
     next_burst: Option<Mono>,
+    /// No guest is to be asked about before: those in their rooms are many, and looked through only then.
+    wake_at: Option<Mono>,
     ghosts: u64,
     rows: Rows,
     outputs: VecDeque<Output>,
@@ -74,6 +73,7 @@ impl Primary {
             asked: BTreeMap::new(),
             asked_last: 0,
             next_burst: None,
+            wake_at: None,
             ghosts: 0,
             rows: Rows::default(),
             outputs: VecDeque::new(),
@@ -96,6 +96,7 @@ impl Primary {
             away: flags & 2 != 0,
             verify_at: now.mono + VERIFY_SOON,
         };
+        self.wake_by(guest.verify_at);
         self.rooms
             .entry(room.to_owned())
             .or_default()
@@ -112,16 +113,15 @@ impl Primary {
     }
 
     pub fn poll_timeout(&self) -> Option<Deadline> {
-        let guests = self
-            .rooms
-            .values()
-            .flat_map(BTreeMap::values)
-            .filter(|guest| guest.joined);
-        let next = guests.map(|guest| guest.verify_at).min()?;
+        let next = self.wake_at?;
         Some(Deadline {
             at: self.next_burst.map_or(next, |burst| next.max(burst)),
             why: "rooms are asked",
         })
+    }
+
+    fn wake_by(&mut self, at: Mono) {
+        self.wake_at = Some(self.wake_at.map_or(at, |wake| wake.min(at)));
     }
 
     pub fn guests(&self) -> usize {
@@ -158,9 +158,8 @@ impl Primary {
         let name = bare(&to);
         match stanza.stanza_type().as_deref() {
             None => {
-                let joins = node_of(stanza).child(ns::MUC, "x").is_some();
                 let known = self.rooms.get(name).and_then(|guests| guests.get(&*from));
-                if known.is_none() && !(joins && self.has_room_for(name)) {
+                if known.is_none() && !(stanza.is_join() && self.has_room_for(name)) {
                     return;
                 }
                 let Some(presence) = stanza.without_child(ns::MUC, "x") else {
@@ -193,7 +192,7 @@ impl Primary {
     }
 
     /// A stanza of our server for the peer: gives it back, if it is to cross.
-    pub fn handle_local(&mut self, stanza: Stanza, from: &str, to: &str, _now: Now) -> Option<Stanza> {
+    pub fn handle_local(&mut self, stanza: Stanza, from: &str, to: &str) -> Option<Stanza> {
         match stanza.kind() {
             Kind::Iq => {
                 let Some(id) = stanza.id().filter(|id| self.is_ours(id)) else {
@@ -215,7 +214,7 @@ impl Primary {
                         if node
                             .child(ns::SERVER, "status")
                             .is_some_and(|status| status.text == AWAY)
-                            && guests.values().any(|guest| guest.nick == nick)
+                            && guests.values().any(|guest| guest.away && guest.nick == nick)
                         {
                             return None;
                         }
@@ -225,6 +224,8 @@ impl Primary {
                         {
                             guest.joined = true;
                             nick.clone_into(&mut guest.nick);
+                            let verify_at = guest.verify_at;
+                            self.wake_by(verify_at);
                             self.write(name, to);
                         }
                     }
@@ -244,7 +245,7 @@ impl Primary {
     }
 
     /// Marks the guests as away. Says whether there are any.
-    pub fn split(&mut self, _now: Now) -> bool {
+    pub fn split(&mut self) -> bool {
         if self.split_far == SplitFar::Hold {
             return false;
         }
@@ -253,12 +254,12 @@ impl Primary {
                 return None;
             }
             guest.away = true;
-            away(&guest.presence, AWAY)
+            away(&guest.presence)
         })
     }
 
     /// Puts back what the guests last said of themselves.
-    pub fn heal(&mut self, _now: Now) {
+    pub fn heal(&mut self) {
         self.speak_for(|guest| std::mem::take(&mut guest.away).then(|| guest.presence.clone()));
     }
 
@@ -292,6 +293,7 @@ impl Primary {
 
     /// The rooms of this domain are asked about their guests before long.
     pub fn verify_soon(&mut self, local: &Domain, now: Now) {
+        self.wake_by(now.mono + VERIFY_SOON);
         for (room, guests) in &mut self.rooms {
             if Domain::new(domain_of(room)).is_ok_and(|domain| domain == *local) {
                 for guest in guests.values_mut() {
@@ -301,20 +303,23 @@ impl Primary {
         }
     }
 
-    pub fn handle_timeout(&mut self, _link_up: bool, now: Now) {
-        if self.next_burst.is_some_and(|burst| burst > now.mono) {
+    pub fn handle_timeout(&mut self, now: Now) {
+        if self.poll_timeout().is_none_or(|deadline| deadline.at > now.mono) {
             return;
         }
         self.next_burst = None;
         let mut due = Vec::new();
+        let mut wake_at: Option<Mono> = None;
         for (room, guests) in &mut self.rooms {
-            for (address, guest) in guests {
-                if guest.joined && guest.verify_at <= now.mono && due.len() < VERIFY_BURST {
+            for (address, guest) in guests.iter_mut().filter(|(_, guest)| guest.joined) {
+                if guest.verify_at <= now.mono && due.len() < VERIFY_BURST {
                     guest.verify_at = now.mono + VERIFY_EVERY;
                     due.push((room.clone(), address.clone(), guest.nick.clone()));
                 }
+                wake_at = Some(wake_at.map_or(guest.verify_at, |wake| wake.min(guest.verify_at)));
             }
         }
+        self.wake_at = wake_at;
         if due.len() == VERIFY_BURST {
             self.next_burst = Some(now.mono + VERIFY_NEXT);
         }

@@ -151,7 +151,7 @@ impl Site {
     }
 
     fn up(&mut self) -> Seen {
-        self.mirror.handle_link_up(self.now);
+        self.mirror.handle_link_up();
         let mut seen = self.drain();
         self.mirror.handle_caught_up();
         seen.delivered.extend(self.drain().delivered);
@@ -255,7 +255,7 @@ fn a_split_is_shown_late_and_healed_with_the_truth() {
         &["type='error'", "remote-server-timeout", "type='wait'"]
     ));
 
-    site.mirror.handle_link_up(site.now);
+    site.mirror.handle_link_up();
     let both = ["b1@b.example/r", "b2@b.example/r"];
     // `adam` has gone meanwhile, `eve` has come, `alice` has changed: nothing of it is shown one by one.
     let gone = format!(
@@ -403,7 +403,7 @@ fn a_leave_during_a_split_is_told_once() {
         &seen.delivered,
         &["/b2'", "unavailable", "to='b1@b.example/r'", "role='none'"]
     ));
-    site.mirror.handle_link_up(site.now);
+    site.mirror.handle_link_up();
     let gone = format!(
         "<presence from='{ROOM}/b2' type='unavailable'><x xmlns='{}'><item affiliation='member' role='none'/></x></presence>",
         ns::MUC_USER
@@ -688,7 +688,7 @@ fn what_the_link_took_along_is_shown() {
     let seen = site.drain();
     assert_eq!(seen.delivered.len(), 2);
     assert!(has(&seen.delivered, &["id='m2'", "to='b2@"]));
-    site.mirror.handle_link_up(site.now);
+    site.mirror.handle_link_up();
     assert_eq!(site.far(&reflection("m2"), &both).delivered.len(), 0);
 }
 
@@ -747,7 +747,7 @@ fn who_was_entering_is_shown_again() {
     site.presence("b3", "", &["b1@b.example/r"]);
     let seen = site.split();
     assert!(has(&seen.delivered, &["/b3'", "unavailable", "to='b1@"]));
-    site.mirror.handle_link_up(site.now);
+    site.mirror.handle_link_up();
     site.self_presence("b3", "b3@b.example/r");
     // And one who enters while what waited comes.
     site.join("b4");
@@ -767,7 +767,7 @@ fn an_echo_follows_its_author_to_another_nick() {
     site.local(&format!("<presence from='b1@b.example/r' to='{ROOM}/bee'/>"));
     site.split();
     site.local(&say("b1", "m1"));
-    site.mirror.handle_link_up(site.now);
+    site.mirror.handle_link_up();
     let away = format!(
         "<presence from='{ROOM}/b1' type='unavailable'><x xmlns='{}'><item affiliation='member' role='participant' nick='bee'/>\
          <status code='303'/></x></presence>",
@@ -805,7 +805,7 @@ fn what_was_shown_outlasts_those_who_saw_it() {
         ));
     }
     assert_eq!((site.mirror.levels().rooms, site.mirror.levels().sessions), (0, 0));
-    site.mirror.handle_link_up(site.now);
+    site.mirror.handle_link_up();
     let both = ["b1@b.example/r", "b2@b.example/r"];
     let reflection = format!("<message from='{ROOM}/b1' type='groupchat' id='m1'><body>hello</body></message>");
     assert_eq!(site.far(&reflection, &both).delivered.len(), 0);
@@ -850,7 +850,7 @@ fn what_cannot_be_written_passes() {
             site.split();
         }
         site.local(&say("b1", "m1"));
-        site.mirror.handle_link_up(site.now);
+        site.mirror.handle_link_up();
         site.drain();
         site.fill_rows();
         assert_eq!(site.far(told, &both).delivered.len(), 2, "{told}");
@@ -868,7 +868,7 @@ fn an_echo_that_cannot_be_written_is_not_shown() {
     assert_eq!(site.drain().delivered.len(), 0);
     let seen = site.local(&say("b1", "m2"));
     assert_eq!((seen.crossed.len(), seen.delivered.len()), (1, 0));
-    site.mirror.handle_link_up(site.now);
+    site.mirror.handle_link_up();
     let both = ["b1@b.example/r", "b2@b.example/r"];
     for id in ["m1", "m2"] {
         let reflection = format!("<message from='{ROOM}/b1' type='groupchat' id='{id}'><body>hello</body></message>");
@@ -892,4 +892,129 @@ fn unreadable_recipients_get_everything() {
     let reflection = cast(template, to_at as u32, attributes.iter());
     let kept = site.mirror.handle_far(reflection, Duration::ZERO, site.now).unwrap();
     assert_eq!(kept.recipients, attributes[1..]);
+}
+
+/// A guest of a room of ours that a peer's users are in, too.
+fn with_guest(mut site: Site) -> Site {
+    site.far(
+        "<presence from='a1@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/></presence>",
+        &["mess@conference.b.example/a1"],
+    );
+    site.local(&format!(
+        "<presence from='mess@conference.b.example/a1' to='a1@a.example/r'><x xmlns='{}'><item affiliation='none' role='participant'/>\
+         <status code='110'/></x></presence>",
+        ns::MUC_USER
+    ));
+    site
+}
+
+/// The link comes back for a moment and goes again before all has come, with or without a kill. After the hold those are told who do not
+/// know: guests, who were put back, and who has entered since, or a room entered since. Nobody is told twice.
+#[test]
+fn a_split_that_comes_back_is_told_to_the_rest() {
+    for restarts in [false, true] {
+        let mut site = with_guest(Site::populated(MirrorSettings::default()));
+        assert_eq!(site.split().delivered.len(), 3);
+        site.mirror.handle_link_up();
+        site.drain();
+        site.join("b3");
+        site.presence("alice", "", &["b3@b.example/r"]);
+        site.self_presence("b3", "b3@b.example/r");
+        let other = "bridge@conference.a.example";
+        site.local(&format!(
+            "<presence from='b1@b.example/r' to='{other}/b1'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+        ));
+        for (nick, codes) in [("carol", ""), ("b1", "<status code='110'/>")] {
+            let told = format!(
+                "<presence from='{other}/{nick}'><x xmlns='{}'><item affiliation='none' role='participant'/>{codes}</x></presence>",
+                ns::MUC_USER
+            );
+            site.far(&told, &["b1@b.example/r"]);
+        }
+        site.down();
+        site.drain();
+        if restarts {
+            site.mirror = Site::mirror(&site.settings, &site.rows, site.now);
+        }
+        assert!(site.pass(299).delivered.is_empty());
+        let seen = site.pass(1);
+        assert_eq!(seen.delivered.len(), 3, "{seen:?}");
+        assert!(has(
+            &seen.delivered,
+            &["/alice'", "unavailable", "to='b3@", "code='333'"]
+        ));
+        assert!(has(&seen.delivered, &["/carol'", "unavailable", "to='b1@"]));
+        assert!(has(&seen.delivered, &["from='a1@", "<show>away</show>"]));
+        assert_eq!(
+            site.mirror.poll_timeout().map(|deadline| deadline.why),
+            Some("rooms are asked")
+        );
+        // All of it is put right in the end.
+        let seen = site.up();
+        for (nick, user) in [
+            ("/alice'", "b1"),
+            ("/alice'", "b2"),
+            ("/alice'", "b3"),
+            ("/carol'", "b1"),
+        ] {
+            assert!(has(&seen.delivered, &[nick, &format!("to='{user}@")]), "{nick} {user}");
+        }
+        assert!(has(&seen.delivered, &["from='a1@"]));
+    }
+}
+
+/// Users may say of themselves what we say of them when the link is down: it crosses, except while it is our own word.
+#[test]
+fn only_our_own_word_is_swallowed() {
+    let mut site = hosting();
+    let away = format!(
+        "<presence from='mess@conference.b.example/a1' to='a1@a.example/r'><show>away</show><status>The link to this user&apos;s server is \
+         down.</status><x xmlns='{}'><item affiliation='none' role='participant'/><status code='110'/></x></presence>",
+        ns::MUC_USER
+    );
+    assert_eq!(site.local(&away).crossed.len(), 1);
+    site.split();
+    assert_eq!(site.local(&away).crossed.len(), 0);
+}
+
+/// A room's own presence to an occupant is no wish to enter, whatever else it holds (XEP-0045 §7.2.1).
+#[test]
+fn only_a_wish_to_enter_makes_a_session() {
+    let mut site = Site::new(MirrorSettings::default());
+    site.up();
+    let of_a_room = format!(
+        "<presence from='mess@conference.b.example/x' to='a1@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/><x xmlns='{}'>\
+         <item affiliation='none' role='participant'/></x></presence>",
+        ns::MUC_USER
+    );
+    site.local(&of_a_room);
+    assert_eq!(site.mirror.levels().sessions, 0);
+    assert!(site.mirror.rooms.is_empty());
+    let of_a_far_room = of_a_room
+        .replace("to='a1@a.example/r'", "")
+        .replace("mess@conference.b", "deck@conference.a");
+    site.far(&of_a_far_room, &["b1@b.example/r"]);
+    assert_eq!(site.mirror.levels().guests, 0);
+}
+
+/// A room is asked when its first occupant is due, and nobody is asked when all have left.
+#[test]
+fn rooms_are_asked_when_the_first_is_due() {
+    let mut site = hosting();
+    let due = |site: &Site| {
+        site.mirror
+            .poll_timeout()
+            .map(|deadline| deadline.at.since_start().as_secs())
+    };
+    assert_eq!(due(&site), Some(300));
+    site.mirror.handle_leg_up(&domain("conference.b.example"), site.now);
+    assert_eq!(due(&site), Some(5));
+    assert_eq!(site.pass(5).asked.len(), 1);
+    assert_eq!(due(&site), Some(305));
+    site.far(
+        "<presence from='a1@a.example/r' type='unavailable'></presence>",
+        &["mess@conference.b.example/a1"],
+    );
+    assert_eq!(site.pass(300).asked.len(), 0);
+    assert_eq!(due(&site), None);
 }

@@ -93,61 +93,23 @@ pub fn occupant_id(presence: &Node) -> Option<String> {
     ))
 }
 
+/// What is read beside the name of somebody beyond a link that is down. It also tells us our own word when it comes back.
+pub const AWAY: &str = "The link to this user's server is down.";
+
 /// The same presence, away because of the link.
 pub fn away_presence(version: &Version) -> Option<(Bytes, u32)> {
-    let away = away(&version.stanza()?, "The link to this user's server is down.")?;
+    let away = away(&version.stanza()?)?;
     // Nothing before the place of `to` has changed.
     Some((away.bytes().clone(), version.to_at))
 }
 
-/// A presence that says away, for this reason, and otherwise what it said.
-pub fn away(presence: &Stanza, why: &str) -> Option<Stanza> {
+/// A presence that says away because of the link, and otherwise what it said.
+pub fn away(presence: &Stanza) -> Option<Stanza> {
     let bare = presence
         .without_child(ns::SERVER, "show")?
         .without_child(ns::SERVER, "status")?;
     bare.with_child("<show>away</show>")?
-        .with_child(&format!("<status>{}</status>", escape_text(why)))
-}
-
-pub fn presence_error(
-    stanza: &Stanza,
-    occupant: &str,
-    to: &str,
-    error_type: &str,
-    condition: &str,
-    text: &str,
-) -> Option<Stanza> {
-    let id = stanza
-        .id()
-        .map(|id| format!(" id='{}'", escape_attribute(&id)))
-        .unwrap_or_default();
-    let errors = ns::STANZA_ERRORS;
-    let answer = format!(
-        "<presence type='error' from='{}' to='{}'{id}><error type='{error_type}'><{condition} xmlns='{errors}'/>\
-         <text xmlns='{errors}' xml:lang='en'>{}</text></error></presence>",
-        escape_attribute(occupant),
-        escape_attribute(to),
-        escape_text(text)
-    );
-    Stanza::parse(answer.into()).ok()
-}
-
-/// XEP-0045 §7.5: what a room answers to whom it does not let speak.
-pub fn message_error(stanza: &Stanza, text: &str) -> Option<Stanza> {
-    let (from, to) = (stanza.from()?, stanza.to()?);
-    let id = stanza
-        .id()
-        .map(|id| format!(" id='{}'", escape_attribute(&id)))
-        .unwrap_or_default();
-    let errors = ns::STANZA_ERRORS;
-    let answer = format!(
-        "<message type='error' from='{}' to='{}'{id}><error type='auth'><forbidden xmlns='{errors}'/>\
-         <text xmlns='{errors}' xml:lang='en'>{}</text></error></message>",
-        escape_attribute(&to),
-        escape_attribute(&from),
-        escape_text(text)
-    );
-    Stanza::parse(answer.into()).ok()
+        .with_child(&format!("<status>{}</status>", escape_text(AWAY)))
 }
 
 pub fn to_attribute(address: &str) -> Bytes {

@@ -701,7 +701,7 @@ impl Relay {
                     received,
                     missing,
                 } => {
-                    self.handle_hello(received, missing, hello.last, now);
+                    self.handle_hello(received, missing, hello.last);
                 }
                 session::Output::Received { seq, held_ms, entry } => {
                     self.handle_entry(seq, Duration::from_millis(held_ms), &entry, now);
@@ -717,12 +717,12 @@ impl Relay {
         }
     }
 
-    fn handle_hello(&mut self, received: Received, missing: u64, last: Seq, now: Now) {
+    fn handle_hello(&mut self, received: Received, missing: u64, last: Seq) {
         self.stats.missing += missing;
         if missing > 0 || received != self.received {
             self.mirror.forget();
         }
-        self.mirror.handle_link_up(now);
+        self.mirror.handle_link_up();
         self.catching_up = Some(last);
         if received != self.received {
             // The first meeting, or a disk was replaced: the peer's numbering starts where its spool does.

@@ -15,6 +15,8 @@ pub enum Condition {
     RemoteServerTimeout,
     PolicyViolation,
     ServiceUnavailable,
+    NotAcceptable,
+    Forbidden,
 }
 
 impl Condition {
@@ -25,6 +27,8 @@ impl Condition {
             Self::RemoteServerTimeout => "remote-server-timeout",
             Self::PolicyViolation => "policy-violation",
             Self::ServiceUnavailable => "service-unavailable",
+            Self::NotAcceptable => "not-acceptable",
+            Self::Forbidden => "forbidden",
         }
     }
 
@@ -33,7 +37,7 @@ impl Condition {
     fn expels(self) -> bool {
         match self {
             Self::RemoteServerTimeout | Self::ServiceUnavailable => true,
-            Self::ResourceConstraint | Self::PolicyViolation => false,
+            Self::ResourceConstraint | Self::PolicyViolation | Self::NotAcceptable | Self::Forbidden => false,
         }
     }
 }
@@ -43,6 +47,7 @@ impl Condition {
 pub enum ErrorType {
     Cancel,
     Modify,
+    Auth,
     Wait,
 }
 
@@ -52,6 +57,7 @@ impl ErrorType {
         match self {
             Self::Cancel => "cancel",
             Self::Modify => "modify",
+            Self::Auth => "auth",
             Self::Wait => "wait",
         }
     }
@@ -60,12 +66,16 @@ impl ErrorType {
 /// The answer that returns `stanza` to its sender, or `None` where an answer is not allowed or would do harm:
 /// to an error or result (RFC 6120 §8.3.1), to any presence but a user's wish to enter a room (a MUC expels on
 /// `presence type='error'`, and never asks for that), and to a bare room or other address without a resource that may be a room (ejabberd expels on any `message type='error'` to the bare room).
+pub fn bounce(stanza: &Stanza, error_type: ErrorType, condition: Condition, text: &str) -> Option<Bytes> {
+    is_answerable(stanza, condition)
+        .then(|| answer(stanza, error_type, condition, text))
+        .flatten()
+}
+
+/// The same for whoever sent it, who must be known not to be a room. `None` if it lacks an address.
 ///
 /// The payload is not returned (XEP-0205: an answer must not amplify what it answers).
-pub fn bounce(stanza: &Stanza, error_type: ErrorType, condition: Condition, text: &str) -> Option<Bytes> {
-    if !is_answerable(stanza, condition) {
-        return None;
-    }
+pub fn answer(stanza: &Stanza, error_type: ErrorType, condition: Condition, text: &str) -> Option<Bytes> {
     let (from, to) = (stanza.raw_to()?, stanza.raw_from()?);
     let name = stanza.kind().as_str().as_bytes();
     let mut error = Vec::with_capacity(256 + from.len() + to.len() + text.len());
@@ -76,7 +86,7 @@ pub fn bounce(stanza: &Stanza, error_type: ErrorType, condition: Condition, text
     }
     error.push(b'>');
     if stanza.kind() == Kind::Presence {
-        // By this clients know which of a room's errors are about their joining (XEP-0045, examples 21 to 27).
+        // By this clients know which of a room's errors are about their joining or their nick (XEP-0045, examples 21 to 27 and 54).
         error.extend_from_slice(format!("<x xmlns='{}'/>", ns::MUC).as_bytes());
     }
     let (error_type, condition, namespace) = (error_type.as_str(), condition.as_str(), ns::STANZA_ERRORS);

@@ -14,6 +14,6 @@ pub mod ns;
 mod stanza;
 
 pub use address::{AddressError, Domain, DomainPair, bare, domain_of, resource_of};
-pub use error::{Condition, ErrorType, bounce};
+pub use error::{Condition, ErrorType, answer, bounce};
 pub use escape::{escape_attribute, escape_text};
 pub use stanza::{Kind, Stanza, StanzaError};
