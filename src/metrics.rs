@@ -424,6 +424,8 @@ declare! {
     MIRROR_HEALS: Counter<Peer> = "narrows_mirror_heals_total", "Times that local users were shown who is there after all.";
     MIRROR_GHOSTS: Counter<Peer> = "narrows_mirror_ghosts_total",
         "The peer's sessions that a local room no longer knew, and which were told so: after a restart of the server, for one.";
+    MIRROR_OVERFLOWS: Counter<Peer> = "narrows_mirror_overflows_total",
+        "Rooms and sessions that are not mirrored, or no longer, because a limit was reached. Their stanzas cross as without a mirror.";
 
     STORE_COMMITS: Counter<Peer> = "narrows_store_commits_total", "Commits to the peer's database; each is a flush of the disk.";
     STORE_COMMIT: Histogram(COMMIT_BOUNDS)<Peer> = "narrows_store_commit_seconds", "How long a commit took.";

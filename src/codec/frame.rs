@@ -16,7 +16,7 @@
 //! * recent templates, and what came after what ([`crate::codec::templates`]), so that who enters a room is not told again what
 //!   the one before was told: `known` names one, or says that the next ones are those that came here the last time; `on` is the same
 //!   with the next number and the same recipients;
-//! * what the other end has said lately ([`crate::codec::echo`]), as far as it is marked as `kept`: the room's reflection of it
+//! * what the other end has said lately ([`crate::codec::reflection`]), as far as it is marked as `kept`: the room's reflection of it
 //!   names pieces of it;
 //! * recent ids, and new ones as raw bytes that the compressor does not see (`ids`): what is random spoils its statistics. An id is
 //!   a UUID, 32 hex digits, 24 characters of base64url (Prosody's archive), 16 digits (ejabberd's archive: microseconds) or up to
@@ -36,9 +36,9 @@ use base64::{
 use bytes::{Buf, Bytes, BytesMut};
 
 use crate::codec::{
-    echo::{Said, piece_of},
     entry::{Cast, ENTRY_BYTES_MAX, Entry, EntryError, RECIPIENT_BYTES_MAX, check_recipients},
     position::{Epoch, Received, Seq},
+    reflection::{Said, piece_of},
     templates::{Found, Guess, Number, Templates, Trail},
     varint::{ReadError, Reader, peek_varint, put_len, put_prefixed, put_varint, unzigzag, zigzag},
 };
@@ -135,7 +135,7 @@ mod mark {
     /// Sixteen bytes of `ids` are 32 hex digits.
     pub const NEW_HEX: u8 = 7;
     /// The number of a text that the reader of this has said follows: pieces are of that one from here on.
-    pub const ECHO: u8 = 8;
+    pub const REFLECTED: u8 = 8;
     /// Where a piece starts in that text and how long it is follow.
     pub const PIECE: u8 = 11;
     /// Eight bytes of `ids` are a number of 17 to 20 digits.
@@ -148,7 +148,7 @@ mod mark {
 
     /// Between them lie tab, line feed and carriage return, which do stand in XML.
     pub const fn is(byte: u8) -> bool {
-        matches!(byte, END..=ECHO | PIECE | NEW_NUMBER | NEW_DIGEST | KNOWN_DIGEST)
+        matches!(byte, END..=REFLECTED | PIECE | NEW_NUMBER | NEW_DIGEST | KNOWN_DIGEST)
     }
 }
 
@@ -323,7 +323,7 @@ struct Memory {
     templates: Templates,
     /// Of the last cast; its recipients stand first in their list.
     last_cast: Option<LastCast>,
-    last_echo: u64,
+    last_reflected: u64,
     /// A ring; `ids_next` is where the next one goes.
     ids: Vec<Id>,
     ids_next: usize,
@@ -811,7 +811,7 @@ impl FrameWriter {
     /// Text with its UUIDs cut out, the place of the address marked, and an end.
     fn pack(&mut self, text: &[u8], to_at: Option<usize>) {
         // Only a template is ever the reflection of something.
-        let echo = to_at.and_then(|_| self.heard.find(text));
+        let reflected = to_at.and_then(|_| self.heard.find(text));
         let mut is_named = false;
         let mut at = 0;
         loop {
@@ -819,15 +819,15 @@ impl FrameWriter {
                 self.text.push(mark::TO);
             }
             let Some(byte) = text.get(at) else { break };
-            if let Some((order, said)) = &echo {
+            if let Some((order, said)) = &reflected {
                 // The mark cannot stand inside a piece.
                 let end = to_at.filter(|to_at| *to_at > at).unwrap_or(text.len());
                 if let Some(piece) = piece_of(said, &text[at..end]) {
                     if !std::mem::replace(&mut is_named, true) {
-                        self.text.push(mark::ECHO);
-                        let step = (*order as i64).wrapping_sub(self.memory.last_echo as i64);
+                        self.text.push(mark::REFLECTED);
+                        let step = (*order as i64).wrapping_sub(self.memory.last_reflected as i64);
                         put_varint(&mut self.text, zigzag(step.wrapping_sub(1)));
-                        self.memory.last_echo = *order;
+                        self.memory.last_reflected = *order;
                     }
                     self.text.push(mark::PIECE);
                     put_len(&mut self.text, piece.offset);
@@ -1185,7 +1185,7 @@ impl FrameReader {
     ) -> Result<(Bytes, Option<usize>), FrameError> {
         let mut out = Vec::new();
         let mut to_at = None;
-        let mut echo = None;
+        let mut reflected = None;
         loop {
             match text.byte()? {
                 mark::END => break,
@@ -1213,9 +1213,9 @@ impl FrameReader {
                     let digest = self.memory.digests.get(place).ok_or(FrameError::UnknownId)?;
                     out.extend_from_slice(STANDARD.encode(digest).as_bytes());
                 }
-                mark::ECHO => echo = Some(self.read_echo(text)?),
+                mark::REFLECTED => reflected = Some(self.read_reflected(text)?),
                 mark::PIECE => {
-                    let said = echo.as_ref().ok_or(FrameError::UnknownEcho)?;
+                    let said = reflected.as_ref().ok_or(FrameError::UnknownSaid)?;
                     let offset = text.len_upto(said.len())?;
                     let len = text.len_upto(said.len() - offset)?;
                     let at = out.len();
@@ -1239,13 +1239,13 @@ impl FrameReader {
         Ok((out.into(), to_at))
     }
 
-    fn read_echo(&mut self, text: &mut Reader<'_>) -> Result<Bytes, FrameError> {
+    fn read_reflected(&mut self, text: &mut Reader<'_>) -> Result<Bytes, FrameError> {
         let step = unzigzag(text.varint()?).wrapping_add(1);
-        self.memory.last_echo = (self.memory.last_echo as i64).wrapping_add(step) as u64;
+        self.memory.last_reflected = (self.memory.last_reflected as i64).wrapping_add(step) as u64;
         self.said
-            .get(self.memory.last_echo)
+            .get(self.memory.last_reflected)
             .cloned()
-            .ok_or(FrameError::UnknownEcho)
+            .ok_or(FrameError::UnknownSaid)
     }
 
     fn read_id(&self, kind: u8, ids: &mut Reader<'_>) -> Result<Id, FrameError> {
@@ -1639,7 +1639,7 @@ pub enum FrameError {
     #[error("a reference to a template that is not known")]
     UnknownTemplate,
     #[error("a reference to what was not said, or long ago")]
-    UnknownEcho,
+    UnknownSaid,
     #[error("an escape that means nothing")]
     BadEscape,
     #[error("a template with no place, or two, for its address")]

@@ -2,10 +2,10 @@
 
 pub mod check;
 pub mod compress;
-pub mod echo;
 pub mod entry;
 pub mod frame;
 pub mod position;
+pub mod reflection;
 pub mod templates;
 pub mod varint;
 pub mod xml;

@@ -121,6 +121,7 @@ struct Owner {
     last_error: Option<String>,
     /// Reasons for which something was dropped, that the log has.
     told_dropped: BTreeSet<Dropped>,
+    told_overflow: bool,
 }
 
 /// What has been counted by sessions and connections that are gone.
@@ -178,6 +179,7 @@ pub async fn run(peer: Peer) -> Result<(), StoreError> {
         since: clock.now().mono,
         last_error: None,
         told_dropped: BTreeSet::new(),
+        told_overflow: false,
     };
     let mut report_tick = tokio::time::interval(REPORT_EVERY);
     let mut drain_until = None;
@@ -621,6 +623,10 @@ impl Owner {
         m::MIRROR_SPLITS.follow(peer, mirrored.splits);
         m::MIRROR_HEALS.follow(peer, mirrored.heals);
         m::MIRROR_GHOSTS.follow(peer, mirrored.ghosts);
+        m::MIRROR_OVERFLOWS.follow(peer, mirrored.overflows);
+        if mirrored.overflows > 0 && !std::mem::replace(&mut self.told_overflow, true) {
+            warn!(peer = %self.name, "A room is too large to be mirrored, or rooms are too many. This is said once; the metrics count them.");
+        }
         let store = self.store.stats();
         m::STORE_COMMITS.follow(peer, store.commits());
         m::STORE_BYTES.set(peer, store.bytes_on_disk() as f64);

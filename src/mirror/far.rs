@@ -100,7 +100,7 @@ impl Mirror {
             }
         }
         if room.is_too_large() {
-            self.drop_room(name);
+            self.overflow(name);
             return Withheld::new();
         }
         self.write_occupant(name, nick);

@@ -47,7 +47,7 @@ enum Asked {
 }
 
 /// What becomes of something said to a room or in it.
-enum Said {
+enum Fate {
     Crosses,
     /// In this form, which the room's answer will tell us again.
     CrossesAs(Stanza),
@@ -81,9 +81,9 @@ impl Mirror {
             },
             Kind::Message if self.is_session(name, &from) => {
                 return match self.speak(&stanza, &from, &to) {
-                    Said::Crosses => Some(stanza),
-                    Said::CrossesAs(stanza) => Some(stanza),
-                    Said::Settled => None,
+                    Fate::Crosses => Some(stanza),
+                    Fate::CrossesAs(stanza) => Some(stanza),
+                    Fate::Settled => None,
                 };
             }
             Kind::Iq => match self.ask(&stanza, &from, &to, now) {
@@ -117,11 +117,13 @@ impl Mirror {
             None if self.is_detached() => Some(LINK_DOWN),
             None => {
                 let domain = Domain::new(domain_of(name)).ok();
-                if domain.is_some_and(|domain| self.far.contains(&domain))
-                    && (self.rooms.contains_key(name) || self.rooms.len() < ROOMS_MAX)
-                {
-                    self.rooms.entry(name.to_owned()).or_default().add_session(from, nick);
-                    self.write_room(name);
+                if domain.is_some_and(|domain| self.far.contains(&domain)) {
+                    if self.rooms.contains_key(name) || self.rooms.len() < ROOMS_MAX {
+                        self.rooms.entry(name.to_owned()).or_default().add_session(from, nick);
+                        self.write_room(name);
+                    } else {
+                        self.stats.overflows += 1;
+                    }
                 }
                 None
             }
@@ -167,17 +169,17 @@ impl Mirror {
     }
 
     /// A message of a session of ours to its room or to somebody in it.
-    fn speak(&mut self, stanza: &Stanza, from: &str, to: &str) -> Said {
+    fn speak(&mut self, stanza: &Stanza, from: &str, to: &str) -> Fate {
         let name = bare(to);
         let Some(room) = self.rooms.get(name) else {
-            return Said::Crosses;
+            return Fate::Crosses;
         };
         let Some(session) = room.sessions.get(from).filter(|session| session.joined) else {
-            return Said::Crosses;
+            return Fate::Crosses;
         };
         let node = node_of(stanza);
         if !has_body(&node) {
-            return Said::Crosses;
+            return Fate::Crosses;
         }
         let nick = session.nick.clone();
         match (stanza.stanza_type().as_deref(), resource_of(to)) {
@@ -186,18 +188,18 @@ impl Mirror {
                 match whisper(room, stanza, &node, name, &nick, other) {
                     Some(told) => {
                         self.outputs.push_back(Output::Deliver(told));
-                        Said::Settled
+                        Fate::Settled
                     }
-                    None => Said::Crosses,
+                    None => Fate::Crosses,
                 }
             }
-            _ => Said::Crosses,
+            _ => Fate::Crosses,
         }
     }
 
-    fn speak_to_all(&mut self, stanza: &Stanza, node: &Node, name: &str, from: &str, nick: &str) -> Said {
+    fn speak_to_all(&mut self, stanza: &Stanza, node: &Node, name: &str, from: &str, nick: &str) -> Fate {
         let Some(room) = self.rooms.get(name) else {
-            return Said::Crosses;
+            return Fate::Crosses;
         };
         let own = room.version(nick, from);
         let role = own
@@ -216,12 +218,12 @@ impl Mirror {
         };
         if at_once && split && role == "visitor" {
             self.refuse(stanza, VISITOR);
-            return Said::Settled;
+            return Fate::Settled;
         }
         let plain = node.child(ns::SERVER, "subject").is_none();
         let may_speak = role == "participant" || role == "moderator";
         if !(plain && may_speak) || policy == Echo::Reflect {
-            return Said::Crosses;
+            return Fate::Crosses;
         }
         // Ids that the room gives cannot be known here; during a split there is no other way.
         let at_once = at_once && (split || !room.gives_ids);
@@ -233,7 +235,7 @@ impl Mirror {
         let crossing = given.as_ref().unwrap_or(stanza);
         // As it is, as long as it may be heard from the room.
         let Some(id) = crossing.id().map(Cow::into_owned) else {
-            return Said::Crosses;
+            return Fate::Crosses;
         };
         if room.echoes.len() < ECHOES_MAX
             && let Some((template, to_at)) = shown(crossing, &format!("{name}/{nick}"), own)
@@ -250,7 +252,7 @@ impl Mirror {
             // With all that was said before it, so that it is heard in order.
             self.show_unheard(name);
         }
-        given.map_or(Said::Crosses, Said::CrossesAs)
+        given.map_or(Fate::Crosses, Fate::CrossesAs)
     }
 
     fn put_echo(&mut self, name: &str, number: u64, echo: room::Echo) {

@@ -49,7 +49,6 @@ use std::{
 
 use bytes::Bytes;
 
-pub use self::settings::*;
 use self::{
     local::Refusal,
     muc::LOST,
@@ -58,6 +57,10 @@ use self::{
     room::{EchoState, Room, Split},
     rows::Rows,
     words::{away_presence, cast, cast_to, lost_presence},
+};
+pub use self::{
+    rows::{BYTES_MAX as ROWS_BYTES_MAX, KEY_BYTES_MAX, ROW_BYTES, VALUE_BYTES_MAX},
+    settings::*,
 };
 use crate::{
     codec::{entry::Cast, position::Epoch},
@@ -101,6 +104,8 @@ pub struct MirrorStats {
     pub heals: u64,
     /// Sessions that the room turned out not to have any more.
     pub ghosts: u64,
+    /// Rooms and sessions that pass as they are from then on, because a limit was reached.
+    pub overflows: u64,
 }
 
 /// Where the link stands, as users notice it.
@@ -270,6 +275,7 @@ impl Mirror {
     pub fn stats(&self) -> MirrorStats {
         MirrorStats {
             ghosts: self.primary.ghosts(),
+            overflows: self.stats.overflows + self.primary.overflows(),
             ..self.stats
         }
     }
@@ -481,8 +487,14 @@ impl Mirror {
     /// Writes a row of a room; without it the room cannot be mirrored.
     fn put_row(&mut self, name: &str, key: Bytes, value: Bytes) {
         if !self.rows.put(key, value, &mut self.outputs) {
-            self.drop_room(name);
+            self.overflow(name);
         }
+    }
+
+    /// More of this room cannot be kept: from now on it passes as it is.
+    fn overflow(&mut self, name: &str) {
+        self.stats.overflows += 1;
+        self.drop_room(name);
     }
 
     fn write_room(&mut self, name: &str) {

@@ -20,7 +20,7 @@ use crate::{
     time::{Mono, Now},
 };
 
-/// Questions under way; beyond it an answer is passed on and not kept.
+/// Questions under way; beyond it the oldest has waited longest in vain, and its answer is passed on and not kept.
 const QUESTIONS_MAX: usize = 1_000;
 /// Answers kept, and the size of one: some room lists are megabytes, and change all the time.
 const ANSWERS_MAX: usize = 500;
@@ -55,6 +55,8 @@ pub struct Near {
     lifetime: Duration,
     /// By asker and id.
     questions: BTreeMap<(String, String), Key>,
+    /// The same in the order in which they were asked.
+    asked: VecDeque<(String, String)>,
     answers: BTreeMap<Key, Answer>,
     /// Keys in the order in which their answers came.
     order: VecDeque<Key>,
@@ -65,6 +67,7 @@ impl Near {
         Self {
             lifetime,
             questions: BTreeMap::new(),
+            asked: VecDeque::new(),
             answers: BTreeMap::new(),
             order: VecDeque::new(),
         }
@@ -108,12 +111,27 @@ impl Near {
         {
             return result(stanza, &answer.query);
         }
-        if self.questions.len() < QUESTIONS_MAX
-            && let Some(id) = stanza.id()
-        {
-            self.questions.insert((from.to_owned(), id.into_owned()), key);
+        if let Some(id) = stanza.id() {
+            self.note_question((from.to_owned(), id.into_owned()), key);
         }
         None
+    }
+
+    fn note_question(&mut self, question: (String, String), key: Key) {
+        self.take_question(&question);
+        if self.questions.len() >= QUESTIONS_MAX
+            && let Some(oldest) = self.asked.pop_front()
+        {
+            self.questions.remove(&oldest);
+        }
+        self.asked.push_back(question.clone());
+        self.questions.insert(question, key);
+    }
+
+    fn take_question(&mut self, question: &(String, String)) -> Option<Key> {
+        let key = self.questions.remove(question)?;
+        self.asked.retain(|asked| asked != question);
+        Some(key)
     }
 
     /// An IQ that has crossed: keeps it, if it answers a question of ours.
@@ -121,16 +139,11 @@ impl Near {
         let (Some(to), Some(id)) = (stanza.to(), stanza.id()) else {
             return;
         };
-        let Some(key) = self.questions.get(&(to.into_owned(), id.clone().into_owned())) else {
-            return;
-        };
-        if stanza.from().as_deref() != Some(&key.to) {
+        let question = (to.into_owned(), id.into_owned());
+        if self.questions.get(&question).map(|key| &*key.to) != stanza.from().as_deref() {
             return;
         }
-        let Some(key) = stanza
-            .to()
-            .and_then(|to| self.questions.remove(&(to.into_owned(), id.into_owned())))
-        else {
+        let Some(key) = self.take_question(&question) else {
             return;
         };
         if stanza.stanza_type().as_deref() != Some("result") || stanza.bytes().len() > ANSWER_BYTES_MAX {
@@ -162,6 +175,7 @@ impl Near {
     /// Their answers may be lost with the link.
     pub fn forget_questions(&mut self) {
         self.questions.clear();
+        self.asked.clear();
     }
 }
 

@@ -59,6 +59,7 @@ pub struct Primary {
     /// No guest is to be asked about before: those in their rooms are many, and looked through only then.
     wake_at: Option<Mono>,
     ghosts: u64,
+    overflows: u64,
     rows: Rows,
     outputs: VecDeque<Output>,
 }
@@ -75,6 +76,7 @@ impl Primary {
             next_burst: None,
             wake_at: None,
             ghosts: 0,
+            overflows: 0,
             rows: Rows::default(),
             outputs: VecDeque::new(),
         }
@@ -137,6 +139,10 @@ impl Primary {
         self.ghosts
     }
 
+    pub fn overflows(&self) -> u64 {
+        self.overflows
+    }
+
     pub fn forget(&mut self) {
         for (room, guests) in std::mem::take(&mut self.rooms) {
             for address in guests.keys() {
@@ -159,7 +165,11 @@ impl Primary {
         match stanza.stanza_type().as_deref() {
             None => {
                 let known = self.rooms.get(name).and_then(|guests| guests.get(&*from));
-                if known.is_none() && !(stanza.is_join() && self.has_room_for(name)) {
+                if known.is_none() && !stanza.is_join() {
+                    return;
+                }
+                if known.is_none() && !self.has_room_for(name) {
+                    self.overflows += 1;
                     return;
                 }
                 let Some(presence) = stanza.without_child(ns::MUC, "x") else {
@@ -395,6 +405,7 @@ impl Primary {
         put_prefixed(&mut value, guest.nick.as_bytes());
         put_prefixed(&mut value, guest.presence.bytes());
         if !self.rows.put(guest_key(room, address), value.into(), &mut self.outputs) {
+            self.overflows += 1;
             self.remove(room, address);
         }
     }

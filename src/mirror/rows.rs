@@ -15,6 +15,7 @@ pub const KEY_BYTES_MAX: usize = 4 * 1024;
 pub const VALUE_BYTES_MAX: usize = 1024 * 1024;
 /// All rows of one direction together, with what each costs beside its bytes: some hundred rooms of a thousand occupants.
 pub const BYTES_MAX: u64 = 60 << 20;
+/// A row's own cost.
 pub const ROW_BYTES: u64 = 128;
 
 /// First bytes of the keys.

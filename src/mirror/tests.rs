@@ -844,7 +844,12 @@ fn what_cannot_be_written_passes() {
         "<presence from='{ROOM}/eve'><x xmlns='{}'><item affiliation='member' role='participant'/></x></presence>",
         ns::MUC_USER
     );
-    for (told, splits) in [(&renamed, false), (&left, true), (&stamped, false), (&came, true)] {
+    for (told, to, splits) in [
+        (&renamed, &both[..], false),
+        (&left, &both[..1], true),
+        (&stamped, &both[..], false),
+        (&came, &both[..], true),
+    ] {
         let mut site = Site::populated(MirrorSettings::default());
         if splits {
             site.split();
@@ -853,8 +858,12 @@ fn what_cannot_be_written_passes() {
         site.mirror.handle_link_up();
         site.drain();
         site.fill_rows();
-        assert_eq!(site.far(told, &both).delivered.len(), 2, "{told}");
-        assert_eq!(site.mirror.levels().rooms, 0, "{told}");
+        assert_eq!(site.far(told, to).delivered.len(), to.len(), "{told}");
+        assert_eq!(
+            (site.mirror.levels().rooms, site.mirror.stats().overflows),
+            (0, 1),
+            "{told}"
+        );
     }
 }
 
@@ -1017,4 +1026,23 @@ fn rooms_are_asked_when_the_first_is_due() {
     );
     assert_eq!(site.pass(300).asked.len(), 0);
     assert_eq!(due(&site), None);
+}
+
+/// Questions that nobody answers do not keep later answers from being remembered: the oldest is forgotten.
+#[test]
+fn unanswered_questions_are_forgotten() {
+    let mut site = Site::populated(MirrorSettings::default());
+    let question = |to: &str| {
+        format!(
+            "<iq type='get' id='d' from='b1@b.example/r' to='{to}'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>"
+        )
+    };
+    for number in 0..2_000 {
+        site.local(&question(&format!("r{number}@conference.a.example")).replace("'d'", &format!("'{number}'")));
+    }
+    assert_eq!(site.local(&question(ROOM)).crossed.len(), 1);
+    let answer =
+        format!("<iq type='result' id='d' from='{ROOM}'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>");
+    site.far(&answer, &["b1@b.example/r"]);
+    assert_eq!(site.local(&question(ROOM)).crossed.len(), 0);
 }

@@ -67,7 +67,7 @@ pub const STATE_BYTES_MAX: u64 = 128 << 20;
 const STATE_ROW_BYTES: u64 = 128;
 
 /// What a row with a key and a value of these lengths counts towards [`STATE_BYTES_MAX`].
-pub fn state_bytes(key: usize, value: usize) -> u64 {
+pub const fn state_bytes(key: usize, value: usize) -> u64 {
     STATE_ROW_BYTES + key as u64 + value as u64
 }
 

@@ -39,7 +39,10 @@ use crate::{
     mirror::{self, Mirror, MirrorSettings},
     queue::{
         collapse::{Placed, Refusal},
-        journal::{Batch, Change, Levels, Opening, Slot},
+        journal::{
+            Batch, Change, Levels, Opening, STATE_BYTES_MAX, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, Slot,
+            state_bytes,
+        },
         scheduler::{Answer, Offer},
     },
     stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bounce, domain_of},
@@ -304,6 +307,12 @@ impl Link {
 /// What [`Settings::memory_bytes`] is outside tests: some thousand chat lines, so that the disk is read in large steps, and little
 /// beside what compression takes.
 pub const MEMORY_BYTES: usize = 4 * 1024 * 1024;
+
+// A store refuses what is beyond its limits and stops, so the mirror must keep below them: a row, and those of both directions together.
+const _: () = assert!(mirror::KEY_BYTES_MAX <= STATE_KEY_BYTES_MAX);
+const _: () = assert!(mirror::VALUE_BYTES_MAX <= STATE_VALUE_BYTES_MAX);
+const _: () = assert!(mirror::ROW_BYTES >= state_bytes(0, 0));
+const _: () = assert!(2 * mirror::ROWS_BYTES_MAX <= STATE_BYTES_MAX);
 
 /// Pieces of the peer's hello that are kept while the disk is busy. It is one segment, and nothing follows it before ours.
 const WAITING_PIECES_MAX: usize = 64;

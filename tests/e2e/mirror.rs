@@ -80,6 +80,21 @@ fn roster(client: &Client, room: &str) -> BTreeSet<String> {
     here
 }
 
+/// Waits until a client thinks that these are in the room.
+fn sees(client: &Client, room: &str, everybody: &BTreeSet<String>) -> Outcome {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let here = roster(client, room);
+        if here == *everybody {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(Failure(format!("{} sees {here:?}", client.user())));
+        }
+        sleep(Duration::from_millis(50));
+    }
+}
+
 /// Whether a client was ever told that it is out itself.
 fn was_put_out(client: &Client) -> bool {
     let transcript = client.transcript();
@@ -231,14 +246,10 @@ fn split_and_heal(name: &str, a: ServerSpec, b: ServerSpec, blow: Blow) {
         if pong.kind() != "result" {
             return Err(Failure(format!("a ping after the split: {}", pong.raw)));
         }
-        sleep(Duration::from_secs(1));
-
+        // What the room says of `b5` and of those who left has yet to come to all.
         let everybody = BTreeSet::from(["alice", "b1", "b2", "b5"].map(str::to_owned));
         for client in [&alice, b1, b2, b5] {
-            let here = roster(client, &room);
-            if here != everybody {
-                return Err(Failure(format!("{} sees {here:?}", client.user())));
-            }
+            sees(client, &room, &everybody)?;
         }
         for client in [&alice, b1, b2] {
             if was_put_out(client) {

@@ -570,10 +570,10 @@ fn bad_references_are_refused() {
     ));
     assert_eq!(refused(&[MOVED, 0, 0, 1, 2, 0]), FrameError::UnknownTemplate);
     // A text that was not said, a piece of none, and one that ends beyond it.
-    assert_eq!(refused(&[CAST, 0, 0, 1, mark::ECHO, 2]), FrameError::UnknownEcho);
-    assert_eq!(refused(&[CAST, 0, 0, 1, mark::PIECE, 0, 1]), FrameError::UnknownEcho);
+    assert_eq!(refused(&[CAST, 0, 0, 1, mark::REFLECTED, 2]), FrameError::UnknownSaid);
+    assert_eq!(refused(&[CAST, 0, 0, 1, mark::PIECE, 0, 1]), FrameError::UnknownSaid);
     assert!(matches!(
-        refused(&[CAST, 0, 0, 1, mark::ECHO, 0, mark::PIECE, 9, 100]),
+        refused(&[CAST, 0, 0, 1, mark::REFLECTED, 0, mark::PIECE, 9, 100]),
         FrameError::Read(ReadError::OverLimit { .. })
     ));
     assert_eq!(refused(&[CAST, 0, 0, 1, mark::KNOWN_DIGEST, 0]), FrameError::UnknownId);
