@@ -391,11 +391,7 @@ fn open_store(config: &Config, peer: &config::Peer) -> Result<Opened, RunError> 
     let path = config.data_dir.join(format!("{}.sqlite", peer.name));
     // Unbounded, because the store's thread must not wait. The relay has one batch and two reads with it at a time.
     let (sender, answers) = mpsc::unbounded_channel();
-    let options = store::Options {
-        peer: peer.name.to_string(),
-        ..store::Options::default()
-    };
-    let (store, opening) = store::open(&path, options, move |answer| {
+    let (store, opening) = store::open(&path, store::Options::default(), move |answer| {
         // After the owner has gone nobody needs it.
         let _ = sender.send(answer);
     })?;
@@ -495,13 +491,13 @@ fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
             entries: relay.entries_sent,
             copies: relay.copies_accepted,
             stanza_bytes: relay.copy_bytes_accepted,
-            link_bytes: report.link_bytes_sent,
+            link_bytes: report.tcp.sent,
         },
         received: Traffic {
             entries: relay.entries_received,
             copies: relay.copies_delivered,
             stanza_bytes: relay.copy_bytes_delivered,
-            link_bytes: report.link_bytes_received,
+            link_bytes: report.tcp.received,
         },
         in_doubt: relay.in_doubt,
         rooms: RoomsStatus {

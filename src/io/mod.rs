@@ -14,4 +14,5 @@ pub mod receipts;
 pub mod store;
 pub mod tls;
 mod verifier;
+pub mod watch;
 pub mod wire;

@@ -4,7 +4,7 @@
 //! disk, events of lanes, bytes of the link and the passing of time come in, and the relay says what to do.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     io,
     sync::Arc,
     time::Duration,
@@ -21,18 +21,20 @@ use super::{
     clock::Clock,
     lane::{self, DownReason, LaneEvent, LaneHandle, LegContext, Parcel},
     legs::{LegEvent, LegHandle},
-    link::{LinkConnection, LinkEvent, LinkReader, LinkTimes, LinkWriter, PeerLink, Survivor, survivor},
+    link::{LinkConnection, LinkEvent, LinkReader, LinkTimes, LinkWriter, PeerLink, Survivor, TcpStats, survivor},
     store::{Answer, Request, Store, StoreError},
+    watch::{Events, Pace},
 };
 use crate::{
+    codec::position::Seq,
     link::session::SessionStats,
-    metrics::{self as m, Direction, EchoEvent, Layer, Leg, NearAnswer, StanzaKind},
-    mirror,
+    metrics::{self as m, Direction, EchoEvent, Layer, Mechanism, NearAnswer, Squeezed, StanzaKind},
+    mirror::{self, MirrorStats},
     queue::journal::Levels,
     relay::{Drop as Dropped, Input, LaneFault, LaneKey, LinkClose, Output, Relay, RelayStats},
     stanza::Kind,
     stream::CloseReason,
-    time::{Deadline, Mono},
+    time::{Deadline, Mono, Now, Wall},
 };
 
 /// Stanzas that are taken in at one turn, so that a flood of them does not starve the others.
@@ -80,10 +82,17 @@ pub struct Report {
     pub rtt: Option<Duration>,
     pub levels: Levels,
     pub spool_oldest: Duration,
+    /// How long what waits will take, if that can be told.
+    pub drain: Option<Duration>,
+    /// When the peer last acknowledged something.
+    pub acked_at: Option<Wall>,
     pub relay: RelayStats,
     pub rooms: mirror::Levels,
-    pub link_bytes_sent: u64,
-    pub link_bytes_received: u64,
+    pub tcp: TcpTotals,
+    /// Given to TLS.
+    pub tls_bytes_sent: u64,
+    pub acked_bytes: u64,
+    pub events: Events,
     pub lanes_up: usize,
     pub unconfirmed: usize,
 }
@@ -119,8 +128,9 @@ struct Owner {
     up: bool,
     since: Mono,
     last_error: Option<String>,
-    /// Reasons for which something was dropped, that the log has.
-    told_dropped: BTreeSet<Dropped>,
+    watched: Watched,
+    /// Reasons for which something was dropped, that the log has, and how often as the metrics have it.
+    told_dropped: BTreeMap<Dropped, u64>,
     told_overflow: bool,
 }
 
@@ -128,16 +138,95 @@ struct Owner {
 #[derive(Debug, Default)]
 struct Counted {
     session: SessionStats,
-    tcp_sent: u64,
-    tcp_received: u64,
+    tcp: TcpTotals,
+    /// Entries that were under way when they went.
+    interrupted: u64,
 }
 
-impl Counted {
-    /// Bytes that TCP carried on this connection as well: sent (repeats too) and received.
-    fn with(&self, connection: Option<&LinkConnection>) -> (u64, u64) {
-        let now = connection.and_then(|connection| connection.writer.stats().ok());
-        let (sent, received) = now.map_or((0, 0), |now| (now.bytes_sent, now.bytes_received));
-        (self.tcp_sent + sent, self.tcp_received + received)
+/// What TCP carried, on all connections so far.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct TcpTotals {
+    /// Repeats too.
+    pub sent: u64,
+    pub received: u64,
+    pub retransmitted: u64,
+    pub ip_sent: u64,
+    pub ip_received: u64,
+}
+
+impl TcpTotals {
+    fn plus(mut self, connection: &LinkConnection, now: &TcpStats) -> Self {
+        // A dual-stack socket names an IPv4 peer by a mapped address.
+        let header = if connection.info.address.ip().to_canonical().is_ipv4() {
+            20
+        } else {
+            40
+        };
+        let (ip_sent, ip_received) = now.ip_bytes(header);
+        self.sent += now.bytes_sent;
+        self.received += now.bytes_received;
+        self.retransmitted += now.bytes_retransmitted;
+        self.ip_sent += ip_sent;
+        self.ip_received += ip_received;
+        self
+    }
+}
+
+/// What is remembered from one look to the next.
+#[derive(Debug, Default)]
+struct Watched {
+    pace: Pace,
+    events: Events,
+    acked: Seq,
+    acked_at: Option<Wall>,
+    mirror: MirrorStats,
+    refused: u64,
+    dropped: u64,
+    /// Since when users are without the far side.
+    split_since: Option<Mono>,
+}
+
+impl Watched {
+    /// Notes what is new since the last look.
+    fn look(&mut self, relay: &Relay, up: bool, now: Now) {
+        let (levels, stats, mirror) = (relay.levels(), relay.stats(), relay.mirror().stats());
+        self.pace.note(relay.acked_bytes(), levels.spool_bytes, up, now.mono);
+        if relay.acked() > self.acked {
+            self.acked = relay.acked();
+            self.acked_at = Some(now.wall);
+        }
+        let refused = stats.refused;
+        // One event for a run of them.
+        if refused > self.refused {
+            self.events.note(
+                now,
+                format!("{} stanzas were refused: the queue is full", refused - self.refused),
+            );
+        }
+        self.refused = refused;
+        let dropped = Dropped::ALL
+            .into_iter()
+            .map(|dropped| stats.dropped_total(dropped))
+            .sum();
+        if dropped > self.dropped {
+            self.events.note(
+                now,
+                format!("{} stanzas were dropped, see the log", dropped - self.dropped),
+            );
+        }
+        self.dropped = dropped;
+        if mirror.splits > self.mirror.splits {
+            self.split_since = Some(now.mono);
+            self.events
+                .note(now, "users were told that the link is gone".to_owned());
+        }
+        if mirror.heals > self.mirror.heals {
+            if let Some(since) = self.split_since.take() {
+                m::MIRROR_SPLIT.record_period((), now.mono.since(since));
+            }
+            self.events.note(now, "users were shown who is there".to_owned());
+        }
+        self.mirror = mirror;
     }
 }
 
@@ -178,7 +267,8 @@ pub async fn run(peer: Peer) -> Result<(), StoreError> {
         up: false,
         since: clock.now().mono,
         last_error: None,
-        told_dropped: BTreeSet::new(),
+        watched: Watched::default(),
+        told_dropped: BTreeMap::new(),
         told_overflow: false,
     };
     let mut report_tick = tokio::time::interval(REPORT_EVERY);
@@ -253,7 +343,7 @@ impl Owner {
             Answer::Spool { slots, end } => self.handle(Input::SpoolRead { slots, end }),
             Answer::Inbox { slots, end } => self.handle(Input::InboxRead { slots, end }),
             Answer::Failed(failure) => {
-                m::STORE_ERRORS.increment((&self.name, failure.fault.as_label()));
+                m::STORE_ERRORS.increment(failure.fault.as_label());
                 return Err(failure);
             }
         }
@@ -263,7 +353,7 @@ impl Owner {
     fn handle_leg(&mut self, event: LegEvent) {
         match event {
             LegEvent::Stanza { leg, n, pair, stanza } => {
-                m::STANZAS.increment((&self.name, Leg::Receiving, kind_label(stanza.kind())));
+                m::STANZAS.increment((&self.name, kind_label(stanza.kind())));
                 self.handle(Input::Stanza { leg, n, pair, stanza });
             }
             // What it brought is accepted or will be; nobody waits for it any more.
@@ -332,7 +422,7 @@ impl Owner {
                     info!(peer = %self.name, %error, "The peer cannot be reached.");
                 }
                 self.last_error = Some(error.to_string());
-                m::LINK_CLOSED.increment((&self.name, error.as_label()));
+                m::LINK_CLOSED.increment(error.as_label());
             }
         }
     }
@@ -426,8 +516,15 @@ impl Owner {
         let up = self.relay.is_linked();
         if up != self.up {
             self.up = up;
-            self.since = self.clock.now().mono;
+            let now = self.clock.now();
+            self.since = now.mono;
             let levels = self.relay.levels();
+            let what = match (up, &self.last_error) {
+                (true, _) => format!("the link is up, {} entries wait", levels.spool_entries),
+                (false, Some(why)) => format!("the link is down: {why}"),
+                (false, None) => "the link is down".to_owned(),
+            };
+            self.watched.events.note(now, what);
             if up {
                 self.last_error = None;
                 info!(peer = %self.name, spool = levels.spool_entries, inbox = levels.inbox_entries, "Link is up.");
@@ -491,10 +588,12 @@ impl Owner {
         let Some(connection) = self.connection.take() else {
             return;
         };
-        (self.counted.tcp_sent, self.counted.tcp_received) = self.counted.with(Some(&connection));
+        if let Ok(stats) = connection.writer.stats() {
+            self.counted.tcp = self.counted.tcp.plus(&connection, &stats);
+        }
         debug!(peer = %self.name, reason = label, why, "The connection to the peer is gone.");
         self.last_error = Some(why.to_owned());
-        m::LINK_CLOSED.increment((&self.name, label));
+        m::LINK_CLOSED.increment(label);
         self.keep_session_stats();
         if self.heard {
             self.link.dial();
@@ -506,6 +605,7 @@ impl Owner {
 
     fn keep_session_stats(&mut self) {
         if let Some(session) = self.relay.session() {
+            self.counted.interrupted += session.unacked_entries();
             let (sum, stats) = (&mut self.counted.session, session.stats());
             sum.batches_sent += stats.batches_sent;
             sum.batches_received += stats.batches_received;
@@ -565,13 +665,27 @@ impl Owner {
         let rtt = session.and_then(|session| session.rtt);
         let oldest = self.relay.oldest(now);
         let sums = Sums::new(&self.counted, session.unwrap_or_default());
+        self.watched.look(&self.relay, self.up, now);
+        let drain = self.watched.pace.time_for(levels.spool_bytes);
         let peer = self.name.as_str();
 
+        let seconds = |wall: Wall| wall.0 as f64 / 1000.0;
+        let changed = seconds(now.wall) - now.mono.since(self.since).as_secs_f64();
+        m::LINK_CHANGED.set(peer, changed);
+        m::LINK_ACKED.set(peer, self.watched.acked_at.map_or(0.0, seconds));
         m::LINK_UP.set(peer, f64::from(u8::from(self.up)));
         m::LINK_RTT.set(peer, rtt.unwrap_or_default().as_secs_f64());
-        let (tcp_sent, tcp_received) = self.counted.with(self.connection.as_deref());
-        m::LINK_BYTES.follow((peer, Direction::Sent, Layer::Tcp), tcp_sent);
-        m::LINK_BYTES.follow((peer, Direction::Received, Layer::Tcp), tcp_received);
+        let connection = self.connection.as_deref();
+        let kernel = connection.and_then(|connection| Some((connection, connection.writer.stats().ok()?)));
+        let tcp = kernel.map_or(self.counted.tcp, |(connection, stats)| {
+            self.counted.tcp.plus(connection, &stats)
+        });
+        m::LINK_TCP_RTT.set(peer, kernel.map_or(0.0, |(_, stats)| stats.rtt.as_secs_f64()));
+        m::LINK_BYTES.follow((peer, Direction::Sent, Layer::Tcp), tcp.sent);
+        m::LINK_BYTES.follow((peer, Direction::Received, Layer::Tcp), tcp.received);
+        m::LINK_BYTES.follow((peer, Direction::Sent, Layer::Ip), tcp.ip_sent);
+        m::LINK_BYTES.follow((peer, Direction::Received, Layer::Ip), tcp.ip_received);
+        m::LINK_RETRANSMITTED.follow(peer, tcp.retransmitted);
         for (direction, frames, wire, batches) in [
             (Direction::Sent, sums.frames_sent, sums.sent, sums.batches_sent),
             (
@@ -587,17 +701,34 @@ impl Owner {
         }
         m::ENTRIES.follow((peer, Direction::Sent), stats.entries_sent);
         m::ENTRIES.follow((peer, Direction::Received), stats.entries_received);
+        m::INTERRUPTED.follow(peer, self.counted.interrupted);
+        m::MISSING.follow(peer, stats.missing);
         m::CASTS.follow((peer, Direction::Sent), stats.shared);
+        m::CASTS.follow((peer, Direction::Received), stats.shared_received);
         m::COPIES.follow((peer, Direction::Sent), stats.copies_accepted);
         m::COPIES.follow((peer, Direction::Received), stats.copies_delivered);
         m::STANZA_BYTES.follow((peer, Direction::Sent), stats.copy_bytes_accepted);
         m::STANZA_BYTES.follow((peer, Direction::Received), stats.copy_bytes_delivered);
+        let acked_bytes = self.relay.acked_bytes();
+        for (mechanism, saved) in [
+            (Mechanism::Mirror, stats.near_bytes),
+            (
+                Mechanism::Collapse,
+                stats.crossing_bytes.saturating_sub(stats.entry_bytes),
+            ),
+            (Mechanism::Compression, acked_bytes.saturating_sub(sums.sent)),
+        ] {
+            m::SAVED.follow((peer, mechanism), saved);
+        }
+        m::SAMPLE.follow((peer, Squeezed::Plain), stats.sampled_bytes);
+        m::SAMPLE.follow((peer, Squeezed::Compressed), stats.sampled_compressed_bytes);
         m::DUPLICATES_DROPPED.follow(peer, stats.duplicates);
         m::IN_DOUBT.follow(peer, stats.in_doubt);
         for dropped in Dropped::ALL {
             let total = stats.dropped_total(dropped);
-            m::DROPPED.follow((peer, dropped.as_label()), total);
-            if total > 0 && self.told_dropped.insert(dropped) {
+            let told = self.told_dropped.get(&dropped).copied().unwrap_or_default();
+            m::DROPPED.add(dropped.as_label(), total - told);
+            if total > told && self.told_dropped.insert(dropped, total).is_none() {
                 warn!(peer = %self.name, reason = dropped.as_label(), "Stanzas are not delivered. This is said once; the metrics count them.");
             }
         }
@@ -605,6 +736,8 @@ impl Owner {
         m::SPOOL_ENTRIES.set(peer, levels.spool_entries as f64);
         m::SPOOL_BYTES.set(peer, levels.spool_bytes as f64);
         m::SPOOL_OLDEST.set(peer, oldest.as_secs_f64());
+        m::SPOOL_ACKED_BYTES.follow(peer, acked_bytes);
+        m::SPOOL_DRAIN.set(peer, drain.map_or(f64::INFINITY, |drain| drain.as_secs_f64()));
         m::INBOX_ENTRIES.set(peer, levels.inbox_entries as f64);
         m::INBOX_BYTES.set(peer, levels.inbox_bytes as f64);
         m::LANE_UNCONFIRMED.set(peer, unconfirmed as f64);
@@ -627,9 +760,7 @@ impl Owner {
         if mirrored.overflows > 0 && !std::mem::replace(&mut self.told_overflow, true) {
             warn!(peer = %self.name, "A room is too large to be mirrored, or rooms are too many. This is said once; the metrics count them.");
         }
-        let store = self.store.stats();
-        m::STORE_COMMITS.follow(peer, store.commits());
-        m::STORE_BYTES.set(peer, store.bytes_on_disk() as f64);
+        m::STORE_BYTES.set(peer, self.store.stats().bytes_on_disk() as f64);
 
         self.report.send_replace(Report {
             link_up: self.up,
@@ -638,10 +769,14 @@ impl Owner {
             rtt,
             levels,
             spool_oldest: oldest,
+            drain,
+            acked_at: self.watched.acked_at,
             relay: stats.clone(),
             rooms,
-            link_bytes_sent: tcp_sent,
-            link_bytes_received: tcp_received,
+            tcp,
+            tls_bytes_sent: sums.sent,
+            acked_bytes,
+            events: self.watched.events.clone(),
             lanes_up,
             unconfirmed,
         });

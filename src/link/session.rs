@@ -393,6 +393,14 @@ impl LinkSession {
         self.outward.sent != self.outward.acked || !self.outward.partial.is_empty()
     }
 
+    /// Entries that were sent and of which the peer has not said that it has them. One that is under way in parts counts.
+    pub fn unacked_entries(&self) -> u64 {
+        let count = |received: &Received| received.upto.0 + received.beyond.len() as u64;
+        // All that is acknowledged was sent.
+        let whole = count(&self.outward.sent).saturating_sub(count(&self.outward.acked));
+        whole + self.outward.partial.len() as u64
+    }
+
     /// After an error the session is over: drop the connection, and begin anew on the next.
     pub fn handle(&mut self, input: Input, now: Now) -> Result<(), LinkError> {
         self.now = now;

@@ -19,6 +19,7 @@
 
 mod inward;
 mod outward;
+mod plain;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -27,7 +28,7 @@ use std::{
 
 use bytes::Bytes;
 
-use self::{inward::Inward, outward::Outward};
+use self::{inward::Inward, outward::Outward, plain::Plain};
 use crate::{
     codec::{
         compress,
@@ -117,6 +118,15 @@ pub struct RelayStats {
     /// Stanzas that our server sent, every copy counted: what plain S2S would have carried.
     pub copies_accepted: u64,
     pub copy_bytes_accepted: u64,
+    /// Of these, what was dealt with on this side, so that nothing crossed for it.
+    pub near_bytes: u64,
+    /// The rest, and what the mirror says itself.
+    pub crossing_bytes: u64,
+    /// What became of the rest: slots, as they are stored. Those that may still grow are not among them.
+    pub entry_bytes: u64,
+    /// A sample of the accepted copies, and what a compressor that remembers makes of it.
+    pub sampled_bytes: u64,
+    pub sampled_compressed_bytes: u64,
     /// Slots that they became.
     pub casts: u64,
     /// Of which have more than one recipient.
@@ -125,6 +135,8 @@ pub struct RelayStats {
     pub refused: u64,
     pub entries_sent: u64,
     pub entries_received: u64,
+    /// Of which have more than one recipient.
+    pub shared_received: u64,
     pub duplicates: u64,
     /// Entries that the peer no longer has and we never got: its disk or ours was put back to an earlier state.
     pub missing: u64,
@@ -339,6 +351,9 @@ pub struct Relay {
     /// What was taken in since then, by the batch that it goes with: a slow disk must not let more in than the limit.
     uncommitted: VecDeque<(u64, Levels)>,
     stats: RelayStats,
+    plain: Plain,
+    /// What the spool held at the start.
+    inherited_bytes: u64,
     transmit_due: bool,
     outputs: VecDeque<Output>,
 }
@@ -378,6 +393,8 @@ impl Relay {
             levels: opening.levels,
             uncommitted: VecDeque::new(),
             stats: RelayStats::default(),
+            plain: Plain::default(),
+            inherited_bytes: opening.levels.spool_bytes,
             transmit_due: false,
             outputs: VecDeque::new(),
             settings,
@@ -480,6 +497,16 @@ impl Relay {
         self.levels
     }
 
+    /// Bytes of entries that have left the spool because the peer has them.
+    pub fn acked_bytes(&self) -> u64 {
+        (self.inherited_bytes + self.stats.entry_bytes).saturating_sub(self.levels.spool_bytes)
+    }
+
+    /// Up to where the peer has everything of ours.
+    pub fn acked(&self) -> Seq {
+        self.outward.acked()
+    }
+
     pub fn mirror(&self) -> &Mirror {
         &self.mirror
     }
@@ -536,10 +563,13 @@ impl Relay {
         } else {
             self.stats.copies_accepted += 1;
             self.stats.copy_bytes_accepted += stanza.bytes().len() as u64;
+            self.plain.note(stanza.bytes(), &mut self.stats);
             let rtt = self.session().and_then(|session| session.stats().rtt);
             self.mirror.note_rtt(rtt);
-            if let Some(stanza) = self.mirror.handle_local(stanza, now) {
-                self.cross(&stanza, pair, now);
+            let bytes = stanza.bytes().len() as u64;
+            match self.mirror.handle_local(stanza, now) {
+                Some(stanza) => self.cross(&stanza, pair, now),
+                None => self.stats.near_bytes += bytes,
             }
         }
         self.wait(Waiting::Accept { leg, n });
@@ -597,6 +627,7 @@ impl Relay {
     fn take_in(&mut self, stanza: &Stanza, now: Now) -> Result<Placed, Refusal> {
         let (batch, stats) = (self.batch.number, &mut self.stats);
         let placed = self.outward.handle_stanza(stanza, batch, now, stats)?;
+        stats.crossing_bytes += stanza.bytes().len() as u64;
         let uncommitted = self.uncommitted();
         uncommitted.spool_entries += u64::from(placed.new);
         uncommitted.spool_bytes += placed.bytes as u64;
@@ -768,6 +799,7 @@ impl Relay {
         self.stats.entries_received += 1;
         match self.inward.admit(entry) {
             Ok(Some((pair, cast))) => {
+                self.stats.shared_received += u64::from(cast.recipients.len() > 1);
                 if let Some(cast) = self.mirror.handle_far(cast, held, now) {
                     self.put_inbox(&pair, cast);
                 }

@@ -59,6 +59,8 @@ struct Open {
     accepted: Now,
     /// The batch with its last write. It may be sealed long after it, in a batch that stays empty.
     batch: u64,
+    /// What was last written.
+    bytes: u64,
 }
 
 /// A cast that was sealed while a read was under way.
@@ -145,7 +147,12 @@ impl Outward {
         let placed = self.collapse.handle_stanza(stanza, now)?;
         if placed.new {
             self.note_age(placed.seq, now.mono);
-            self.open_groups.insert(placed.seq, Open { accepted: now, batch });
+            let open = Open {
+                accepted: now,
+                batch,
+                bytes: 0,
+            };
+            self.open_groups.insert(placed.seq, open);
             self.take_in_open();
         }
         self.drain_collapse(batch, now, stats);
@@ -359,17 +366,27 @@ impl Outward {
         match output {
             collapse::Output::Write { seq, cast } => {
                 self.written = self.written.max(seq);
-                let open = self.open_groups.entry(seq).or_insert(Open { accepted: now, batch });
-                open.batch = batch;
-                let accepted = open.accepted.wall;
                 let entry = Entry::Cast(cast).encode();
+                let bytes = entry.len() as u64;
+                let open = self.open_groups.entry(seq).or_insert(Open {
+                    accepted: now,
+                    batch,
+                    bytes,
+                });
+                (open.batch, open.bytes) = (batch, bytes);
+                let accepted = open.accepted.wall;
                 let put = Change::PutSpool { seq, accepted, entry };
                 self.outputs.push_back(Output::Change(put));
             }
             collapse::Output::Sealed { seq, flow, cast } => {
                 stats.shared += u64::from(cast.recipients.len() > 1);
                 let open = self.open_groups.remove(&seq);
-                let Open { accepted, batch } = open.unwrap_or(Open { accepted: now, batch });
+                let Open { accepted, batch, bytes } = open.unwrap_or(Open {
+                    accepted: now,
+                    batch,
+                    bytes: 0,
+                });
+                stats.entry_bytes += bytes;
                 if self.reading.as_ref().is_some_and(|reading| seq <= reading.upto) {
                     let (flow, cast) = (flow.clone(), cast.clone());
                     self.sealed_while_reading.insert(seq, Sealed { flow, cast, batch });

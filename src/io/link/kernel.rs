@@ -79,10 +79,17 @@ pub struct TcpStats {
     pub unacked_segments: u32,
 }
 
+/// TCP's header with time stamps, as Linux has them.
+const TCP_HEADER: u64 = 32;
+
 impl TcpStats {
-    /// At IP level, with 20 bytes for IPv4 and 32 for TCP with time stamps in each segment.
-    pub fn wire_bytes_sent(&self) -> u64 {
-        self.bytes_sent + 52 * u64::from(self.segments_sent)
+    /// At IP level: sent, with repeats, and received. What is not TCP's (a SYN without an answer, a segment that came twice) is not seen.
+    pub fn ip_bytes(&self, ip_header: u64) -> (u64, u64) {
+        let headers = |segments: u32| (ip_header + TCP_HEADER) * u64::from(segments);
+        (
+            self.bytes_sent + headers(self.segments_sent),
+            self.bytes_received + headers(self.segments_received),
+        )
     }
 }
 

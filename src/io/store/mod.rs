@@ -120,8 +120,6 @@ pub enum Answer {
 /// How a store is kept.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Options {
-    /// The peer whose link this is, for the metrics.
-    pub peer: String,
     /// The file does not grow beyond (the log beside it adds some MiB); reaching it is [`Fault::Full`]. A last line of defence: the relay
     /// counts bytes and refuses long before. Default: none.
     pub file_bytes_max: Option<u64>,
@@ -138,7 +136,6 @@ impl Default for Options {
         let boot = std::fs::read("/proc/sys/kernel/random/boot_id").ok();
         Self {
             file_bytes_max: None,
-            peer: String::new(),
             boot_id: boot.and_then(|boot| boot.first_chunk().copied()),
         }
     }
@@ -217,7 +214,7 @@ pub fn open(
         database,
         answers,
         stats: Arc::clone(&stats),
-        commit_seconds: STORE_COMMIT.handle(&options.peer),
+        commit_seconds: STORE_COMMIT.handle(()),
         group: Group::Empty,
     };
     let thread = thread::Builder::new()
