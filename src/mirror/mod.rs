@@ -339,6 +339,11 @@ impl Mirror {
         self.primary.verify_soon(local, now);
     }
 
+    /// Whether users of the peer are in rooms of this domain of ours.
+    pub fn has_guests(&self, local: &Domain) -> bool {
+        self.primary.has_guests(local)
+    }
+
     /// The peer's numbering or ours began anew, so something may be missing from what we know.
     pub fn forget(&mut self) {
         let rooms: Vec<String> = self.rooms.keys().cloned().collect();

@@ -301,11 +301,16 @@ impl Primary {
         !spoken.is_empty()
     }
 
+    pub fn has_guests(&self, local: &Domain) -> bool {
+        let mut of_domain = self.rooms.iter().filter(|(room, _)| is_of(room, local));
+        of_domain.any(|(_, guests)| guests.values().any(|guest| guest.joined))
+    }
+
     /// The rooms of this domain are asked about their guests before long.
     pub fn verify_soon(&mut self, local: &Domain, now: Now) {
         self.wake_by(now.mono + VERIFY_SOON);
         for (room, guests) in &mut self.rooms {
-            if Domain::new(domain_of(room)).is_ok_and(|domain| domain == *local) {
+            if is_of(room, local) {
                 for guest in guests.values_mut() {
                     guest.verify_at = guest.verify_at.min(now.mono + VERIFY_SOON);
                 }
@@ -422,6 +427,10 @@ fn is_stranger(answer: &Stanza) -> bool {
             .iter()
             .any(|name| error.child(ns::STANZA_ERRORS, name).is_some())
     })
+}
+
+fn is_of(room: &str, domain: &Domain) -> bool {
+    Domain::new(domain_of(room)).is_ok_and(|of| of == *domain)
 }
 
 fn guest_key(room: &str, address: &str) -> Bytes {

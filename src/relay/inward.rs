@@ -127,6 +127,8 @@ struct Lane {
     state: LaneState,
     /// Opened if it is not open yet, though nothing is queued.
     expected: bool,
+    /// The same, as often as it takes.
+    held: bool,
     queue: VecDeque<Copy>,
     /// Of them, answers of our own.
     own: usize,
@@ -247,6 +249,7 @@ impl Inward {
             && matches!(lane.state, LaneState::Opening { life: opening } if opening == life)
         {
             lane.failures = 0;
+            lane.held = false;
             lane.state = LaneState::Up {
                 life,
                 acks,
@@ -392,6 +395,13 @@ impl Inward {
         self.lanes.entry(key).or_insert_with(Lane::new).expected = true;
     }
 
+    /// The server may be restarting, and it matters when it is back: this lane is opened again, though nothing is queued.
+    pub fn hold(&mut self, key: &LaneKey) {
+        if let Some(lane) = self.lanes.get_mut(key) {
+            lane.held = true;
+        }
+    }
+
     fn lane_key(&self, pair: DomainPair, hash: u64) -> LaneKey {
         LaneKey {
             pair,
@@ -422,7 +432,7 @@ impl Inward {
         let mut oversize = Vec::new();
         for (key, lane) in &mut self.lanes {
             let expected = std::mem::take(&mut lane.expected);
-            if lane.queue.is_empty() && !expected {
+            if lane.queue.is_empty() && !expected && !lane.held {
                 continue;
             }
             match lane.state {
@@ -495,7 +505,7 @@ impl Inward {
             return None;
         }
         let until = self.lanes.values().filter_map(|lane| match lane.state {
-            LaneState::Waiting { until } if !lane.queue.is_empty() => Some(until),
+            LaneState::Waiting { until } if !lane.queue.is_empty() || lane.held => Some(until),
             LaneState::Closed | LaneState::Waiting { .. } | LaneState::Opening { .. } | LaneState::Up { .. } => None,
         });
         Some(Deadline {
@@ -616,6 +626,7 @@ impl Lane {
         Self {
             state: LaneState::Closed,
             expected: false,
+            held: false,
             queue: VecDeque::new(),
             own: 0,
             in_flight: VecDeque::new(),

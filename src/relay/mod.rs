@@ -424,6 +424,10 @@ impl Relay {
             }
             Input::LaneDown { lane, life, fault } => {
                 self.inward.handle_lane_down(&lane, life, fault, now, &mut self.stats);
+                // Its rooms may have lost their far occupants, and would not say so.
+                if self.mirror.has_guests(&lane.pair.local) {
+                    self.inward.hold(&lane);
+                }
             }
             Input::LinkUp => self.handle_link_up(now),
             Input::LinkBytes(bytes) => match &mut self.link {

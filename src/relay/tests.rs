@@ -182,6 +182,45 @@ fn what_will_be_answered_opens_the_lane() {
     assert_eq!(inward.poll_timeout(), None);
 }
 
+/// A lane on which it depends when a server is back is opened until the server is; after that it may end as any other.
+#[test]
+fn a_held_lane_is_opened_until_the_server_is_back() {
+    let (local, far) = (Domain::new("b.example").unwrap(), Domain::new("a.example").unwrap());
+    let pair = DomainPair {
+        local: local.clone(),
+        far: far.clone(),
+    };
+    let mut inward = Inward::new(vec![local], vec![far], 1, Duration::from_secs(15), 1 << 20, Seq(0));
+    let mut stats = RelayStats::default();
+    inward.expect(pair, "b1@b.example/r");
+    inward.advance(at(0), &mut stats);
+    let Some(inward::Output::OpenLane { lane, life }) = inward.poll_output() else {
+        panic!("no lane is opened");
+    };
+    inward.handle_lane_up(&lane, life, false, None);
+    inward.handle_lane_down(&lane, life, LaneFault::Gone, at(0), &mut stats);
+    inward.hold(&lane);
+    let mut now = 0;
+    for life in 2..12 {
+        inward.advance(at(now), &mut stats);
+        let again = inward::Output::OpenLane {
+            lane: lane.clone(),
+            life,
+        };
+        assert_eq!(inward.poll_output(), Some(again));
+        inward.handle_lane_down(&lane, life, LaneFault::Gone, at(now), &mut stats);
+        inward.advance(at(now), &mut stats);
+        assert_eq!(inward.poll_output(), None);
+        now = inward.poll_timeout().unwrap().at.since_start().as_millis() as u64;
+    }
+    inward.advance(at(now), &mut stats);
+    assert!(inward.poll_output().is_some());
+    inward.handle_lane_up(&lane, 12, false, None);
+    inward.handle_lane_down(&lane, 12, LaneFault::Gone, at(now), &mut stats);
+    inward.advance(at(now + 100_000), &mut stats);
+    assert_eq!((inward.poll_output(), inward.poll_timeout()), (None, None));
+}
+
 /// When the process after the one that began with [`at`] is asked, on a clock of its own, with the calendar at this.
 fn restarted(wall_ms: u64) -> Now {
     Now {

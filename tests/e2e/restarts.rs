@@ -9,12 +9,12 @@ use std::{
     panic::resume_unwind,
     sync::atomic::{AtomicUsize, Ordering},
     thread::{self, sleep},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use narrows_lab::{
     Ejabberd, Layout, Profile, Prosody, ServerSpec,
-    client::{Client, Outcome},
+    client::{Client, Failure, Outcome},
     load::{Fate, heard, tell},
     scenario::{Side, Stage, WorldStage},
 };
@@ -33,6 +33,9 @@ const PAUSE: Duration = Duration::from_millis(120);
 
 /// The server is asked to stop when so many are sent.
 const RESTART_AT: usize = 15;
+
+/// When a room was asked for the first time, in any case.
+const ASKED_BY: Duration = Duration::from_secs(10);
 
 /// Waits until all that a client has sent to a domain is there, and what that domain has sent to it before is here.
 fn wait_through(stage: &WorldStage<'_>, client: &Client, domain: &str) -> Outcome {
@@ -132,4 +135,74 @@ fn restart_prosody_and_ejabberd() {
 #[test]
 fn restart_ejabberd_and_prosody() {
     restart("rep", Ejabberd::stock(), Prosody::stock());
+}
+
+/// The room's server dies and comes back, and says nothing to those who are out of its rooms now: they are told, enter again, and all
+/// hear each other. Nobody says anything meanwhile, so it is for narrows to notice.
+fn room_server_dies(name: &str, a: ServerSpec, b: ServerSpec) {
+    let _company = in_company();
+    let world = &world(
+        name,
+        Profile::lan(),
+        unthrottled(a),
+        unthrottled(b),
+        0,
+        Layout::Sidecar(held_pair()),
+    );
+    let stage = WorldStage::new(world);
+    let room = format!("deck@{}", stage.rooms(Side::A));
+    let play = || -> Outcome {
+        let alice = sign_in(&stage, Side::A, "alice")?;
+        make_room(&stage, &alice, &room)?;
+        let far = ["b1", "b2"].map(|user| sign_in(&stage, Side::B, user));
+        let far = far.into_iter().collect::<Outcome<Vec<Client>>>()?;
+        for client in &far {
+            enter(&stage, client, &room)?;
+        }
+        // narrows asks the room five seconds after its streams have come about. That is not the question that is to be seen.
+        sleep(ASKED_BY);
+        world.a.server().kill9()?;
+        let died = Instant::now();
+        world.a.server().start_again()?;
+        let back = Instant::now();
+        for client in &far {
+            let own = format!("{room}/{}", client.user());
+            let told = client.expect("that it is out", stage.patience(), |stanza| {
+                stanza.is_presence() && stanza.kind() == "unavailable" && stanza.from() == own
+            })?;
+            if !(told.has_status("110") && told.has_status("333")) {
+                return Err(Failure(format!("not as one who was lost: {}", told.raw)));
+            }
+        }
+        println!(
+            "{name}: told {:.1} s after the server was back, which took {:.1} s",
+            back.elapsed().as_secs_f64(),
+            (back - died).as_secs_f64()
+        );
+        let again = sign_in(&stage, Side::A, "alice")?;
+        enter(&stage, &again, &room)?;
+        for client in &far {
+            enter(&stage, client, &room)?;
+        }
+        again.groupchat(&room, "here again")?;
+        for client in &far {
+            client.expect("what alice says", stage.patience(), |stanza| {
+                stanza.body().as_deref() == Some("here again")
+            })?;
+        }
+        Ok(())
+    };
+    play().unwrap_or_else(|failure| panic!("{name}: {failure}"));
+}
+
+/// Prosody keeps a room's occupants when it stops in order, and not when it is killed.
+#[test]
+fn room_server_dies_prosody_and_ejabberd() {
+    room_server_dies("dpe", Prosody::stock(), Ejabberd::stock());
+}
+
+/// ejabberd keeps the room.
+#[test]
+fn room_server_dies_ejabberd_and_prosody() {
+    room_server_dies("dep", Ejabberd::stock(), Prosody::stock());
 }
