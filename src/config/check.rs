@@ -6,7 +6,7 @@ use super::{
     Config, Management, Period, PublicKey,
     read::{Report, Step, at},
 };
-use crate::mirror;
+use crate::stanza;
 
 /// A fragment below this is mostly frame header; above, the piece no longer lets others in between.
 const FRAGMENT_BYTES: std::ops::RangeInclusive<u64> = 128..=64 << 10;
@@ -344,7 +344,7 @@ fn mirror(config: &Config, report: &mut Report) {
         }
         patterns.insert(&room.pattern, index);
         let mut far = config.peers.iter().flat_map(|peer| &peer.domains);
-        if !far.any(|domain| mirror::matches(room.pattern.domain(), domain.0.as_str())) {
+        if !far.any(|domain| stanza::matches(room.pattern.domain(), domain.0.as_str())) {
             report.warning(path, "this matches no room: no peer has the domain behind the `@`");
         }
     }

@@ -15,7 +15,7 @@ use std::{
 use bytes::Bytes;
 use memchr::memmem;
 
-use crate::stanza::{Kind, Stanza, ns, resource_of};
+use crate::stanza::{Child, Kind, Stanza, ns, resource_of};
 
 /// In the order of urgency.
 #[derive(Clone, Copy, Debug, Eq, Hash, Ord, PartialEq, PartialOrd)]
@@ -247,13 +247,13 @@ fn is_bulk(stanza: &Stanza) -> bool {
     };
     may_be(stanza.bytes())
         && stanza.children().is_some_and(|children| {
-            children.iter().any(|(namespace, name)| {
+            children.iter().any(|child| {
                 // An empty `vCard` asks for one.
                 let asks = stanza.stanza_type().is_some_and(|value| value == "get");
                 !asks
                     && BULK_PAYLOADS
                         .iter()
-                        .any(|bulk| bulk.0 == namespace && bulk.1.is_none_or(|bulk| bulk == name))
+                        .any(|bulk| bulk.0 == child.namespace && bulk.1.is_none_or(|bulk| bulk == child.name))
             })
         })
 }
@@ -265,10 +265,9 @@ pub fn is_chat_state(stanza: &Stanza) -> bool {
     stanza.kind() == Kind::Message
         && memmem::find(stanza.bytes(), CHAT_STATES.as_bytes()).is_some()
         && stanza.children().is_some_and(|children| {
-            let is_state = |(namespace, _): &(String, String)| namespace == CHAT_STATES;
-            let is_beside = |child: &(String, String)| {
-                BESIDE.contains(&child.0.as_str()) || child.0 == ns::SERVER && child.1 == "thread"
-            };
+            let is_state = |child: &Child| child.namespace == CHAT_STATES;
+            let is_beside =
+                |child: &Child| BESIDE.contains(&child.namespace.as_str()) || child.is(ns::SERVER, "thread");
             children.iter().any(is_state) && children.iter().all(|child| is_state(child) || is_beside(child))
         })
 }

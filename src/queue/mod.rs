@@ -3,4 +3,5 @@
 pub mod class;
 pub mod collapse;
 pub mod journal;
+pub mod rules;
 pub mod scheduler;

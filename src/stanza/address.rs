@@ -74,6 +74,25 @@ pub fn domain_of(address: &str) -> &str {
     bare.split_once('@').map_or(bare, |(_, domain)| domain)
 }
 
+/// Whether `text` is `pattern` with each `*` of it replaced by some characters, or none.
+pub fn matches(pattern: &str, text: &str) -> bool {
+    let Some((head, rest)) = pattern.split_once('*') else {
+        return pattern == text;
+    };
+    let (middle, tail) = rest.rsplit_once('*').unwrap_or(("", rest));
+    let Some(mut text) = text.strip_prefix(head).and_then(|text| text.strip_suffix(tail)) else {
+        return false;
+    };
+    // Each piece at the first place where it stands: a later one would only leave less for the next.
+    middle.split('*').all(|piece| match text.split_once(piece) {
+        Some((_, after)) => {
+            text = after;
+            true
+        }
+        None => false,
+    })
+}
+
 #[derive(Clone, Copy, Debug, Eq, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AddressError {
@@ -101,5 +120,37 @@ mod tests {
         assert_eq!(Domain::new("A.Example").unwrap(), Domain::new("a.example").unwrap());
         assert_eq!(Domain::new(""), Err(AddressError::Domain));
         assert_eq!(Domain::new("a b"), Err(AddressError::Domain));
+    }
+
+    /// A `*` stands for any characters or none, wherever it is; all else stands for itself.
+    #[test]
+    fn wildcards_match_any_characters() {
+        for (pattern, text, expected) in [
+            ("ops@c.example", "ops@c.example", true),
+            ("ops@c.example", "ops@c.example.org", false),
+            ("ops@c.example", "devops@c.example", false),
+            ("*@c.example", "ops@c.example", true),
+            ("*@c.example", "ops@cc.example", false),
+            ("*ops@c.example", "ops@c.example", true),
+            ("ops*@c.example", "ops-night@c.example", true),
+            ("ops@*.example", "ops@c.b.example", true),
+            ("ops@*.example", "ops@example", false),
+            ("*@*", "ops@c.example", true),
+            ("*-*-*@c.example", "a-b-c@c.example", true),
+            ("*-*-*@c.example", "a-b@c.example", false),
+            ("a*b*a@*", "aba@x", true),
+            ("a*b*a@*", "ab@x", false),
+            // The same characters do not serve two pieces.
+            ("aba*aba@x", "aba@x", false),
+            ("aba*ba@x", "ababa@x", true),
+            ("*ab*ab*", "ab@xab", true),
+            ("*ab*ab*", "abb", false),
+            ("ü*@c.example", "über@c.example", true),
+            ("*", "", true),
+            ("**", "any", true),
+            ("", "any", false),
+        ] {
+            assert_eq!(matches(pattern, text), expected, "{pattern} {text}");
+        }
     }
 }

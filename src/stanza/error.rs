@@ -77,6 +77,18 @@ pub fn bounce(stanza: &Stanza, error_type: ErrorType, condition: Condition, text
 /// The payload is not returned (XEP-0205: an answer must not amplify what it answers).
 pub fn answer(stanza: &Stanza, error_type: ErrorType, condition: Condition, text: &str) -> Option<Bytes> {
     let (from, to) = (stanza.raw_to()?, stanza.raw_from()?);
+    Some(error(stanza, from, to, error_type, condition, text))
+}
+
+/// An error in the place of an IQ result, on the same way: whoever asked does not wait for what will not come.
+pub fn refused_result(result: &Stanza, text: &str) -> Option<Stanza> {
+    let (from, to) = (result.raw_from()?, result.raw_to()?);
+    let error = error(result, from, to, ErrorType::Modify, Condition::PolicyViolation, text);
+    Stanza::parse(error).ok()
+}
+
+/// The error in `stanza`'s place with these addresses, as written and quoted.
+fn error(stanza: &Stanza, from: &[u8], to: &[u8], error_type: ErrorType, condition: Condition, text: &str) -> Bytes {
     let name = stanza.kind().as_str().as_bytes();
     let mut error = Vec::with_capacity(256 + from.len() + to.len() + text.len());
     // The values are copied as they were written, with their quotes, so they need no escapes of ours.
@@ -96,7 +108,7 @@ pub fn answer(stanza: &Stanza, error_type: ErrorType, condition: Condition, text
         error.extend_from_slice(format!("<text xmlns='{namespace}' xml:lang='en'>{text}</text>").as_bytes());
     }
     error.extend_from_slice(&[b"</error></", name, b">"].concat());
-    Some(error.into())
+    error.into()
 }
 
 fn is_answerable(stanza: &Stanza, condition: Condition) -> bool {

@@ -13,7 +13,7 @@ pub mod ns;
 )]
 mod stanza;
 
-pub use address::{AddressError, Domain, DomainPair, bare, domain_of, resource_of};
-pub use error::{Condition, ErrorType, answer, bounce};
+pub use address::{AddressError, Domain, DomainPair, bare, domain_of, matches, resource_of};
+pub use error::{Condition, ErrorType, answer, bounce, refused_result};
 pub use escape::{escape_attribute, escape_text};
-pub use stanza::{Kind, Stanza, StanzaError};
+pub use stanza::{Child, Kind, Stanza, StanzaError};

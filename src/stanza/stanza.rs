@@ -137,8 +137,7 @@ impl Stanza {
             return false;
         }
         self.children().is_some_and(|children| {
-            let has =
-                |namespace: &str, name: &str| children.iter().any(|child| child.0 == namespace && child.1 == name);
+            let has = |namespace: &str, name: &str| children.iter().any(|child| child.is(namespace, name));
             has(ns::DELAY, "delay") || has(ns::SERVER, "subject") && !has(ns::SERVER, "body")
         })
     }
@@ -195,6 +194,23 @@ impl Stanza {
         }
     }
 
+    /// Without any of its children for which `unwanted(namespace, name)` says so.
+    pub fn without_children(&self, mut unwanted: impl FnMut(&str, &str) -> bool) -> Option<Self> {
+        let mut kept = Vec::with_capacity(self.bytes.len());
+        let mut from = 0;
+        for child in self.children()? {
+            if unwanted(&child.namespace, &child.name) {
+                kept.extend_from_slice(self.bytes.get(from..child.place.start)?);
+                from = child.place.end;
+            }
+        }
+        if from == 0 {
+            return Some(self.clone());
+        }
+        kept.extend_from_slice(self.bytes.get(from..)?);
+        Self::parse(kept.into()).ok()
+    }
+
     fn spliced(&self, place: Range<usize>, text: &str) -> Option<Self> {
         let (before, after) = (self.bytes.get(..place.start)?, self.bytes.get(place.end..)?);
         Self::parse([before, text.as_bytes(), after].concat().into()).ok()
@@ -246,32 +262,52 @@ impl Stanza {
             && self.to().is_some_and(is_occupant_jid)
             && memmem::find(&self.bytes, ns::MUC.as_bytes()).is_some()
             && self.children().is_some_and(|children| {
-                let has_x = |namespace: &str| children.iter().any(|child| child.0 == namespace && child.1 == "x");
+                let has_x = |namespace: &str| children.iter().any(|child| child.is(namespace, "x"));
                 has_x(ns::MUC) && !has_x(ns::MUC_USER)
             })
     }
 
-    /// Namespace and name of each child element.
-    pub fn children(&self) -> Option<Vec<(String, String)>> {
+    /// Its child elements, in order.
+    pub fn children(&self) -> Option<Vec<Child>> {
         let mut reader = self.reader()?;
         let mut depth = 0_usize;
-        let mut children = Vec::new();
+        let mut children = Vec::<Child>::new();
         loop {
-            let (namespace, event) = reader.read_resolved_event().ok()?;
-            let (tag, opens) = match event {
+            let start = usize::try_from(reader.buffer_position()).ok()?;
+            let (resolved, event) = reader.read_resolved_event().ok()?;
+            let (tag, opens) = match &event {
                 Event::Start(tag) => (tag, true),
                 Event::Empty(tag) => (tag, false),
                 Event::End(_) => {
                     depth = depth.saturating_sub(1);
+                    if let (1, Some(child)) = (depth, children.last_mut()) {
+                        child.place.end = usize::try_from(reader.buffer_position()).ok()?;
+                    }
                     continue;
                 }
                 Event::Eof => return Some(children),
                 _ => continue,
             };
-            if depth == 1
-                && let ResolveResult::Bound(Namespace(namespace)) = namespace
+            if depth == 1 {
+                let namespace = match resolved {
+                    ResolveResult::Bound(Namespace(namespace)) => namespace,
+                    ResolveResult::Unbound | ResolveResult::Unknown(_) => "",
+                };
+                let (namespace, name) = (namespace.to_owned(), tag.local_name().into_inner().to_owned());
+                let node = node_of(tag);
+                let end = usize::try_from(reader.buffer_position()).ok()?;
+                let place = start..end;
+                children.push(Child {
+                    namespace,
+                    name,
+                    node,
+                    place,
+                });
+            } else if depth == 2
+                && let Some(child) = children.last_mut()
+                && child.node.is_none()
             {
-                children.push((namespace.to_owned(), tag.local_name().into_inner().to_owned()));
+                child.node = node_of(tag);
             }
             depth += usize::from(opens);
         }
@@ -358,6 +394,30 @@ impl Stanza {
         // `parse` has tried it.
         attribute.normalized_value(XmlVersion::Implicit1_0).ok()
     }
+}
+
+/// A child element of a stanza.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Child {
+    pub namespace: String,
+    pub name: String,
+    /// The node of publish-subscribe (XEP-0060) or discovery (XEP-0030) that it is about: its own attribute, or that of the first of its
+    /// children that has one.
+    pub node: Option<String>,
+    /// Where it stands, tags and all.
+    place: Range<usize>,
+}
+
+impl Child {
+    pub fn is(&self, namespace: &str, name: &str) -> bool {
+        self.namespace == namespace && self.name == name
+    }
+}
+
+fn node_of(tag: &BytesStart<'_>) -> Option<String> {
+    let attribute = tag.try_get_attribute("node").ok()??;
+    let value = attribute.normalized_value(XmlVersion::Implicit1_0).ok()?;
+    Some(value.into_owned())
 }
 
 impl Places {
