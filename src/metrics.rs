@@ -249,6 +249,8 @@ words! {
     Mechanism, "mechanism":
     /// It was answered here.
     Mirror = "mirror",
+    /// A rule has stripped or dropped it.
+    Rules = "rules",
     /// Copies that differ in nothing but their recipient became one.
     Collapse = "collapse",
     /// The rest, from what is stored to what TLS is given.

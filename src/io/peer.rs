@@ -712,6 +712,7 @@ impl Owner {
         let acked_bytes = self.relay.acked_bytes();
         for (mechanism, saved) in [
             (Mechanism::Mirror, stats.near_bytes),
+            (Mechanism::Rules, stats.rule_bytes),
             (
                 Mechanism::Collapse,
                 stats.crossing_bytes.saturating_sub(stats.entry_bytes),

@@ -327,6 +327,11 @@ impl Rules {
         }
     }
 
+    /// Whether any rule is about this direction.
+    pub fn has(&self, direction: Direction) -> bool {
+        self.rules.iter().any(|rule| rule.direction == direction)
+    }
+
     pub fn counts(&self) -> impl Iterator<Item = (&str, Mode, Count)> {
         self.counts.iter().map(|((name, mode), count)| (&**name, *mode, *count))
     }

@@ -44,6 +44,7 @@ use crate::{
             Batch, Change, Levels, Opening, STATE_BYTES_MAX, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, Slot,
             state_bytes,
         },
+        rules::{Direction, Fate, Rule, Rules},
         scheduler::{Answer, Offer},
     },
     stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bounce, domain_of},
@@ -120,6 +121,8 @@ pub struct RelayStats {
     pub copy_bytes_accepted: u64,
     /// Of these, what was dealt with on this side, so that nothing crossed for it.
     pub near_bytes: u64,
+    /// What rules have stripped and dropped of them.
+    pub rule_bytes: u64,
     /// The rest, and what the mirror says itself.
     pub crossing_bytes: u64,
     /// What became of the rest: slots, as they are stored. Those that may still grow are not among them.
@@ -170,6 +173,8 @@ pub struct Settings {
     /// closed until there is room again.
     pub queue_bytes_max: u64,
     pub queue_entries_max: u64,
+    /// What the operator has decided about certain stanzas.
+    pub rules: Vec<Rule>,
     pub lanes_per_pair: u8,
     /// The longest wait before a lane that failed is opened again.
     pub lane_retry_max: Duration,
@@ -335,6 +340,7 @@ pub struct Relay {
     epoch: Epoch,
     outward: Outward,
     inward: Inward,
+    rules: Rules,
     mirror: Mirror,
     link: Link,
     /// While the link is up and what waited has not come: the last of it.
@@ -371,6 +377,7 @@ impl Relay {
                 settings.memory_bytes,
                 opening.inbox_last,
             ),
+            rules: Rules::new(settings.rules.clone()),
             mirror: Mirror::new(
                 settings.mirror.clone(),
                 settings.local.clone(),
@@ -511,6 +518,10 @@ impl Relay {
         self.outward.acked()
     }
 
+    pub fn rules(&self) -> &Rules {
+        &self.rules
+    }
+
     pub fn mirror(&self) -> &Mirror {
         &self.mirror
     }
@@ -558,25 +569,44 @@ impl Relay {
     }
 
     fn handle_stanza(&mut self, leg: LegId, n: u64, pair: DomainPair, stanza: Stanza, now: Now) {
-        if self.is_spool_full() {
+        let plain = stanza.bytes().clone();
+        // Before the mirror: what it knows is what crosses.
+        let (stanza, answer) = match self.rules.judge(stanza, Direction::Sent) {
+            Fate::Passes(stanza) | Fate::Replaced(stanza) => (Some(stanza), None),
+            Fate::Dropped { answer } => (None, answer),
+        };
+        if let Some(stanza) = &stanza
+            && self.is_spool_full()
+        {
             self.stats.refused += 1;
             let text = "The queue for this destination is full. Try again later.";
-            if let Some(answer) = bounce(&stanza, ErrorType::Wait, Condition::ResourceConstraint, text) {
+            if let Some(answer) = bounce(stanza, ErrorType::Wait, Condition::ResourceConstraint, text) {
                 self.inward.send_own(pair, answer, &mut self.stats);
             }
         } else {
             self.stats.copies_accepted += 1;
-            self.stats.copy_bytes_accepted += stanza.bytes().len() as u64;
-            self.plain.note(stanza.bytes(), &mut self.stats);
-            let rtt = self.session().and_then(|session| session.stats().rtt);
-            self.mirror.note_rtt(rtt);
-            let bytes = stanza.bytes().len() as u64;
-            match self.mirror.handle_local(stanza, now) {
-                Some(stanza) => self.cross(&stanza, pair, now),
-                None => self.stats.near_bytes += bytes,
+            self.stats.copy_bytes_accepted += plain.len() as u64;
+            self.plain.note(&plain, &mut self.stats);
+            let left = stanza.as_ref().map_or(0, |stanza| stanza.bytes().len());
+            self.stats.rule_bytes += plain.len().saturating_sub(left) as u64;
+            match (stanza, answer) {
+                (Some(stanza), _) => self.take_over(stanza, pair, now),
+                (None, Some(answer)) => self.inward.send_own(pair, answer, &mut self.stats),
+                (None, None) => {}
             }
         }
         self.wait(Waiting::Accept { leg, n });
+    }
+
+    /// What the rules have let through crosses, unless it is dealt with here.
+    fn take_over(&mut self, stanza: Stanza, pair: DomainPair, now: Now) {
+        let rtt = self.session().and_then(|session| session.stats().rtt);
+        self.mirror.note_rtt(rtt);
+        let bytes = stanza.bytes().len() as u64;
+        match self.mirror.handle_local(stanza, now) {
+            Some(stanza) => self.cross(&stanza, pair, now),
+            None => self.stats.near_bytes += bytes,
+        }
     }
 
     /// What is to cross gets its place in the spool, or its sender is told why not.
@@ -804,8 +834,10 @@ impl Relay {
         match self.inward.admit(entry) {
             Ok(Some((pair, cast))) => {
                 self.stats.shared_received += u64::from(cast.recipients.len() > 1);
-                if let Some(cast) = self.mirror.handle_far(cast, held, now) {
-                    self.put_inbox(&pair, cast);
+                for cast in self.judge_received(&pair, cast, now) {
+                    if let Some(cast) = self.mirror.handle_far(cast, held, now) {
+                        self.put_inbox(&pair, cast);
+                    }
                 }
             }
             Ok(None) => {}
@@ -819,6 +851,42 @@ impl Relay {
         if self.is_inbox_full() {
             self.close_link(LinkClose::InboxFull, now);
         }
+    }
+
+    /// What the rules leave of a cast from the peer: those copies of it that are still the same stay one.
+    fn judge_received(&mut self, pair: &DomainPair, cast: Cast, now: Now) -> Vec<Cast> {
+        if !self.rules.has(Direction::Received) {
+            return vec![cast];
+        }
+        let mut casts = Vec::<Cast>::new();
+        for copy in (0..cast.recipients.len()).filter_map(|index| cast.copy(index)) {
+            // It was read when it was admitted.
+            let Ok(stanza) = Stanza::parse(copy) else { continue };
+            match self.rules.judge(stanza, Direction::Received) {
+                Fate::Passes(stanza) | Fate::Replaced(stanza) => {
+                    let Some((template, to_at, attribute)) = stanza.split_to() else {
+                        continue;
+                    };
+                    let to_at = to_at as u32;
+                    let same = |cast: &&mut Cast| cast.template == template && cast.to_at == to_at;
+                    match casts.iter_mut().find(same) {
+                        Some(cast) => cast.recipients.push(attribute),
+                        None => casts.push(Cast {
+                            template,
+                            to_at,
+                            recipients: vec![attribute],
+                        }),
+                    }
+                }
+                Fate::Dropped { answer: Some(answer) } if !self.is_spool_full() => {
+                    if let Ok(answer) = Stanza::parse(answer) {
+                        self.cross(&answer, pair.clone(), now);
+                    }
+                }
+                Fate::Dropped { .. } => {}
+            }
+        }
+        casts
     }
 
     fn put_inbox(&mut self, pair: &DomainPair, cast: Cast) {

@@ -406,6 +406,7 @@ fn who_sends_more_than_the_peer_takes_is_told() {
         collapse_window: Duration::ZERO,
         queue_bytes_max: 1 << 30,
         queue_entries_max: 1 << 30,
+        rules: Vec::new(),
         lanes_per_pair: 1,
         lane_retry_max: Duration::from_secs(15),
         memory_bytes: 1 << 20,

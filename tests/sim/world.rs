@@ -115,6 +115,7 @@ fn settings(name: char, other: char, faults: Faults, random: &mut Random) -> Set
         collapse_window: Duration::from_millis(random.pick(&[50, 50, 50, 10, 0])),
         queue_bytes_max,
         queue_entries_max,
+        rules: Vec::new(),
         lanes_per_pair: random.pick(&[1, 2, 3]),
         lane_retry_max: Duration::from_secs(15),
         memory_bytes: random.pick(&[1, 300, 2000, 10_000, 1 << 20]),

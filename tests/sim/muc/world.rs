@@ -135,6 +135,7 @@ fn settings(here: &Server, there: &Server, faults: Faults, random: &mut Random) 
         collapse_window: Duration::from_millis(random.pick(&[50, 50, 50, 10])),
         queue_bytes_max: 1 << 30,
         queue_entries_max: 1 << 30,
+        rules: Vec::new(),
         lanes_per_pair: random.pick(&[1, 1, 2, 3]),
         lane_retry_max: Duration::from_secs(15),
         memory_bytes: random.pick(&[300, 10_000, 1 << 20]),
