@@ -1,7 +1,8 @@
 //! What an operator has decided about certain stanzas: left out, cut down, put into another class.
 //!
-//! Rules are asked in their order. A rule that *decides* (a class, an expiry, a drop) is the last one asked; one that only takes something out
-//! ([`Rule::strip`]), or is only watched ([`Rule::observe`]), lets the next ones see what is left. What stays true whatever the rules say:
+//! Rules are asked in their order. One that [places](Action::Place) or [drops](Action::Drop) is the last one asked; one that
+//! [takes something out](Action::Strip), or is only [watched](Rule::observe), lets the next ones see what is left. What stays true whatever the
+//! rules say:
 //!
 //! 1. Every recipient's copy is judged by itself, before copies are gathered. Only copies that are still the same become one cast,
 //!    so a rule about recipients splits casts and never drops or cuts down a copy that it does not match.
@@ -11,12 +12,14 @@
 //!    the standards allow ([RFC 6121 §8.5](https://www.rfc-editor.org/rfc/rfc6121#section-8.5)), and so does all that comes from a room:
 //!    rooms put out whoever answers with an error.
 //! 4. [What ends something](must_cross) crosses: leaves, refusals, errors, and the presence that tells a user that he is in a room.
-//! 5. Rooms are not blinded: what a room or a server must read (the children of [`KEPT`], and all of an IQ) is not taken out.
+//! 5. Order is kept: a class says how urgent something is, and what must not be overtaken is not (see [`super::class`]).
+//! 6. Rooms are not blinded: what a room or a server must read (the children of [`KEPT`], and all of an IQ) is not taken out.
 
-use std::{cell::OnceCell, collections::BTreeMap, fmt, sync::Arc};
+use std::{cell::OnceCell, collections::BTreeMap, fmt, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 
+use super::class::Class;
 use crate::stanza::{Child, Condition, ErrorType, Kind, Stanza, bare, bounce, domain_of, matches, ns, refused_result};
 
 /// Each stanza is held against each rule.
@@ -216,18 +219,26 @@ pub struct Rule {
     pub name: Arc<str>,
     pub direction: Direction,
     pub when: Conditions,
-    /// Children to take out.
-    pub strip: Vec<Payload>,
-    pub drop: bool,
+    pub then: Action,
     /// Only count.
     pub observe: bool,
 }
 
-impl Rule {
-    /// Whether it is the last one asked.
-    fn decides(&self) -> bool {
-        self.drop
-    }
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub enum Action {
+    /// These children are taken out.
+    Strip(Vec<Payload>),
+    Drop,
+    /// It waits in this class, and for as long as this, in place of what it would.
+    Place(Placement),
+}
+
+/// How something waits, as far as rules say it.
+#[derive(Clone, Copy, Debug, Default, Eq, Ord, PartialEq, PartialOrd)]
+pub struct Placement {
+    pub class: Option<Class>,
+    /// `Some(None)`: for ever.
+    pub expiry: Option<Option<Duration>>,
 }
 
 /// Why a rule passed a stanza by.
@@ -351,7 +362,21 @@ impl Rules {
         })
     }
 
-    /// The same without counting: what each rule that was asked has to say.
+    /// How a stanza for the peer waits. The same when it is read back from the disk: taking something out of a stanza makes no rule match
+    /// that did not before, so what is left is placed as the whole was. After a reload it is the new rules that say it.
+    pub fn place(&self, stanza: &Stanza) -> Placement {
+        let payloads = OnceCell::new();
+        let mut matching = self.rules.iter().filter_map(|rule| match &rule.then {
+            Action::Place(placement) if !rule.observe => {
+                let miss = rule.miss(stanza, &payloads, Direction::Sent);
+                miss.is_none().then_some(*placement)
+            }
+            Action::Place(_) | Action::Strip(_) | Action::Drop => None,
+        });
+        matching.next().unwrap_or_default()
+    }
+
+    /// As [`judge`](Self::judge) without counting: what each rule that was asked has to say.
     pub fn explain(&self, stanza: Stanza, direction: Direction) -> (Vec<(&Rule, Said)>, Fate) {
         let mut all = Vec::new();
         let fate = walk(&self.rules, stanza, direction, |rule, said, _| all.push((rule, said)));
@@ -372,24 +397,31 @@ fn walk<'r>(
             heard(rule, Said::Passed(miss), 0);
             continue;
         }
-        let before = stanza.bytes().len();
-        let left = if rule.drop { None } else { rule.stripped(&stanza) };
-        let saved = before - left.as_ref().map_or(0, |left| left.bytes().len());
+        let left = match &rule.then {
+            Action::Strip(payloads) => stripped(payloads, &stanza),
+            Action::Drop => None,
+            Action::Place(_) => Some(stanza.clone()),
+        };
+        let saved = stanza.bytes().len() - left.as_ref().map_or(0, |left| left.bytes().len());
         if rule.observe {
             heard(rule, Said::Observed, saved);
             continue;
         }
-        let Some(left) = left else {
-            heard(rule, Said::Decided, saved);
-            return dropped(stanza);
-        };
-        if rule.decides() {
-            heard(rule, Said::Decided, saved);
-            return Fate::Passes(left);
+        match (&rule.then, left) {
+            (Action::Strip(_), Some(left)) => {
+                heard(rule, Said::Stripped, saved);
+                stanza = left;
+                payloads = OnceCell::new();
+            }
+            (Action::Place(_), Some(left)) => {
+                heard(rule, Said::Decided, saved);
+                return Fate::Passes(left);
+            }
+            (Action::Strip(_) | Action::Drop | Action::Place(_), _) => {
+                heard(rule, Said::Decided, saved);
+                return dropped(stanza);
+            }
         }
-        heard(rule, Said::Stripped, saved);
-        stanza = left;
-        payloads = OnceCell::new();
     }
     Fate::Passes(stanza)
 }
@@ -410,29 +442,30 @@ impl Rule {
         if let Some(miss) = self.when.miss(stanza, payloads) {
             return Some(miss);
         }
-        if self.drop && must_cross(stanza) {
-            return Some(Miss::MustCross);
+        match &self.then {
+            Action::Drop if must_cross(stanza) => Some(Miss::MustCross),
+            Action::Strip(unwanted) => {
+                let any = || {
+                    payloads()
+                        .iter()
+                        .any(|child| strips(unwanted, &child.namespace, &child.name))
+                };
+                (stanza.kind() == Kind::Iq || !any()).then_some(Miss::NothingToStrip)
+            }
+            Action::Drop | Action::Place(_) => None,
         }
-        let strips = |child: &Child| self.strips(&child.namespace, &child.name);
-        if !self.strip.is_empty() && (stanza.kind() == Kind::Iq || !payloads().iter().any(strips)) {
-            return Some(Miss::NothingToStrip);
-        }
-        None
     }
+}
 
-    fn strips(&self, namespace: &str, name: &str) -> bool {
-        !KEPT.contains(&namespace) && self.strip.iter().any(|payload| payload.fits(namespace, name))
-    }
+fn strips(unwanted: &[Payload], namespace: &str, name: &str) -> bool {
+    !KEPT.contains(&namespace) && unwanted.iter().any(|payload| payload.fits(namespace, name))
+}
 
-    /// What the rule leaves of a stanza, if that is worth sending: a message that was only its chat state is not.
-    fn stripped(&self, stanza: &Stanza) -> Option<Stanza> {
-        if self.strip.is_empty() {
-            return Some(stanza.clone());
-        }
-        // It was read a moment ago; if that fails now, nothing is taken out.
-        let stripped = stanza.without_children(|namespace, name| self.strips(namespace, name));
-        Some(stripped.unwrap_or_else(|| stanza.clone())).filter(|left| !is_hollow(left))
-    }
+/// What is left of a stanza, if that is worth sending: a message that was only its chat state is not.
+fn stripped(unwanted: &[Payload], stanza: &Stanza) -> Option<Stanza> {
+    // It was read a moment ago; if that fails now, nothing is taken out.
+    let stripped = stanza.without_children(|namespace, name| strips(unwanted, namespace, name));
+    Some(stripped.unwrap_or_else(|| stanza.clone())).filter(|left| !is_hollow(left))
 }
 
 impl Conditions {
@@ -542,28 +575,20 @@ mod tests {
         Stanza::parse(Bytes::copy_from_slice(text.as_bytes())).unwrap()
     }
 
-    fn rule(name: &str, when: Conditions) -> Rule {
+    fn drops(name: &str, when: Conditions) -> Rule {
         Rule {
             name: name.into(),
             direction: Direction::Sent,
             when,
-            strip: Vec::new(),
-            drop: false,
+            then: Action::Drop,
             observe: false,
-        }
-    }
-
-    fn drops(name: &str, when: Conditions) -> Rule {
-        Rule {
-            drop: true,
-            ..rule(name, when)
         }
     }
 
     fn strips(name: &str, namespace: &str) -> Rule {
         Rule {
-            strip: vec![payload(namespace)],
-            ..rule(name, Conditions::default())
+            then: Action::Strip(vec![payload(namespace)]),
+            ..drops(name, Conditions::default())
         }
     }
 
@@ -942,6 +967,71 @@ mod tests {
         // It was as empty before.
         let empty = message("<thread>t</thread>");
         assert_eq!(left(&all, &empty), empty);
+    }
+
+    /// A stanza is placed by the first rule that says something of it and is not only watched; what is left after something was taken out is placed
+    /// as the whole would have been.
+    #[test]
+    fn stanzas_are_placed_by_the_first_rule() {
+        let places = |name: &str, class, when| Rule {
+            then: Action::Place(Placement {
+                class: Some(class),
+                expiry: None,
+            }),
+            ..drops(name, when)
+        };
+        let from_room = || Conditions {
+            from: Some(Pattern::new("conference.a.example")),
+            ..Conditions::default()
+        };
+        let with_states = Conditions {
+            payload: Some(payload(CHAT_STATES)),
+            ..Conditions::default()
+        };
+        let forever = Rule {
+            then: Action::Place(Placement {
+                class: None,
+                expiry: Some(None),
+            }),
+            ..drops("for ever", Conditions::default())
+        };
+        let watched = Rule {
+            observe: true,
+            ..places("watched", Class::Urgent, Conditions::default())
+        };
+        let all = vec![
+            watched,
+            strips("no xhtml", XHTML),
+            places("states", Class::State, with_states),
+            places("rooms", Class::Bulk, from_room()),
+            places("never", Class::Urgent, from_room()),
+            forever,
+        ];
+        let mut rules = Rules::new(all);
+        let html = format!("<html xmlns='{XHTML}'/>");
+        let state = format!("<active xmlns='{CHAT_STATES}'/>");
+        for (from, inside, class, expiry) in [
+            (NICK, format!("<body>x</body>{html}{state}"), Some(Class::State), None),
+            (NICK, format!("<body>x</body>{html}"), Some(Class::Bulk), None),
+            (USER, html, None, Some(None)),
+        ] {
+            let whole = stanza(&format!(
+                "<message from='{from}' to='v@b.example/r'>{inside}<a xmlns='a'/></message>"
+            ));
+            let Fate::Passes(left) = rules.judge(whole.clone(), Direction::Sent) else {
+                panic!("{whole:?}")
+            };
+            assert!(left.bytes().len() < whole.bytes().len());
+            let expected = Placement { class, expiry };
+            assert_eq!(rules.place(&left), expected);
+            assert_eq!(rules.place(&whole), expected);
+        }
+        let placed = rules.counts().find(|(name, ..)| *name == "states").unwrap().2;
+        assert_eq!((placed.stanzas, placed.bytes_saved), (1, 0));
+        assert_eq!(
+            Rules::default().place(&stanza("<presence from='a' to='b'/>")),
+            Placement::default()
+        );
     }
 
     /// Each copy counts under its rule's name, apart for what was only watched; a rule that returns after a reload counts on.
