@@ -38,6 +38,8 @@ pub enum Kind {
 pub enum Words {
     /// The name of a configured peer.
     Peers,
+    /// The name of a configured rule: at most 100 at a time, and not many more over all reloads.
+    Rules,
     /// One of these. Anything else is counted as the last of them.
     Closed(&'static [&'static str]),
 }
@@ -159,6 +161,20 @@ impl Label for Peer {
     }
 }
 
+/// A rule's name.
+#[derive(Clone, Copy, Debug)]
+pub struct Rule;
+
+impl Label for Rule {
+    const NAME: &'static str = "rule";
+    const WORDS: Words = Words::Rules;
+    type Value<'v> = &'v str;
+
+    fn text(rule: &str) -> SharedString {
+        SharedString::from_owned(rule.to_owned())
+    }
+}
+
 /// A label whose words are ours alone.
 macro_rules! words {
     ($(#[$doc:meta])* $type:ident, $name:literal: $($(#[$word_doc:meta])* $variant:ident = $word:expr),+ $(,)?) => {
@@ -259,6 +275,10 @@ words! {
 words! {
     /// Before and after a compressor.
     Squeezed, "stage": Plain = "plain", Compressed = "compressed",
+}
+words! {
+    /// Whether a rule did what it says, or would have (`observe: true`).
+    RuleMode, "mode": Applied = "applied", Observed = "observed",
 }
 words! {
     AdminPath, "path": Page = "page", Metrics = "metrics", Healthz = "healthz", Readyz = "readyz", Status = "status", Other = "other",
@@ -437,6 +457,10 @@ declare! {
     SAMPLE: Counter<Peer, Squeezed> = "narrows_sample_bytes_total",
         "A sample of what plain S2S would have sent, and what it becomes in a stream compressor with a memory (as XEP-0138 or a tunnel has).";
     REFUSED: Counter<Peer, Refused> = "narrows_refused_total", "Stanzas of the local server that were refused, by reason.";
+    RULE_STANZAS: Counter<Peer, Rule, RuleMode> = "narrows_rule_stanzas_total",
+        "Stanzas that a rule (queue.rules) matched, each recipient's counted; observed: it only watches.";
+    RULE_SAVED: Counter<Peer, Rule, RuleMode> = "narrows_rule_saved_bytes_total",
+        "Bytes of stanzas that were not carried because a rule (queue.rules) stripped or dropped them; observed: would not have been.";
     LEGS: Gauge<Leg, LegState> = "narrows_legs", "Streams with the local server that are open now.";
     LEG_OPENED: Counter<Leg> = "narrows_leg_opened_total", "Connections with the local server that came about.";
     LEG_CLOSED: Counter<Leg, LegClosed> = "narrows_leg_closed_total",
@@ -584,6 +608,8 @@ fn register(metric: &Metric, peers: &[&str]) {
         .fold(vec![Vec::new()], |series: Vec<Vec<metrics::Label>>, (name, words)| {
             let words = match words {
                 Words::Peers => peers,
+                // They come with the first report of their peer.
+                Words::Rules => &[],
                 Words::Closed(words) => words,
             };
             series
@@ -654,7 +680,8 @@ mod tests {
     fn all_series_exist_from_the_start() {
         let rendered = install(["early"]).unwrap();
         let text = rendered.text();
-        for metric in ALL {
+        let named = |metric: &&&Metric| metric.labels.iter().any(|(_, words)| *words == Words::Rules);
+        for metric in ALL.iter().filter(|metric| !named(metric)) {
             assert!(text.contains(&format!("# HELP {} ", metric.name)), "{}", metric.name);
             assert!(text.contains(&format!("# TYPE {} ", metric.name)), "{}", metric.name);
         }
@@ -713,6 +740,7 @@ mod tests {
         LINK_BYTES.add(("checked", Direction::Sent, Layer::Tls), 7);
         DELIVERY.record_period("checked", Duration::from_secs(3));
         STORE_COMMIT.record((), 0.002);
+        RULE_STANZAS.follow(("checked", "no-avatars", RuleMode::Applied), 3);
         ENTRIES.follow(("checked", Direction::Received), 9);
         rendered.tidy();
         let text = rendered.text();

@@ -3,10 +3,13 @@
 use std::{collections::BTreeMap, net::SocketAddr, path::Path, time::Duration};
 
 use super::{
-    Config, Management, Period, PublicKey,
+    Config, Direction, Domain, Management, Match, Period, PeriodOrOff, PublicKey, Rule,
     read::{Report, Step, at},
 };
-use crate::stanza;
+use crate::{
+    queue::rules::RULES_MAX,
+    stanza::{self, Kind},
+};
 
 /// A fragment below this is mostly frame header; above, the piece no longer lets others in between.
 const FRAGMENT_BYTES: std::ops::RangeInclusive<u64> = 128..=64 << 10;
@@ -32,6 +35,15 @@ const DISCO_LIFETIME_MAX: Duration = Duration::from_secs(24 * 3600);
 /// A message that comes an hour late without a word of it misleads.
 const DELAY_STAMP_AFTER_MAX: Duration = Duration::from_secs(3600);
 
+/// A class that waits for longer has no expiry: `off`.
+const EXPIRY_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
+
+/// Below this, what is waited for is given up while it crosses.
+const EXPIRY_MIN: Duration = Duration::from_secs(1);
+
+/// More is as good as all of it.
+const WEIGHTS: std::ops::RangeInclusive<u64> = 1..=1000;
+
 pub(super) fn check(config: &Config, own_key: impl FnOnce(&Path) -> Option<PublicKey>, report: &mut Report) {
     domains(config, report);
     peers(config, own_key(&config.link.private_key), report);
@@ -39,6 +51,8 @@ pub(super) fn check(config: &Config, own_key: impl FnOnce(&Path) -> Option<Publi
     legs(config, report);
     link(config, report);
     queue(config, report);
+    classes(config, report);
+    rules(config, report);
     mirror(config, report);
 }
 
@@ -294,6 +308,124 @@ fn queue(config: &Config, report: &mut Report) {
             vec![],
             "every stanza would wait this long: 5s is the most",
         );
+    }
+}
+
+fn classes(config: &Config, report: &mut Report) {
+    for (class, settings) in config.queue.classes.all() {
+        let at = |key: &str| at!["queue", "classes", class.as_label(), key];
+        within(settings.weight.into(), WEIGHTS, at("weight"), report);
+        expiry(settings.expiry, at("expiry"), report);
+        if settings.entries_max == 0 {
+            report.error(at("entries_max"), vec![], "this must be 1 or more, or `off`");
+        }
+        if settings.bytes_max < STANZA_BYTES.start() / 2 {
+            report.error(
+                at("bytes_max"),
+                vec![],
+                "this must be 5kB or more, or `off`: a stanza must fit",
+            );
+        }
+    }
+}
+
+fn expiry(expiry: Option<Duration>, path: Vec<Step>, report: &mut Report) {
+    if expiry.is_some_and(|expiry| !(EXPIRY_MIN..=EXPIRY_MAX).contains(&expiry)) {
+        let (min, max) = (Period(EXPIRY_MIN), Period(EXPIRY_MAX));
+        report.error(path, vec![], format!("this must be from {min} to {max}, or `off`"));
+    }
+}
+
+fn rules(config: &Config, report: &mut Report) {
+    let rules = &config.queue.rules;
+    if rules.len() > RULES_MAX {
+        let text = format!("{RULES_MAX} are the most: each stanza is held against each of them");
+        report.error(at!["queue", "rules"], vec![], text);
+    }
+    let mut last: Option<&Rule> = None;
+    for (index, rule) in rules.iter().enumerate().take(RULES_MAX) {
+        let at = |key: &str| at!["queue", "rules", index, key];
+        if let Some(other) = rules.iter().take(index).position(|other| other.name == rule.name) {
+            report.error(
+                at("name"),
+                vec![at!["queue", "rules", other, "name"]],
+                format!("there are two rules called `{}`", rule.name),
+            );
+        }
+        let places = rule.class.is_some() || rule.expiry.is_some();
+        let does = usize::from(places) + usize::from(!rule.strip.is_empty()) + usize::from(rule.drop);
+        if does != 1 {
+            let text = match does {
+                0 => "this rule does nothing: it needs `class`, `expiry`, `strip` or `drop`",
+                _ => "a rule does one thing: it strips, or drops, or says class and expiry; make it two rules",
+            };
+            report.error(at!["queue", "rules", index], vec![], text);
+        }
+        if places && rule.direction() == Direction::Received {
+            report.error(
+                at!["queue", "rules", index, "match", "direction"],
+                vec![at("class"), at("expiry")],
+                "what has crossed has no class and no expiry any more: it can be stripped or dropped",
+            );
+        }
+        expiry(rule.expiry.and_then(PeriodOrOff::period), at("expiry"), report);
+        conditions(config, index, rule, report);
+        if let Some(last) = last {
+            let text = format!(
+                "this is never asked: `{}` before it decides about every stanza",
+                last.name
+            );
+            report.warning(at!["queue", "rules", index], text);
+        } else if rule.when == Match::default() && rule.strip.is_empty() && !rule.observe {
+            last = Some(rule);
+        }
+    }
+}
+
+fn conditions(config: &Config, index: usize, rule: &Rule, report: &mut Report) {
+    let at = |key: &str| at!["queue", "rules", index, "match", key];
+    let when = &rule.when;
+    if let Some(kind) = when.stanza.map(Kind::from) {
+        if let Some(position) = when.types.iter().position(|of| !of.0.is_of(kind)) {
+            report.error(
+                at!["queue", "rules", index, "match", "type", position],
+                vec![at("stanza")],
+                format!("`{}` is no type of {}", when.types[position], kind.as_str()),
+            );
+        }
+        if kind == Kind::Iq && !rule.strip.is_empty() {
+            report.error(
+                at("stanza"),
+                vec![at!["queue", "rules", index, "strip"]],
+                "nothing can be taken out of an `iq`: it is its payload (RFC 6120 §8.2.3)",
+            );
+        }
+    }
+    let peers = || config.peers.iter();
+    if let Some(peer) = &when.peer
+        && !peers().any(|known| known.name == *peer)
+    {
+        let known: Vec<&str> = peers().map(|known| known.name.as_str()).collect();
+        let text = format!("there is no peer `{peer}`, only {}", known.join(", "));
+        report.error(at("peer"), vec![at!["peers"]], text);
+    }
+    let local: Vec<&Domain> = config.local.domains.iter().collect();
+    let far: Vec<&Domain> = peers()
+        .filter(|peer| when.peer.as_ref().is_none_or(|named| *named == peer.name))
+        .flat_map(|peer| &peer.domains)
+        .collect();
+    let (senders, recipients) = match rule.direction() {
+        Direction::Sent => (local, far),
+        Direction::Received => (far, local),
+    };
+    for (key, pattern, domains) in [("from", &when.from, senders), ("to", &when.to, recipients)] {
+        if let Some(pattern) = pattern
+            && !domains
+                .iter()
+                .any(|domain| stanza::matches(pattern.domain(), domain.0.as_str()))
+        {
+            report.warning(at(key), "this matches nobody: no domain on that side is like it");
+        }
     }
 }
 

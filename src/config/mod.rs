@@ -16,11 +16,16 @@ use serde::{Deserialize, Serialize};
 use crate::{codec::xml, mirror};
 
 mod check;
+mod queue;
 mod read;
 mod values;
 
+pub use queue::{Classes, Direction, Match, Rule, StanzaKind};
 pub use read::{ConfigError, Warning};
-pub use values::{Domain, HostPort, ListenAddress, Name, Period, PeriodOrOff, PublicKey, RoomPattern, Size};
+pub use values::{
+    AddressPattern, ClassName, CountOrOff, Domain, HostPort, ListenAddress, Name, Payload, Period, PeriodOrOff,
+    PublicKey, RoomPattern, Size, SizeOrOff, StanzaType,
+};
 
 /// The configuration of one narrows sidecar.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
@@ -333,6 +338,16 @@ pub struct Queue {
     ///
     /// Default `50ms`: a server's 100 copies come within 23 ms, once within 44 ms. `0s` gathers only what came in one read.
     pub collapse_window: Period,
+
+    /// The classes that something waits in, by urgency. Each gets its share of the link, and what must stay in order does all the same.
+    pub classes: Classes,
+
+    /// What is decided about certain stanzas. The rules are asked in their order. The first that matches and drops a stanza, or says its class
+    /// or expiry, is the last one asked; after one that strips, the next see what is left.
+    ///
+    /// Default: none. Each stanza is held against each rule, so 100 are the most.
+    #[schemars(length(max = 100))]
+    pub rules: Vec<Rule>,
 }
 
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
@@ -649,6 +664,8 @@ impl Default for Queue {
             bytes_max: Size(1 << 30),
             entries_max: 1_000_000,
             collapse_window: Period::from_millis(50),
+            classes: Classes::default(),
+            rules: Vec::new(),
         }
     }
 }

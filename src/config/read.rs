@@ -309,6 +309,7 @@ data_dir: /x
 local: {domains: [x.invalid]}
 legs: {listen: ['127.0.0.1:1'], certificate: {chain: /x, key: /x}}
 link: {private_key: /x}
+queue: {rules: [{name: x, match: {type: [chat]}, strip: [x]}]}
 mirror: {rooms: [{match: x@x.invalid, echo: auto}]}
 peers:
 - {name: x, domains: [x.invalid], public_key: AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=}

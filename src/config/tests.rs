@@ -1,10 +1,14 @@
 //! The three forms of the configuration agree, and every mistake is shown where it is.
 
-use std::{fmt::Write as _, fs, path::Path, time::Duration};
+use std::{collections::BTreeSet, fmt::Write as _, fs, path::Path, time::Duration};
 
 use serde_json::Value;
 
 use super::*;
+use crate::{
+    queue::{class::Class, rules},
+    stanza,
+};
 
 /// A configuration with nothing but what is needed.
 const SMALL: &str = "\
@@ -397,6 +401,238 @@ fn rules_for_rooms_are_bounded() {
     );
 }
 
+/// The queue is given the classes as written, with the defaults of the class for what is left out.
+#[test]
+fn classes_are_read_as_written() {
+    let text = format!(
+        "{SMALL}queue:
+  classes:
+    message: {{weight: 20, expiry: off}}
+    bulk: {{entries_max: 5, bytes_max: 1MiB}}
+    state: {{entries_max: off}}
+"
+    );
+    let classes = parse(&text).unwrap().0.queue.classes.settings();
+    let mut expected = crate::queue::class::Classes::default();
+    (expected[Class::Message].weight, expected[Class::Message].expiry) = (20, None);
+    (expected[Class::Bulk].entries_max, expected[Class::Bulk].bytes_max) = (5, 1 << 20);
+    expected[Class::State].entries_max = u64::MAX;
+    assert_eq!(classes, expected);
+    assert_eq!(
+        parse(SMALL).unwrap().0.queue.classes.settings(),
+        crate::queue::class::Classes::default()
+    );
+}
+
+/// A peer's relay is given the rules that concern the peer, as written and in order.
+#[test]
+fn rules_are_read_as_written() {
+    let text = format!(
+        "{SMALL}queue:
+  rules:
+    - name: no-chat-states
+      match: {{payload: http://jabber.org/protocol/chatstates composing, body: false, from: 'Conference.B.example'}}
+      drop: true
+    - {{name: elsewhere, match: {{peer: shore}}, class: bulk}}
+    - name: cut
+      match: {{direction: received, stanza: message, type: [chat, normal], node: 'n*', to: '*@b.example', larger_than: 1KiB}}
+      strip: ['urn:x:*', 'urn:y y']
+      observe: true
+    - {{name: last, class: iq, expiry: off}}
+"
+    );
+    let (config, warnings) = parse(&text).unwrap();
+    assert!(warnings.is_empty(), "{warnings:?}");
+    let payload = |namespace: &str, name: Option<&str>| rules::Payload {
+        namespace: namespace.to_owned(),
+        name: name.map(str::to_owned),
+    };
+    let rule = |name: &str, when, then| rules::Rule {
+        name: name.into(),
+        direction: rules::Direction::Sent,
+        when,
+        then,
+        observe: false,
+    };
+    let place = |class, expiry| rules::Action::Place(rules::Placement { class, expiry });
+    let elsewhere = rule(
+        "elsewhere",
+        rules::Conditions::default(),
+        place(Some(Class::Bulk), None),
+    );
+    let all = [
+        rule(
+            "no-chat-states",
+            rules::Conditions {
+                payload: Some(payload("http://jabber.org/protocol/chatstates", Some("composing"))),
+                body: Some(false),
+                from: Some(rules::Pattern::new("conference.b.example")),
+                ..rules::Conditions::default()
+            },
+            rules::Action::Drop,
+        ),
+        elsewhere.clone(),
+        rules::Rule {
+            direction: rules::Direction::Received,
+            observe: true,
+            ..rule(
+                "cut",
+                rules::Conditions {
+                    kind: Some(stanza::Kind::Message),
+                    types: vec![rules::Type::Chat, rules::Type::Normal],
+                    node: Some("n*".to_owned()),
+                    to: Some(rules::Pattern::new("*@b.example")),
+                    larger_than: Some(1024),
+                    ..rules::Conditions::default()
+                },
+                rules::Action::Strip(vec![payload("urn:x:*", None), payload("urn:y", Some("y"))]),
+            )
+        },
+        rule("last", rules::Conditions::default(), place(Some(Class::Iq), Some(None))),
+    ];
+    assert_eq!(config.queue.rules_for(&"shore".parse().unwrap()), all);
+    let others: Vec<_> = all.into_iter().filter(|rule| *rule != elsewhere).collect();
+    assert_eq!(config.queue.rules_for(&"other".parse().unwrap()), others);
+}
+
+/// What a rule cannot mean is refused at the key to change, and what it hardly means is said.
+#[test]
+fn impossible_rules_are_refused() {
+    // `n.yaml:14:5: path: text` as `14: path: text`.
+    let lines_only = |shown: &str| {
+        let parts: Vec<&str> = shown.splitn(4, ':').collect();
+        format!("{}:{}", parts[1], parts[3])
+    };
+    for (rules, wanted) in [
+        (
+            "{name: a, drop: true, when: {}}",
+            "14: queue.rules[0].when: there is no such key",
+        ),
+        (
+            "{name: a, match: {tpye: [chat]}, drop: true}",
+            "14: queue.rules[0].match.tpye: there is no such key",
+        ),
+        ("{name: a}", "14: queue.rules[0]: this rule does nothing"),
+        ("{drop: true}", "14: queue.rules[0].name: this key is needed"),
+        (
+            "{name: a, drop: true, class: bulk}",
+            "14: queue.rules[0]: a rule does one thing",
+        ),
+        (
+            "{name: a, strip: [x], expiry: 1h}",
+            "14: queue.rules[0]: a rule does one thing",
+        ),
+        (
+            "{name: a b, drop: true}",
+            "14: queue.rules[0].name: `a b` is not a name",
+        ),
+        (
+            "{name: a, class: control}",
+            "14: queue.rules[0].class: `control` is not a class, only urgent",
+        ),
+        (
+            "{name: a, expiry: 500ms}",
+            "14: queue.rules[0].expiry: this must be from 1s",
+        ),
+        (
+            "{name: a, strip: [a b c]}",
+            "14: queue.rules[0].strip[0]: `a b c` is not a payload",
+        ),
+        (
+            "{name: a, match: {type: [chats]}, drop: true}",
+            "14: queue.rules[0].match.type[0]: `chats` is not a type",
+        ),
+        (
+            "{name: a, match: {type: [chat, get], stanza: message}, drop: true}",
+            "14: queue.rules[0].match.type[1]: `get` is no type of message",
+        ),
+        (
+            "{name: a, match: {stanza: iq}, strip: [x]}",
+            "14: queue.rules[0].match.stanza: nothing can be taken out of an `iq`",
+        ),
+        (
+            "{name: a, match: {direction: received}, class: bulk}",
+            "14: queue.rules[0].match.direction: what has crossed has no class",
+        ),
+        (
+            "{name: a, match: {peer: shoer}, drop: true}",
+            "14: queue.rules[0].match.peer: there is no peer `shoer`, only shore",
+        ),
+        (
+            "{name: a, match: {from: 'a@b@c'}, drop: true}",
+            "14: queue.rules[0].match.from: `a@b@c` is not an address",
+        ),
+        (
+            "{name: a, drop: true, observe: true}\n    - {name: a, class: iq}",
+            "15: queue.rules[1].name: there are two rules called `a`",
+        ),
+    ] {
+        let all = mistakes(&format!("{SMALL}queue:\n  rules:\n    - {rules}\n"));
+        assert_eq!(all.len(), 1, "{rules}: {all:#?}");
+        assert!(
+            lines_only(&all[0]).starts_with(wanted),
+            "wanted {wanted:?}, got\n{}",
+            all[0]
+        );
+    }
+    for (class, wanted) in [
+        (
+            "bulk: {weight: 0}",
+            "14: queue.classes.bulk.weight: this must be from 1 to 1000",
+        ),
+        (
+            "bulk: {weihgt: 1}",
+            "14: queue.classes.bulk.weihgt: there is no such key",
+        ),
+        ("iq: {expiry: 0s}", "14: queue.classes.iq.expiry: this must be from 1s"),
+        (
+            "iq: {entries_max: 0}",
+            "14: queue.classes.iq.entries_max: this must be 1 or more",
+        ),
+        (
+            "iq: {entries_max: many}",
+            "14: queue.classes.iq.entries_max: this is the text \"many\", but it must be a whole number, or `off`",
+        ),
+        (
+            "iq: {bytes_max: 1kB}",
+            "14: queue.classes.iq.bytes_max: this must be 5kB or more",
+        ),
+        (
+            "control: {weight: 1}",
+            "14: queue.classes.control: there is no such key",
+        ),
+    ] {
+        let all = mistakes(&format!("{SMALL}queue:\n  classes:\n    {class}\n"));
+        assert_eq!(all.len(), 1, "{class}: {all:#?}");
+        assert!(
+            lines_only(&all[0]).starts_with(wanted),
+            "wanted {wanted:?}, got\n{}",
+            all[0]
+        );
+    }
+    let many: String = (0..101)
+        .map(|n| format!("    - {{name: r{n}, match: {{body: true}}, drop: true}}\n"))
+        .collect();
+    let all = mistakes(&format!("{SMALL}queue:\n  rules:\n{many}"));
+    assert_eq!(all.len(), 1, "{all:#?}");
+    assert!(all[0].contains("queue.rules: 100 are the most"), "{}", all[0]);
+
+    let odd = "    - {name: a, match: {to: '*@b.example'}, drop: true}\n    - {name: b, class: iq}\n    - {name: c, drop: true}\n";
+    let warnings = parse(&format!("{SMALL}queue:\n  rules:\n{odd}")).unwrap().1;
+    let warnings: Vec<String> = warnings.iter().map(ToString::to_string).collect();
+    assert_eq!(warnings.len(), 2, "{warnings:#?}");
+    assert!(
+        warnings[0].contains("queue.rules[0].match.to: this matches nobody"),
+        "{}",
+        warnings[0]
+    );
+    assert!(
+        warnings[1].contains("queue.rules[2]: this is never asked: `b` before it"),
+        "{}",
+        warnings[1]
+    );
+}
+
 /// What is allowed but odd is said and does not stop the start.
 #[test]
 fn odd_but_possible_settings_are_warnings() {
@@ -447,7 +683,7 @@ fn schema_is_current() {
 fn example_is_current() {
     let schema = Config::schema();
     let mut example = String::from(EXAMPLE_HEAD);
-    write_section(&mut example, &schema, &schema, "", "");
+    write_section(&mut example, &schema, &schema, "", "", &mut BTreeSet::new());
     is_current("config/example.yaml", &example);
 }
 
@@ -492,6 +728,25 @@ const SAMPLES: &[(&str, &str)] = &[
     ("legs.trust", "# /etc/ssl/certs/ca-certificates.crt"),
     ("link.private_key", "/etc/narrows/key"),
     ("link.listen", "0.0.0.0:5270"),
+    ("queue.rules.name", "# no-chat-states"),
+    ("queue.rules.match.stanza", "# message"),
+    ("queue.rules.match.type", "# [groupchat, chat]"),
+    ("queue.rules.match.payload", "# http://jabber.org/protocol/chatstates"),
+    ("queue.rules.match.node", "# \"urn:xmpp:avatar:*\""),
+    ("queue.rules.match.body", "# false"),
+    ("queue.rules.match.from", "# \"*@conference.b.example\""),
+    ("queue.rules.match.to", "# a.example"),
+    ("queue.rules.match.larger_than", "# 16KiB"),
+    ("queue.rules.match.direction", "# sent"),
+    ("queue.rules.match.peer", "# shore"),
+    ("queue.rules.class", "# bulk"),
+    ("queue.rules.expiry", "# 1h"),
+    (
+        "queue.rules.strip",
+        "# [http://jabber.org/protocol/chatstates, http://jabber.org/protocol/xhtml-im html]",
+    ),
+    ("queue.rules.drop", "# false"),
+    ("queue.rules.observe", "# false"),
     ("mirror.rooms.match", "# \"*@conference.a.example\""),
     ("mirror.rooms.echo", "# reflect"),
     ("peers.name", "shore"),
@@ -511,7 +766,14 @@ fn resolve<'v>(root: &'v Value, schema: &'v Value) -> &'v Value {
     }
 }
 
-fn write_section(out: &mut String, root: &Value, section: &Value, path: &str, indent: &str) {
+fn write_section(
+    out: &mut String,
+    root: &Value,
+    section: &Value,
+    path: &str,
+    indent: &str,
+    seen: &mut BTreeSet<String>,
+) {
     for (key, schema) in section["properties"].as_object().expect("a section has keys") {
         let path = if path.is_empty() {
             key.clone()
@@ -523,9 +785,17 @@ fn write_section(out: &mut String, root: &Value, section: &Value, path: &str, in
         let description = schema["description"]
             .as_str()
             .unwrap_or_else(|| panic!("{path} has no doc comment"));
-        for paragraph in description.split("\n\n") {
-            wrap(out, paragraph, indent);
+        // The sections of classes have the same keys, which are explained once.
+        if path.starts_with("queue.classes.") && seen.contains(description) {
+            if out.ends_with("\n\n") {
+                out.pop();
+            }
+        } else {
+            for paragraph in description.split("\n\n") {
+                wrap(out, paragraph, indent);
+            }
         }
+        seen.insert(description.to_owned());
         let sample = SAMPLES
             .iter()
             .find(|(sample, _)| *sample == path)
@@ -537,12 +807,12 @@ fn write_section(out: &mut String, root: &Value, section: &Value, path: &str, in
         };
         if resolved["properties"].is_object() {
             let mut keys = String::new();
-            write_section(&mut keys, root, resolved, &path, &format!("{indent}  "));
+            write_section(&mut keys, root, resolved, &path, &format!("{indent}  "), seen);
             writeln!(out, "{indent}{}{key}:", hash(&keys)).unwrap();
             out.push_str(&keys);
         } else if items["properties"].is_object() {
             let mut keys = String::new();
-            write_section(&mut keys, root, items, &path, &format!("{indent}    "));
+            write_section(&mut keys, root, items, &path, &format!("{indent}    "), seen);
             let hash = hash(&keys);
             writeln!(out, "{indent}{hash}{key}:\n{indent}  {hash}-").unwrap();
             out.push_str(&keys);

@@ -6,7 +6,13 @@ use base64::{Engine as _, engine::general_purpose::STANDARD};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::stanza;
+use crate::{
+    queue::{
+        class::Class,
+        rules::{self, Type},
+    },
+    stanza,
+};
 
 /// A span of time, written like `50ms`, `30s`, `12h`.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -51,6 +57,36 @@ pub struct Domain(pub stanza::Domain);
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub struct RoomPattern(String);
 
+/// A number of bytes, or `off` for no limit.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum SizeOrOff {
+    Off,
+    Upto(Size),
+}
+
+/// A number, or `off` for no limit.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum CountOrOff {
+    Off,
+    Upto(u64),
+}
+
+/// A class of what waits. Not `control`, which is ours.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct ClassName(pub Class);
+
+/// The type of a stanza.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct StanzaType(pub Type);
+
+/// A namespace, in which each `*` stands for any characters, and perhaps an element's name.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Payload(pub rules::Payload);
+
+/// A domain, a bare or a full address, in which each `*` stands for any characters, or none.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct AddressPattern(pub rules::Pattern);
+
 impl Period {
     pub const fn from_millis(millis: u64) -> Self {
         Self(Duration::from_millis(millis))
@@ -66,6 +102,48 @@ impl PeriodOrOff {
         match self {
             Self::Off => None,
             Self::Every(period) => Some(period.0),
+        }
+    }
+}
+
+impl From<Option<Duration>> for PeriodOrOff {
+    fn from(period: Option<Duration>) -> Self {
+        period.map_or(Self::Off, |period| Self::Every(Period(period)))
+    }
+}
+
+impl From<u64> for SizeOrOff {
+    fn from(bytes: u64) -> Self {
+        match bytes {
+            u64::MAX => Self::Off,
+            bytes => Self::Upto(Size(bytes)),
+        }
+    }
+}
+
+impl SizeOrOff {
+    pub const fn value(self) -> u64 {
+        match self {
+            Self::Off => u64::MAX,
+            Self::Upto(size) => size.0,
+        }
+    }
+}
+
+impl From<u64> for CountOrOff {
+    fn from(count: u64) -> Self {
+        match count {
+            u64::MAX => Self::Off,
+            count => Self::Upto(count),
+        }
+    }
+}
+
+impl CountOrOff {
+    pub const fn value(self) -> u64 {
+        match self {
+            Self::Off => u64::MAX,
+            Self::Upto(count) => count,
         }
     }
 }
@@ -151,6 +229,98 @@ impl FromStr for Size {
             .find(|(name, _)| name.eq_ignore_ascii_case(unit))
             .ok_or_else(error)?;
         number.checked_mul(*factor).map(Self).ok_or_else(error)
+    }
+}
+
+impl FromStr for SizeOrOff {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "off" => Ok(Self::Off),
+            text => text
+                .parse()
+                .map(Self::Upto)
+                .map_err(|error: String| format!("{error}, or `off`")),
+        }
+    }
+}
+
+impl FromStr for ClassName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let all = || Class::ALL.into_iter().filter(|class| *class != Class::Control);
+        let found = all().find(|class| class.as_label() == text).map(Self);
+        let names = || list(&mut all().map(Class::as_label));
+        found.ok_or_else(|| format!("`{text}` is not a class, only {}", names()))
+    }
+}
+
+impl FromStr for StanzaType {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let found = Type::ALL.into_iter().find(|of| of.as_str() == text).map(Self);
+        let all = || list(&mut Type::ALL.into_iter().map(Type::as_str));
+        found.ok_or_else(|| format!("`{text}` is not a type of stanza, only {}", all()))
+    }
+}
+
+fn list(words: &mut dyn Iterator<Item = &'static str>) -> String {
+    words.collect::<Vec<_>>().join(", ")
+}
+
+impl FromStr for Payload {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (namespace, name) = match text.split_once(' ') {
+            Some((namespace, name)) => (namespace, Some(name)),
+            None => (text, None),
+        };
+        let plain =
+            |part: &str| !part.is_empty() && part.len() <= Self::LENGTH_MAX && !part.contains([' ', '<', '>', '&']);
+        // A name with a colon is a prefix that means nothing here.
+        if !plain(namespace) || name.is_some_and(|name| !plain(name) || name.contains([':', '*', '/'])) {
+            return Err(format!(
+                "`{text}` is not a payload: write a namespace, and after a space an element's name if only that is meant, like `urn:xmpp:mam:2 result`"
+            ));
+        }
+        Ok(Self(rules::Payload {
+            namespace: namespace.to_owned(),
+            name: name.map(str::to_owned),
+        }))
+    }
+}
+
+impl Payload {
+    /// Bytes of a namespace or name: real ones have less than 100.
+    const LENGTH_MAX: usize = 1023;
+}
+
+impl FromStr for AddressPattern {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        // An address that it matches must be one; a `*` in its domain would not be.
+        let example = text.replace('*', "x");
+        match example.parse::<jid::Jid>() {
+            Ok(_) if text.len() <= Self::LENGTH_MAX => Ok(Self(rules::Pattern::new(text))),
+            Ok(_) | Err(_) => Err(format!(
+                "`{text}` is not an address: write a domain, a room or user, or one with a resource, with `*` for any characters, like `*@conference.a.example`"
+            )),
+        }
+    }
+}
+
+impl AddressPattern {
+    /// Bytes: three parts of at most 1023 each (RFC 7622 §3.1), `@` and `/`.
+    const LENGTH_MAX: usize = 3071;
+
+    /// Between `@` and `/`, if there are any.
+    pub fn domain(&self) -> &str {
+        stanza::domain_of(self.0.as_str())
     }
 }
 
@@ -292,6 +462,39 @@ impl fmt::Display for Size {
     }
 }
 
+impl fmt::Display for SizeOrOff {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Off => f.write_str("off"),
+            Self::Upto(size) => size.fmt(f),
+        }
+    }
+}
+
+impl fmt::Display for ClassName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.as_label())
+    }
+}
+
+impl fmt::Display for StanzaType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.as_str())
+    }
+}
+
+impl fmt::Display for Payload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for AddressPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.as_str())
+    }
+}
+
 impl fmt::Display for ListenAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -400,6 +603,36 @@ text_value!(
     "A number of bytes: a whole number and a unit, like 64KiB, 2GiB."
 );
 text_value!(
+    SizeOrOff,
+    "a size like `64KiB`, or `off`",
+    r"^(off|[0-9]+ *([kKmMgGtT][iI]?)?[bB])$",
+    "A number of bytes, like 64KiB, or off."
+);
+text_value!(
+    ClassName,
+    "a class like `bulk`",
+    r"^(urgent|message|iq|presence|state|bulk)$",
+    "A class of what waits."
+);
+text_value!(
+    StanzaType,
+    "a type of stanza like `groupchat`",
+    r"^[a-z]+$",
+    "The type of a stanza; normal and available stand for none."
+);
+text_value!(
+    Payload,
+    "a namespace like `urn:xmpp:avatar:*`",
+    r"^[^ <>&]+( [^ <>&:*/]+)?$",
+    "A namespace; each * stands for any characters, or none. After a space an element's name, if only that is meant."
+);
+text_value!(
+    AddressPattern,
+    "an address like `*@conference.a.example`",
+    r"^[^ ]+$",
+    "A domain, a bare or a full address; each * stands for any characters, or none."
+);
+text_value!(
     ListenAddress,
     "an IP address and a port, like `127.0.0.1:5299`",
     r"^.+:[0-9]+$",
@@ -430,6 +663,53 @@ text_value!(
     r"^[^@/]+@[^@/]+$",
     "A room's address; each * stands for any characters, or none."
 );
+
+impl<'de> Deserialize<'de> for CountOrOff {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = CountOrOff;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a whole number, or `off`")
+            }
+
+            fn visit_u64<E: serde::de::Error>(self, count: u64) -> Result<CountOrOff, E> {
+                Ok(CountOrOff::Upto(count))
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<CountOrOff, E> {
+                match text {
+                    "off" => Ok(CountOrOff::Off),
+                    text => Err(E::invalid_value(serde::de::Unexpected::Str(text), &self)),
+                }
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+impl Serialize for CountOrOff {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Off => serializer.serialize_str("off"),
+            Self::Upto(count) => serializer.serialize_u64(*count),
+        }
+    }
+}
+
+impl JsonSchema for CountOrOff {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "CountOrOff".into()
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({
+            "oneOf": [{"type": "integer", "minimum": 0}, {"const": "off"}],
+            "description": "A whole number, or off.",
+        })
+    }
+}
 
 #[cfg(test)]
 mod tests {

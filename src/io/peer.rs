@@ -28,9 +28,9 @@ use super::{
 use crate::{
     codec::position::Seq,
     link::session::SessionStats,
-    metrics::{self as m, Direction, EchoEvent, Layer, Mechanism, NearAnswer, Squeezed, StanzaKind},
+    metrics::{self as m, Direction, EchoEvent, Layer, Mechanism, NearAnswer, RuleMode, Squeezed, StanzaKind},
     mirror::{self, MirrorStats},
-    queue::journal::Levels,
+    queue::{journal::Levels, rules::Mode},
     relay::{Drop as Dropped, Input, LaneFault, LaneKey, LinkClose, Output, Relay, RelayStats},
     stanza::Kind,
     stream::CloseReason,
@@ -742,6 +742,14 @@ impl Owner {
         m::INBOX_ENTRIES.set(peer, levels.inbox_entries as f64);
         m::INBOX_BYTES.set(peer, levels.inbox_bytes as f64);
         m::LANE_UNCONFIRMED.set(peer, unconfirmed as f64);
+        for (rule, mode, count) in self.relay.rules().counts() {
+            let mode = match mode {
+                Mode::Applied => RuleMode::Applied,
+                Mode::Observed => RuleMode::Observed,
+            };
+            m::RULE_STANZAS.follow((peer, rule, mode), count.stanzas);
+            m::RULE_SAVED.follow((peer, rule, mode), count.bytes_saved);
+        }
         let (rooms, mirrored) = (self.relay.mirror().levels(), self.relay.mirror().stats());
         m::MIRROR_ROOMS.set(peer, rooms.rooms as f64);
         m::MIRROR_ROOMS_SPLIT.set(peer, rooms.rooms_split as f64);

@@ -190,7 +190,7 @@ impl Payload {
 impl fmt::Display for Payload {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.name {
-            Some(name) => write!(f, "{{{}}}{name}", self.namespace),
+            Some(name) => write!(f, "{} {name}", self.namespace),
             None => f.write_str(&self.namespace),
         }
     }
@@ -336,6 +336,9 @@ impl Rules {
             let known = |name: &Arc<str>| self.rules.iter().any(|rule| rule.name == *name);
             self.counts.retain(|(name, _), _| known(name));
         }
+        for rule in &self.rules {
+            self.counts.entry((Arc::clone(&rule.name), rule.mode())).or_default();
+        }
     }
 
     /// Whether any rule is about this direction.
@@ -343,6 +346,7 @@ impl Rules {
         self.rules.iter().any(|rule| rule.direction == direction)
     }
 
+    /// Of the rules that there are, and of those that there were.
     pub fn counts(&self) -> impl Iterator<Item = (&str, Mode, Count)> {
         self.counts.iter().map(|((name, mode), count)| (&**name, *mode, *count))
     }
@@ -351,12 +355,10 @@ impl Rules {
     pub fn judge(&mut self, stanza: Stanza, direction: Direction) -> Fate {
         let counts = &mut self.counts;
         walk(&self.rules, stanza, direction, |rule, said, saved| {
-            let mode = match said {
-                Said::Passed(_) => return,
-                Said::Observed => Mode::Observed,
-                Said::Stripped | Said::Decided => Mode::Applied,
-            };
-            let count = counts.entry((Arc::clone(&rule.name), mode)).or_default();
+            if matches!(said, Said::Passed(_)) {
+                return;
+            }
+            let count = counts.entry((Arc::clone(&rule.name), rule.mode())).or_default();
             count.stanzas += 1;
             count.bytes_saved += saved as u64;
         })
@@ -427,6 +429,10 @@ fn walk<'r>(
 }
 
 impl Rule {
+    fn mode(&self) -> Mode {
+        if self.observe { Mode::Observed } else { Mode::Applied }
+    }
+
     fn miss(&self, stanza: &Stanza, payloads: &OnceCell<Vec<Child>>, direction: Direction) -> Option<Miss> {
         // What cannot be read here cannot be read anywhere, and has no payload for us.
         let payloads = || {

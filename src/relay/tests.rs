@@ -2,7 +2,10 @@
 
 use super::*;
 use crate::{
-    queue::journal::Model,
+    queue::{
+        journal::Model,
+        rules::{Action, Conditions, Pattern, Payload},
+    },
     time::{Mono, Wall},
 };
 
@@ -395,12 +398,8 @@ impl Whole {
     }
 }
 
-/// A peer that takes smaller entries than ours may be, as another version may: the sender of what is too large is told once, a room
-/// never is, and the rest crosses.
-#[test]
-fn who_sends_more_than_the_peer_takes_is_told() {
-    let disk = Model::new(Epoch(1));
-    let settings = Settings {
+fn settings() -> Settings {
+    Settings {
         local: vec![Domain::new("a.example").unwrap()],
         far: vec![Domain::new("b.example").unwrap()],
         collapse_window: Duration::ZERO,
@@ -415,7 +414,15 @@ fn who_sends_more_than_the_peer_takes_is_told() {
         site: None,
         session: SessionConfig::default(),
         mirror: MirrorSettings::default(),
-    };
+    }
+}
+
+/// A peer that takes smaller entries than ours may be, as another version may: the sender of what is too large is told once, a room
+/// never is, and the rest crosses.
+#[test]
+fn who_sends_more_than_the_peer_takes_is_told() {
+    let disk = Model::new(Epoch(1));
+    let settings = settings();
     let mut whole = Whole {
         relay: Relay::new(settings.clone(), &disk.opening(), at(0)),
         disk,
@@ -483,4 +490,140 @@ fn who_sends_more_than_the_peer_takes_is_told() {
         .collect();
     assert_eq!(told.len(), 1);
     assert!(told[0].is_error() && told[0].id().as_deref() == Some("0"), "{told:?}");
+}
+
+/// A rule about the recipients of a cast concerns the copies that match it and no other: they are dropped, cut down, and the rest crosses as it
+/// came. Its sender is told, if it is a user.
+#[test]
+fn rules_judge_each_copy_by_itself() {
+    let drops = |name: &str, to: &str| Rule {
+        name: name.into(),
+        direction: Direction::Sent,
+        when: Conditions {
+            to: Some(Pattern::new(to)),
+            ..Conditions::default()
+        },
+        then: Action::Drop,
+        observe: false,
+    };
+    let disk = Model::new(Epoch(1));
+    let settings = Settings {
+        collapse_window: Duration::from_millis(50),
+        rules: vec![
+            drops("silent", "u1@b.example"),
+            Rule {
+                then: Action::Strip(vec![Payload {
+                    namespace: "urn:x".to_owned(),
+                    name: None,
+                }]),
+                ..drops("smaller", "u2@b.example")
+            },
+        ],
+        ..settings()
+    };
+    let pair = DomainPair {
+        local: settings.local[0].clone(),
+        far: settings.far[0].clone(),
+    };
+    let mut whole = Whole {
+        relay: Relay::new(settings, &disk.opening(), at(0)),
+        disk,
+        read: Vec::new(),
+    };
+    let copy = |from: &str, stanza_type: &str, user: u32| {
+        let text = format!(
+            "<message type='{stanza_type}' from='{from}' to='u{user}@b.example/r' id='i'><body>x</body><x xmlns='urn:x'/></message>"
+        );
+        Stanza::parse(Bytes::from(text)).unwrap()
+    };
+    for (n, stanza) in (1..=4)
+        .map(|user| copy("r@a.example/n", "groupchat", user))
+        .chain([copy("v@a.example/r", "chat", 1)])
+        .enumerate()
+    {
+        whole.handle(Input::Stanza {
+            leg: LegId(1),
+            n: n as u64 + 1,
+            pair: pair.clone(),
+            stanza,
+        });
+    }
+    whole.handle(Input::Drain);
+    let (slots, _) = whole.disk.read_spool(Seq(1), 9, usize::MAX);
+    let crossing: Vec<Vec<Bytes>> = slots
+        .iter()
+        .map(|slot| match Entry::decode(&slot.entry).unwrap() {
+            Entry::Cast(cast) => (0..cast.recipients.len()).map(|k| cast.copy(k).unwrap()).collect(),
+            Entry::Void => Vec::new(),
+        })
+        .collect();
+    let smaller = "<message type='groupchat' from='r@a.example/n' to='u2@b.example/r' id='i'><body>x</body></message>";
+    let whole_of = |user| copy("r@a.example/n", "groupchat", user).bytes().clone();
+    assert_eq!(crossing, [vec![Bytes::from(smaller)], vec![whole_of(3), whole_of(4)]]);
+    let told: Vec<Stanza> = whole
+        .read
+        .iter()
+        .map(|bytes| Stanza::parse(bytes.clone()).unwrap())
+        .collect();
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].is_error() && told[0].to().as_deref() == Some("v@a.example/r"));
+    assert_eq!(
+        (whole.relay.stats().copies_accepted, whole.relay.stats().refused),
+        (5, 0)
+    );
+    let counted: Vec<(&str, u64)> = whole
+        .relay
+        .rules()
+        .counts()
+        .map(|(name, _, count)| (name, count.stanzas))
+        .collect();
+    assert_eq!(counted, [("silent", 2), ("smaller", 1)]);
+}
+
+/// What comes from the peer is judged as well, copy by copy; a question that is dropped is answered over the link.
+#[test]
+fn rules_judge_what_comes_from_the_peer() {
+    let rule = |name: &str, to: Option<&str>, then| Rule {
+        name: name.into(),
+        direction: Direction::Received,
+        when: Conditions {
+            to: to.map(Pattern::new),
+            ..Conditions::default()
+        },
+        then,
+        observe: false,
+    };
+    let unwanted = vec![Payload {
+        namespace: "urn:x".to_owned(),
+        name: None,
+    }];
+    let disk = Model::new(Epoch(1));
+    let settings = Settings {
+        rules: vec![
+            rule("none", Some("u1@a.example"), Action::Drop),
+            rule("smaller", None, Action::Strip(unwanted)),
+        ],
+        ..settings()
+    };
+    let pair = DomainPair {
+        local: settings.local[0].clone(),
+        far: settings.far[0].clone(),
+    };
+    let mut relay = Relay::new(settings, &disk.opening(), at(0));
+    let cast = |template: &str, users: std::ops::RangeInclusive<u32>| Cast {
+        template: Bytes::copy_from_slice(template.as_bytes()),
+        to_at: template.find(' ').unwrap() as u32,
+        recipients: users.map(|user| format!(" to='u{user}@a.example/r'").into()).collect(),
+    };
+    let message =
+        |inside: &str| format!("<message from='r@b.example/n' type='groupchat'><body>x</body>{inside}</message>");
+    let judged = relay.judge_received(&pair, cast(&message("<x xmlns='urn:x'/>"), 1..=3), at(0));
+    assert_eq!(judged, [cast(&message(""), 2..=3)]);
+    let plain = cast(&message("<y xmlns='urn:y'/>"), 2..=3);
+    assert_eq!(relay.judge_received(&pair, plain.clone(), at(0)), [plain]);
+    assert_eq!(relay.stats().casts, 0);
+
+    let question = "<iq type='get' from='v@b.example/r' id='q'><query xmlns='urn:q'/></iq>";
+    assert_eq!(relay.judge_received(&pair, cast(question, 1..=1), at(0)), []);
+    assert_eq!(relay.stats().casts, 1);
 }
