@@ -4,6 +4,8 @@
 //! others may stand beside each other, as many as there are test threads.
 
 mod acts;
+#[path = "../grafana/boards.rs"]
+mod boards;
 mod cast;
 mod faults;
 mod management;
@@ -13,3 +15,4 @@ mod outage;
 mod recordings;
 mod restarts;
 mod stage;
+mod watching;

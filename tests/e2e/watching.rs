@@ -1,0 +1,381 @@
+//! What operators look at, with a real Prometheus that watches a real pair: every query of every dashboard and every alert gives what it
+//! should, before, during and after an outage; and the bytes that the sidecars report are those that the link carried.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    io::{self, Read, Write},
+    net::{Shutdown, TcpListener, TcpStream},
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    thread::{self, sleep},
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use narrows_lab::{
+    Ejabberd, Profile, Prosody, Site, World,
+    client::{Failure, Outcome},
+    net::{Process, write_file},
+};
+use serde_json::Value;
+
+use crate::{
+    boards::{BOARDS, Query, alerts, board, directory, list, names, queries, text},
+    cast::Cast,
+    stage::{pair_with, stand},
+};
+
+/// The usual place of Prometheus.
+const PROMETHEUS_PORT: u16 = 9090;
+
+/// Where Prometheus, at A, finds the admin port of B. This way does not lead over the link.
+const FAR_ADMIN_PORT: u16 = 9276;
+
+const ADMIN_PORT: u16 = 9275;
+
+/// Shorter than Grafana's usual windows, as the whole run is.
+const RATE_INTERVAL: &str = "30s";
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// The link is at rest when nothing was sent for so long: longer than acknowledgements wait here.
+const REST: Duration = Duration::from_secs(3);
+
+/// What the issue asks for.
+const BYTES_APART_MAX: f64 = 0.02;
+
+/// A Prometheus at A that watches both sidecars and evaluates the alerts.
+struct Prometheus<'w> {
+    site: &'w Site,
+    _process: Process,
+}
+
+impl<'w> Prometheus<'w> {
+    fn start(world: &'w World) -> io::Result<Self> {
+        let dir = world.dir().join("prometheus");
+        fs::create_dir_all(&dir)?;
+        let config = format!(
+            "global: {{ scrape_interval: 1s, evaluation_interval: 1s }}\n\
+             rule_files: [{}]\n\
+             scrape_configs:\n\
+             - job_name: narrows\n  \
+               static_configs:\n  \
+               - {{ targets: ['127.0.0.1:{ADMIN_PORT}'], labels: {{ instance: shore }} }}\n  \
+               - {{ targets: ['127.0.0.1:{FAR_ADMIN_PORT}'], labels: {{ instance: ship }} }}\n",
+            directory().join("alerts.yaml").display()
+        );
+        let file = dir.join("prometheus.yml");
+        write_file(&file, &config, 0o644)?;
+        let process = Self::launch(&world.a, &file, &dir)?;
+        let prometheus = Self {
+            site: &world.a,
+            _process: process,
+        };
+        let deadline = Instant::now() + PATIENCE;
+        while !prometheus.instant("up").is_ok_and(|up| up.len() == 2) {
+            if Instant::now() > deadline {
+                return Err(io::Error::other("Prometheus does not see both sidecars"));
+            }
+            sleep(Duration::from_millis(200));
+        }
+        Ok(prometheus)
+    }
+
+    fn launch(site: &Site, config: &Path, dir: &Path) -> io::Result<Process> {
+        let mut command = site.command("prometheus")?;
+        command
+            .arg(format!("--config.file={}", config.display()))
+            .arg(format!("--storage.tsdb.path={}", dir.join("data").display()))
+            .arg(format!("--web.listen-address=127.0.0.1:{PROMETHEUS_PORT}"))
+            .arg("--log.level=warn");
+        Process::start("prometheus", command, &dir.join("log"))
+    }
+
+    /// Asks its API; what it says is wrong is an error.
+    fn ask(&self, path: &str) -> Result<Value, String> {
+        let mut stream = self
+            .site
+            .connect_tcp(PROMETHEUS_PORT)
+            .map_err(|error| error.to_string())?;
+        let mut answer = String::new();
+        // HTTP/1.0: in one piece, up to the end of the connection.
+        write!(stream, "GET /api/v1/{path} HTTP/1.0\r\nHost: localhost\r\n\r\n")
+            .and_then(|()| stream.read_to_string(&mut answer))
+            .map_err(|error| error.to_string())?;
+        let body = answer.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+        let value: Value = serde_json::from_str(body).map_err(|error| format!("{error}: {answer}"))?;
+        match value["status"].as_str() {
+            Some("success") => Ok(value["data"].clone()),
+            _ => Err(text(&value, "error").to_owned()),
+        }
+    }
+
+    /// The series that a query gives now, each with its value.
+    fn instant(&self, expr: &str) -> Result<Vec<f64>, String> {
+        let data = self.ask(&format!("query?query={}", encoded(expr)))?;
+        if data["resultType"] != "vector" {
+            return Err(format!("not a vector but {}", data["resultType"]));
+        }
+        Ok(list(&data, "result").map(|series| number(&series["value"])).collect())
+    }
+
+    /// All values of the series that a query gives over a time.
+    fn over(&self, expr: &str, from: f64, to: f64) -> Result<Vec<f64>, String> {
+        let data = self.ask(&format!(
+            "query_range?query={}&start={from}&end={to}&step=2",
+            encoded(expr)
+        ))?;
+        if data["resultType"] != "matrix" {
+            return Err(format!("not a matrix but {}", data["resultType"]));
+        }
+        let points = list(&data, "result").flat_map(|series| list(series, "values"));
+        Ok(points.map(number).collect())
+    }
+}
+
+/// Of a pair of time and value, as Prometheus writes it.
+fn number(pair: &Value) -> f64 {
+    pair[1]
+        .as_str()
+        .and_then(|value| value.parse().ok())
+        .unwrap_or(f64::NAN)
+}
+
+fn encoded(text: &str) -> String {
+    text.bytes()
+        .map(|byte| match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' => char::from(byte).to_string(),
+            _ => format!("%{byte:02X}"),
+        })
+        .collect()
+}
+
+/// Puts a dashboard's variables in, as Grafana does when all is selected.
+fn filled_in(expr: &str, range: &str) -> String {
+    expr.replace("$__rate_interval", RATE_INTERVAL)
+        .replace("$__range", range)
+        .replace("$job", ".+")
+        .replace("$instance", ".+")
+        .replace("$peer", ".+")
+}
+
+/// Lets connections to a listener lead to the admin port of a site, beside the link, until all is done.
+fn lead_through(listener: &TcpListener, site: &Site, done: &AtomicBool) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    thread::scope(|scope| {
+        while !done.load(Ordering::Relaxed) {
+            match listener.accept() {
+                Ok((near, _)) => {
+                    near.set_nonblocking(false)?;
+                    let far = site.connect_tcp(ADMIN_PORT)?;
+                    let (near_too, far_too) = (near.try_clone()?, far.try_clone()?);
+                    scope.spawn(|| carry(near, far));
+                    scope.spawn(|| carry(far_too, near_too));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(Duration::from_millis(20)),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    })
+}
+
+fn carry(mut from: TcpStream, mut to: TcpStream) {
+    // Whichever end is first, both are done.
+    let _ = io::copy(&mut from, &mut to);
+    let _ = to.shutdown(Shutdown::Both);
+    let _ = from.shutdown(Shutdown::Both);
+}
+
+/// Waits until nothing has been on the link for a while, and the metrics have heard of all that was.
+fn rest(world: &World) {
+    let mut last = (world.link.stats().sent_packets(), Instant::now());
+    while last.1.elapsed() < REST {
+        sleep(Duration::from_millis(100));
+        let now = world.link.stats().sent_packets();
+        if now != last.0 {
+            last = (now, Instant::now());
+        }
+    }
+}
+
+/// IP bytes from A to B and from B to A: as the link counted them, and as the sidecars say.
+fn ip_bytes(world: &World) -> io::Result<[(f64, f64); 2]> {
+    let link = world.link.stats();
+    let said = |site: &Site| -> io::Result<f64> {
+        let labels = ["direction=\"sent\"", "level=\"ip\""];
+        Ok(site.sidecar().metrics()?.sum("narrows_link_bytes_total", &labels))
+    };
+    Ok([
+        (link.a_to_b.sent.bytes as f64, said(&world.a)?),
+        (link.b_to_a.sent.bytes as f64, said(&world.b)?),
+    ])
+}
+
+/// Waits until a metric of a sidecar has come to something.
+fn until(what: &str, site: &Site, metric: &str, come: impl Fn(f64) -> bool) -> Outcome {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let value = site.sidecar().metrics()?.sum(metric, &[]);
+        if come(value) {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(Failure(format!("{what}: {metric} is {value} at {}", site.domain())));
+        }
+        sleep(Duration::from_millis(200));
+    }
+}
+
+/// Talk, an outage that users are told of, and talk again.
+fn live_through_it(world: &World) -> Outcome {
+    let mut cast = Cast::gather(world, "bridge")?;
+    let mut speak = |turns: usize| -> Outcome {
+        for turn in 0..turns {
+            cast.say(
+                turn % 5,
+                "All stations: the supply boat is two hours late. Please confirm.",
+            )?;
+            sleep(Duration::from_millis(250));
+        }
+        Ok(())
+    };
+    rest(world);
+    let before = ip_bytes(world)?;
+    speak(100)?;
+    rest(world);
+    // The sidecars look at the kernel's figures once a second.
+    sleep(Duration::from_secs(2));
+    for ((link, said), (link_before, said_before)) in ip_bytes(world)?.into_iter().zip(before) {
+        let (link, said) = (link - link_before, said - said_before);
+        println!("100 messages: {link} bytes on the link, {said} as the sidecar says");
+        if (said - link).abs() > link * BYTES_APART_MAX {
+            return Err(Failure(format!(
+                "{link} bytes went over the link, the metrics say {said}"
+            )));
+        }
+    }
+    world.link.down();
+    speak(20)?;
+    until("users are told", &world.b, "narrows_mirror_splits_total", |count| {
+        count > 0.0
+    })?;
+    speak(20)?;
+    world.link.up();
+    until("users are shown", &world.b, "narrows_mirror_heals_total", |count| {
+        count > 0.0
+    })?;
+    speak(20)?;
+    for site in [&world.a, &world.b] {
+        until("all has crossed", site, "narrows_spool_entries", |entries| {
+            entries == 0.0
+        })?;
+    }
+    Ok(())
+}
+
+/// Whether a query gives what a panel can show.
+fn check(query: &Query, prometheus: &Prometheus<'_>, since: f64) -> Result<(), String> {
+    let now = unix_now();
+    let expr = filled_in(&query.expr, &format!("{}s", (now - since).ceil()));
+    let values = match query.instant {
+        true => prometheus.instant(&expr),
+        false => prometheus.over(&expr, since, now),
+    }
+    .map_err(|error| format!("{}: {error}\n  {expr}", query.place))?;
+    if values.iter().any(|value| value.is_finite()) || values.is_empty() && query.may_be_empty {
+        Ok(())
+    } else {
+        Err(format!(
+            "{}: nothing to show, {} values\n  {expr}",
+            query.place,
+            values.len()
+        ))
+    }
+}
+
+fn unix_now() -> f64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0.0, |since| since.as_secs_f64())
+}
+
+/// Every panel shows something after talk and an outage, every alert is understood and has what it looks at, and the bytes that the metrics
+/// tell are those that the link has carried.
+#[test]
+fn dashboards_and_alerts_see_a_real_pair() {
+    let stand = stand(
+        "watch",
+        Profile::vsat128k(),
+        Prosody::stock(),
+        Ejabberd::stock(),
+        0,
+        pair_with(&[("link", "ack_delay: 1s"), ("mirror", "split: { hold: 6s }")]),
+    );
+    let world = &stand.world;
+    let since = unix_now();
+    let done = AtomicBool::new(false);
+    let listener = world.a.listen(FAR_ADMIN_PORT).expect("the port is free");
+    let wrong = thread::scope(|scope| {
+        let through = scope.spawn(|| lead_through(&listener, &world.b, &done));
+        let wrong = watch(world, since);
+        done.store(true, Ordering::Relaxed);
+        through
+            .join()
+            .expect("it does not panic")
+            .expect("the way to B's admin port holds");
+        wrong
+    });
+    let wrong = wrong.unwrap_or_else(|failure| panic!("{}", failure.0));
+    assert!(
+        wrong.is_empty(),
+        "{} queries are wrong:\n{}",
+        wrong.len(),
+        wrong.join("\n")
+    );
+}
+
+/// Gives what is wrong with queries.
+fn watch(world: &World, since: f64) -> Outcome<Vec<String>> {
+    let prometheus = Prometheus::start(world)?;
+    live_through_it(world)?;
+    // Two more scrapes.
+    sleep(Duration::from_secs(3));
+    let mut wrong = Vec::new();
+    let mut asked = 0;
+    for name in BOARDS {
+        for query in queries(name, &board(name)) {
+            asked += 1;
+            wrong.extend(check(&query, &prometheus, since).err());
+        }
+    }
+    for alert in alerts() {
+        asked += 1;
+        // Nothing is wrong, so most give nothing; what they look at must be there.
+        let (name, expr) = (text(&alert, "alert"), text(&alert, "expr"));
+        let fires = prometheus.instant(expr);
+        let silent: Vec<String> = names(expr)
+            .into_iter()
+            .filter(|name| prometheus.instant(name).is_ok_and(|series| series.is_empty()))
+            .collect();
+        if let Err(error) = fires {
+            wrong.push(format!("{name}: {error}"));
+        }
+        if !silent.is_empty() {
+            wrong.push(format!("{name}: there is no {silent:?}"));
+        }
+    }
+    let rules = prometheus.ask("rules").map_err(Failure)?;
+    let rules: Vec<&Value> = list(&rules, "groups").flat_map(|group| list(group, "rules")).collect();
+    let health: BTreeSet<&str> = rules.iter().map(|rule| text(rule, "health")).collect();
+    if rules.len() != alerts().len() || health != BTreeSet::from(["ok"]) {
+        wrong.push(format!("{} rules of {}, {health:?}", rules.len(), alerts().len()));
+    }
+    let firing = rules.iter().filter(|rule| text(rule, "state") == "firing");
+    let firing: Vec<&str> = firing.map(|rule| text(rule, "name")).collect();
+    let series = prometheus.instant("scrape_samples_scraped").map_err(Failure)?;
+    let took = prometheus
+        .instant("max_over_time(scrape_duration_seconds[2m])")
+        .map_err(Failure)?;
+    println!("{asked} queries; samples of each scrape: {series:?}; the longest took {took:.3?} s; firing: {firing:?}");
+    Ok(wrong)
+}
