@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Lines},
+    io::{BufRead, BufReader, Lines, Write},
     net::TcpListener,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -306,4 +306,34 @@ fn keys_are_made_once() {
         "{}",
         stderr(&checked)
     );
+}
+
+/// A stanza on standard input is explained; one that is none: 1; a wrong configuration: 3, before anything is read.
+#[test]
+fn explain_tells_what_becomes_of_a_stanza() {
+    let explain = |file: &Path, stanza: &str| {
+        let mut child = command(&["explain", text(file)])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It may have ended without reading.
+        let _ = child.stdin.take().unwrap().write_all(stanza.as_bytes());
+        child.wait_with_output().unwrap()
+    };
+    let good = explain(
+        &example(),
+        "<message from='u@b.example/r' to='v@a.example' type='chat'><body>x</body></message>\n",
+    );
+    assert_eq!((code(&good), stderr(&good).as_str()), (0, ""));
+    assert!(
+        stdout(&good).ends_with("it goes as it is\nclass message, weight 8\nexpires after 12h\n"),
+        "{}",
+        stdout(&good)
+    );
+    let bad = explain(&example(), "<message");
+    assert_eq!((code(&bad), stdout(&bad).as_str()), (1, ""));
+    assert!(stderr(&bad).contains("this is not a stanza"), "{}", stderr(&bad));
+    assert_eq!(code(&explain(Path::new("/nonexistent"), "<message/>")), 3);
 }

@@ -16,7 +16,7 @@
 //! A supervisor need not try again after 2 and 3 (systemd: `RestartPreventExitStatus=2 3`).
 
 use std::{
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     net::SocketAddr,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
@@ -27,6 +27,7 @@ use clap::{Parser, Subcommand};
 
 use crate::config::{Admin, Config, ConfigError, Warning};
 
+mod explain;
 mod keys;
 pub mod log;
 pub mod run;
@@ -80,6 +81,11 @@ enum Command {
     },
     /// Say what is wrong with a configuration, without starting anything
     Check {
+        #[arg(value_name = "FILE", default_value = CONFIG_FILE)]
+        file: PathBuf,
+    },
+    /// Say what becomes of a stanza that is read from standard input: which rule takes it, its class, when it expires
+    Explain {
         #[arg(value_name = "FILE", default_value = CONFIG_FILE)]
         file: PathBuf,
     },
@@ -154,6 +160,7 @@ fn execute(command: Command) -> Exit {
     match command {
         Command::Run { config } => run(&config),
         Command::Check { file } => check(&file),
+        Command::Explain { file } => explain(&file),
         Command::Keygen { file } => said(keys::generate(&file)),
         Command::Pubkey { file } => said(keys::public(&file)),
         Command::Ca(Ca::Init { directory, config }) => ca_init(&directory, config.as_deref()),
@@ -189,6 +196,28 @@ fn check(file: &Path) -> Exit {
             say(&format!("{}: good\n", file.display()))
         }
         Err(errors) => complain(&errors),
+    }
+}
+
+/// A stanza is no larger than the largest that a server may be allowed to send.
+const STANZA_BYTES_MAX: u64 = 16 << 20;
+
+fn explain(file: &Path) -> Exit {
+    let config = match load(file) {
+        Ok((config, _)) => config,
+        Err(errors) => return complain(&errors),
+    };
+    let mut text = Vec::new();
+    if let Err(error) = io::stdin().take(STANZA_BYTES_MAX).read_to_end(&mut text) {
+        eprintln!("narrows: standard input: {error}");
+        return Exit::Failed;
+    }
+    match explain::explain(&config, &text) {
+        Ok(explained) => say(&explained),
+        Err(error) => {
+            eprintln!("narrows: {error}");
+            Exit::Failed
+        }
     }
 }
 
