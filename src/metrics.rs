@@ -281,7 +281,7 @@ words! {
     RuleMode, "mode": Applied = "applied", Observed = "observed",
 }
 words! {
-    AdminPath, "path": Page = "page", Metrics = "metrics", Healthz = "healthz", Readyz = "readyz", Status = "status", Other = "other",
+    AdminPath, "path": Page = "page", Metrics = "metrics", Healthz = "healthz", Readyz = "readyz", Status = "status", Reload = "reload", Other = "other",
 }
 words! {
     Version, "version": This = env!("CARGO_PKG_VERSION"),

@@ -19,7 +19,7 @@ use narrows::{
         ca::Authority,
         clock::Clock,
         dns::{Location, Resolver, Target},
-        lane::{self, LaneEvent, LaneHandle, LegContext, Parcel},
+        lane::{self, CurrentSite, LaneEvent, LaneHandle, LegContext, Parcel},
         legs::{EVENTS_MAX, LegEvent, LegHandle, Legs, Routes},
         tls::{Acceptor, Connector, Identity, Roots, ServerTrust},
     },
@@ -167,7 +167,7 @@ impl Sidecar {
             elements_max: 16_384,
         };
         let context = Arc::new(LegContext {
-            site: Arc::new(Site {
+            site: CurrentSite::new(Site {
                 local: BTreeSet::from([domain(LOCAL)]),
                 far: BTreeSet::from([domain(FAR)]),
                 require_tls: true,

@@ -17,7 +17,7 @@ use narrows::{
         ca::Authority,
         clock::Clock,
         dns::{Location, Resolver},
-        lane::{self, DownReason, LaneEvent, LaneHandle, LegContext, Parcel},
+        lane::{self, CurrentSite, DownReason, LaneEvent, LaneHandle, LegContext, Parcel},
         legs::{EVENTS_MAX, LegEvent, LegHandle, Legs, Routes, UNCOMMITTED_BYTES_MAX},
         tls::{Acceptor, Connector, Identity, Roots, ServerTrust},
     },
@@ -61,7 +61,7 @@ fn context(local: &str, far: &str, identity: Arc<Identity>, roots: Roots, server
     };
     let roots = Arc::new(roots);
     Arc::new(LegContext {
-        site: Arc::new(Site {
+        site: CurrentSite::new(Site {
             local: BTreeSet::from([domain(local)]),
             far: BTreeSet::from([domain(far)]),
             require_tls: true,

@@ -30,12 +30,31 @@ pub enum LogError {
     Started,
 }
 
+/// Changes the level of a log that has begun.
+pub struct Leveller(Box<dyn Fn(EnvFilter) -> bool + Send>);
+
+impl std::fmt::Debug for Leveller {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Leveller(..)")
+    }
+}
+
+impl Leveller {
+    /// `false` if the level is not this one's to change, because of `RUST_LOG`.
+    pub fn set(&self, level: config::Level) -> bool {
+        overriding().is_none() && EnvFilter::try_new(directives(level)).is_ok_and(|filter| (self.0)(filter))
+    }
+}
+
+fn overriding() -> Option<String> {
+    std::env::var("RUST_LOG")
+        .ok()
+        .filter(|directives| !directives.is_empty())
+}
+
 /// From here on, events are written. `RUST_LOG` overrides the level.
-pub fn start(log: &config::Log) -> Result<(), LogError> {
-    let filter = match std::env::var("RUST_LOG") {
-        Ok(directives) if !directives.is_empty() => EnvFilter::try_new(directives)?,
-        _ => EnvFilter::try_new(directives(log.level))?,
-    };
+pub fn start(log: &config::Log) -> Result<Leveller, LogError> {
+    let filter = EnvFilter::try_new(overriding().unwrap_or_else(|| directives(log.level)))?;
     let form = match log.format {
         config::Format::Json => Form::Json,
         config::Format::Text if stderr_is_the_journal() => Form::Journal,
@@ -45,14 +64,16 @@ pub fn start(log: &config::Log) -> Result<(), LogError> {
         form,
         show_addresses: log.show_addresses,
     };
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
+    let log = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
         .with_ansi(false)
         .fmt_fields(lines)
         .event_format(lines)
-        .try_init()
-        .map_err(|_| LogError::Started)
+        .with_env_filter(filter)
+        .with_filter_reloading();
+    let handle = log.reload_handle();
+    log.try_init().map_err(|_| LogError::Started)?;
+    Ok(Leveller(Box::new(move |filter| handle.reload(filter).is_ok())))
 }
 
 /// What the libraries say is only of interest when it is a warning.

@@ -8,10 +8,10 @@
 //! | 0 | `Ok` | done; of `run`: stopped in order, as asked |
 //! | 1 | `Failed` | it was tried and failed; the message says what |
 //! | 2 | `Usage` | wrong arguments |
-//! | 3 | `Config` | the configuration is wrong, or a file that it names cannot be used |
+//! | 3 | `Config` | the configuration is wrong, or a file that it names cannot be used; of `reload`: then nothing has changed |
 //! | 4 | `Bind` | an address cannot be listened on: taken, or not permitted |
 //! | 5 | `Store` | the store cannot be opened or written: disk, permission, damage |
-//! | 6 | `Unreachable` | of `status`: nobody answers at the admin port |
+//! | 6 | `Unreachable` | of `status` and `reload`: nobody answers at the admin port |
 //!
 //! A supervisor need not try again after 2 and 3 (systemd: `RestartPreventExitStatus=2 3`).
 
@@ -30,6 +30,7 @@ use crate::config::{Admin, Config, ConfigError, Warning};
 mod explain;
 mod keys;
 pub mod log;
+pub mod reload;
 pub mod run;
 mod sockets;
 pub mod status;
@@ -61,7 +62,7 @@ Exit codes:
   3  the configuration is wrong, or a file that it names cannot be used
   4  an address cannot be listened on: taken, or not permitted
   5  the store cannot be opened or written: disk, permission, damage
-  6  of status: nobody answers at the admin port";
+  6  of status and reload: nobody answers at the admin port";
 
 /// Carries XMPP group chat over links that are thin, slow and often gone.
 #[derive(Debug, Parser)]
@@ -112,6 +113,14 @@ enum Command {
         /// Print the answer as it came
         #[arg(long)]
         json: bool,
+    },
+    /// Have a running sidecar read its configuration again; no connection is closed. SIGHUP does the same
+    Reload {
+        /// The admin port, if not the one in the configuration
+        #[arg(long, value_name = "ADDRESS", conflicts_with = "config")]
+        admin: Option<SocketAddr>,
+        #[arg(short, long, value_name = "FILE")]
+        config: Option<PathBuf>,
     },
     /// Two sites, a satellite link and an outage on this machine (needs the source checkout, and root)
     Demo {
@@ -166,6 +175,7 @@ fn execute(command: Command) -> Exit {
         Command::Ca(Ca::Init { directory, config }) => ca_init(&directory, config.as_deref()),
         Command::Ca(Ca::Show { directory }) => said(keys::ca_show(&directory)),
         Command::Status { admin, config, json } => status(admin, config.as_deref(), json),
+        Command::Reload { admin, config } => reload(admin, config.as_deref()),
         Command::Demo { arguments } => demo(&arguments),
     }
 }
@@ -175,16 +185,19 @@ fn run(file: &Path) -> Exit {
         Ok(loaded) => loaded,
         Err(errors) => return complain(&errors),
     };
-    if let Err(error) = log::start(&config.log) {
-        eprintln!("narrows: {error}");
-        return Exit::Usage;
-    }
+    let leveller = match log::start(&config.log) {
+        Ok(leveller) => leveller,
+        Err(error) => {
+            eprintln!("narrows: {error}");
+            return Exit::Usage;
+        }
+    };
     for warning in warnings {
         // The excerpt is for a terminal; a log wants one line.
         let text = warning.to_string();
         tracing::warn!("{}", text.lines().next().unwrap_or_default());
     }
-    run::run(config)
+    run::run(file.to_owned(), config, leveller)
 }
 
 fn check(file: &Path) -> Exit {
@@ -244,12 +257,45 @@ fn ca_init(directory: &Path, config: Option<&Path>) -> Exit {
     said(keys::ca_init(directory, config.as_ref().map(|(config, _)| config)))
 }
 
+/// The admin port that is meant: as said, or as configured, or where it is by default.
+fn admin_port(admin: Option<SocketAddr>, config: Option<&Path>) -> Result<SocketAddr, Exit> {
+    match (admin, config.map(load).transpose()) {
+        (_, Err(errors)) => Err(complain(&errors)),
+        (Some(address), Ok(_)) => Ok(address),
+        (None, Ok(Some((config, _)))) => Ok(config.admin.listen.0),
+        (None, Ok(None)) => Ok(Admin::default().listen.0),
+    }
+}
+
+fn reload(admin: Option<SocketAddr>, config: Option<&Path>) -> Exit {
+    let address = match admin_port(admin, config) {
+        Ok(address) => address,
+        Err(exit) => return exit,
+    };
+    let outcome = match reload::ask(address) {
+        Ok(outcome) => outcome,
+        Err(error) => {
+            eprintln!("narrows: {error}");
+            return Exit::Unreachable;
+        }
+    };
+    for warning in &outcome.warnings {
+        eprintln!("warning: {warning}\n");
+    }
+    if outcome.errors.is_empty() {
+        return say(&outcome.to_string());
+    }
+    for error in &outcome.errors {
+        eprintln!("error: {error}\n");
+    }
+    eprintln!("narrows: the configuration was not taken, and nothing has changed");
+    Exit::Config
+}
+
 fn status(admin: Option<SocketAddr>, config: Option<&Path>, json: bool) -> Exit {
-    let address = match (admin, config.map(load).transpose()) {
-        (_, Err(errors)) => return complain(&errors),
-        (Some(address), Ok(_)) => address,
-        (None, Ok(Some((config, _)))) => config.admin.listen.0,
-        (None, Ok(None)) => Admin::default().listen.0,
+    let address = match admin_port(admin, config) {
+        Ok(address) => address,
+        Err(exit) => return exit,
     };
     let value = match status::fetch(address) {
         Ok(value) => value,

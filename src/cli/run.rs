@@ -3,12 +3,16 @@
 //! Order matters. The stores open first: without them nothing may be accepted. Then the owners of the peers, then the
 //! listener for our server, because a server that finds a far domain's door shut throws that domain's users out of its rooms.
 //! On SIGTERM the legs close first and what they brought goes to disk, then the lanes and the link close, then the stores.
+//!
+//! On SIGHUP, or when the admin port is asked to, the configuration is read again. All that can fail is done before anything changes,
+//! and a connection that is open stays open, unless its peer has been removed.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::{Duration, Instant},
@@ -18,12 +22,14 @@ use tokio::{
     net::TcpListener,
     signal::unix::{Signal, SignalKind, signal},
     sync::{mpsc, watch},
-    task::JoinSet,
+    task::{JoinError, JoinSet},
 };
 use tracing::{error, info, warn};
 
 use super::{
-    Exit,
+    Exit, keys,
+    log::Leveller,
+    reload::{Outcome, Plan},
     sockets::Inherited,
     status::{self, PeerStatus, QueueStatus, RoomsStatus, Status, Traffic},
 };
@@ -35,9 +41,9 @@ use crate::{
         clock::Clock,
         dns::{Location, Resolver},
         keys::{KeyError, PrivateKey},
-        lane::LegContext,
+        lane::{CurrentSite, LegContext},
         legs::{self, LegHandle, Legs, Routes},
-        link::{self, LinkCounters, LinkStartError, LinkTimes, PeerConfig},
+        link::{self, LinkCounters, LinkListener, LinkStartError, LinkTimes, PeerConfig, PeerLink},
         peer::{self, Peer, Report},
         receipts::Receipts,
         store::{self, StoreError},
@@ -93,8 +99,11 @@ impl RunError {
     }
 }
 
-/// Runs until SIGTERM or SIGINT.
-pub fn run(config: Config) -> Exit {
+/// Wishes for a reload that wait at once: one is under way, and the next one does for all.
+const RELOADS_MAX: usize = 2;
+
+/// Runs until SIGTERM or SIGINT. `file` is what `config` was read from.
+pub fn run(file: PathBuf, config: Config, leveller: Leveller) -> Exit {
     let inherited = Inherited::take_all();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -103,7 +112,7 @@ pub fn run(config: Config) -> Exit {
             return Exit::Failed;
         }
     };
-    match runtime.block_on(assemble(config, inherited)) {
+    match runtime.block_on(assemble(file, config, leveller, inherited)) {
         Ok(()) => {
             info!("Stopped.");
             Exit::Ok
@@ -115,29 +124,24 @@ pub fn run(config: Config) -> Exit {
     }
 }
 
-async fn assemble(config: Config, mut inherited: Inherited) -> Result<(), RunError> {
+async fn assemble(file: PathBuf, config: Config, leveller: Leveller, mut inherited: Inherited) -> Result<(), RunError> {
     let started = Instant::now();
     let clock = Clock::start();
     let metrics = metrics::install(config.peers.iter().map(|peer| peer.name.as_str()))
         .map_err(|error| RunError::System(error.to_string()))?;
-    metrics::QUEUE_LIMIT_BYTES.set((), config.queue.bytes_max.0 as f64);
-    metrics::QUEUE_LIMIT_ENTRIES.set((), config.queue.entries_max as f64);
     // From READY on a signal is expected to be obeyed.
     let mut signals = Signals::new()?;
     let admin_listener = bind("the admin port", config.admin.listen.0).await?;
     let mut background = JoinSet::new();
 
-    let leg_context = Arc::new(leg_context(&config, clock, &mut background)?);
+    let (identity, authority) = identity(&config)?;
+    let leg_context = Arc::new(leg_context(&config, clock, Arc::clone(&identity))?);
     let leg_handle = LegHandle::default();
     let (key, warning) = PrivateKey::load(&config.link.private_key)?;
     if let Some(warning) = warning {
         warn!("{warning}");
     }
-    let draining = watch::Sender::new(false);
     let alive = Arc::new(AtomicBool::new(true));
-    let mut routes = Routes::default();
-    let mut owners = JoinSet::new();
-    let mut reports = Vec::new();
     let mut opened = Vec::new();
     for peer in &config.peers {
         opened.push(open_store(&config, peer)?);
@@ -151,43 +155,46 @@ async fn assemble(config: Config, mut inherited: Inherited) -> Result<(), RunErr
     let listen = config.link.listen.as_ref().map(|listen| listen.0);
     let (link_listener, links) = link::start(listen, &key, &peers, times).await?;
     background.spawn(count_refusals(Arc::clone(link_listener.counters())));
-    for ((peer, opened), link) in config.peers.iter().zip(opened).zip(links) {
-        let (events, legs) = mpsc::channel(legs::EVENTS_MAX);
-        for domain in &peer.domains {
-            routes.insert(domain.0.clone(), events.clone());
-        }
-        let (report, reported) = watch::channel(Report::default());
-        reports.push((peer.clone(), reported));
-        owners.spawn(peer::run(Peer {
-            name: peer.name.to_string(),
-            relay: Relay::new(settings(&config, peer), &opened.opening, clock.now()),
-            clock,
-            store: opened.store,
-            answers: opened.answers,
-            legs,
-            leg_handle: leg_handle.clone(),
-            leg_context: Arc::clone(&leg_context),
-            link,
-            link_times: times,
-            report,
-            draining: draining.subscribe(),
-        }));
+
+    let mut running = Running {
+        file,
+        leveller,
+        clock,
+        identity,
+        renewal: JoinSet::new(),
+        legs: Legs::new(Arc::clone(&leg_context), Routes::default(), leg_handle.clone()),
+        leg_context,
+        leg_handle,
+        link_listener,
+        times,
+        owners: JoinSet::new(),
+        reins: BTreeMap::new(),
+        leaving: BTreeSet::new(),
+        reports: Reports::default(),
+        config,
+    };
+    running.tell_limits();
+    running.keep_fresh(authority);
+    for ((peer, opened), link) in running.config.peers.clone().iter().zip(opened).zip(links) {
+        let settings = settings(&running.config, peer);
+        running.start(peer, settings, opened, link);
     }
 
-    let legs = Legs::new(leg_context, routes, leg_handle);
-    for address in &config.legs.listen {
+    for address in &running.config.legs.listen {
         let listener = legs_listener(address.0, &mut inherited).await?;
-        let legs = legs.clone();
+        let legs = running.legs.clone();
         background.spawn(async move { legs.serve(listener).await });
     }
     drop(inherited);
-    let status = status_of(&config, started, reports, legs.clone());
+    let status = status_of(&running, started);
     let (healthy, ready) = (Arc::clone(&alive), Arc::clone(&alive));
+    let (reload, wishes) = mpsc::channel(RELOADS_MAX);
     let admin = Admin {
         metrics,
         healthy: Arc::new(move || says(&healthy)),
         ready: Arc::new(move || says(&ready)),
         status,
+        reload,
     };
     background.spawn(async move {
         if let Err(error) = admin::serve(admin_listener, admin).await {
@@ -195,35 +202,263 @@ async fn assemble(config: Config, mut inherited: Inherited) -> Result<(), RunErr
         }
     });
 
+    let config = &running.config;
     info!(site = %config.site, admin = %config.admin.listen, peers = config.peers.len(), "Started.");
     notify(sd_notify::NotifyState::Ready);
-    let failed = tokio::select! {
-        () = signals.any() => None,
-        Some(ended) = owners.join_next() => Some(ended),
-    };
+    let failed = running.last(&mut signals, wishes).await;
     notify(sd_notify::NotifyState::Stopping);
     if let Some(ended) = failed {
         alive.store(false, Ordering::Relaxed);
         // Nothing may be accepted without the store. A supervisor starts us again, and the error says what to do.
         return match ended {
-            Ok(Ok(())) => Err(RunError::System("the owner of a peer ended by itself".to_owned())),
-            Ok(Err(error)) => Err(error.into()),
+            Ok((_, Ok(()))) => Err(RunError::System("the owner of a peer ended by itself".to_owned())),
+            Ok((_, Err(error))) => Err(error.into()),
             Err(error) => Err(RunError::System(format!("the owner of a peer failed: {error}"))),
         };
     }
     info!("Stopping.");
-    legs.drain(LEGS_DRAIN_MAX).await;
-    draining.send_replace(true);
-    let mut result = Ok(());
-    while let Some(ended) = owners.join_next().await {
-        match ended {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => result = Err(error.into()),
-            Err(error) => result = Err(RunError::System(format!("the owner of a peer failed: {error}"))),
+    running.stop().await
+}
+
+/// How the owner of a peer has ended.
+type Ended = Result<(config::Name, Result<(), StoreError>), JoinError>;
+
+/// All that lives until the process ends, and what is needed to change it.
+struct Running {
+    file: PathBuf,
+    /// What is in force.
+    config: Config,
+    leveller: Leveller,
+    clock: Clock,
+    identity: Arc<tls::Identity>,
+    /// The task that keeps the far domains' certificate fresh, if it is ours to make.
+    renewal: JoinSet<()>,
+    leg_context: Arc<LegContext>,
+    leg_handle: LegHandle,
+    legs: Legs,
+    link_listener: LinkListener,
+    times: LinkTimes,
+    owners: JoinSet<(config::Name, Result<(), StoreError>)>,
+    reins: BTreeMap<config::Name, Rein>,
+    /// Peers that were removed and whose owners have not ended yet.
+    leaving: BTreeSet<config::Name>,
+    reports: Reports,
+}
+
+/// By which an owner is led.
+struct Rein {
+    settings: watch::Sender<Settings>,
+    draining: watch::Sender<bool>,
+}
+
+impl Running {
+    /// Starts the owner of a peer.
+    fn start(&mut self, peer: &config::Peer, settings: Settings, opened: Opened, link: PeerLink) {
+        let (events, legs) = mpsc::channel(legs::EVENTS_MAX);
+        self.legs.add_owner(domains(&peer.domains), &events);
+        let (report, reported) = watch::channel(Report::default());
+        lock(&self.reports).push((peer.clone(), reported));
+        let rein = Rein {
+            settings: watch::Sender::new(settings.clone()),
+            draining: watch::Sender::new(false),
+        };
+        let owner = peer::run(Peer {
+            name: peer.name.to_string(),
+            relay: Relay::new(settings, &opened.opening, self.clock.now()),
+            clock: self.clock,
+            store: opened.store,
+            answers: opened.answers,
+            legs,
+            leg_handle: self.leg_handle.clone(),
+            leg_context: Arc::clone(&self.leg_context),
+            link,
+            link_times: self.times,
+            report,
+            settings: rein.settings.subscribe(),
+            draining: rein.draining.subscribe(),
+        });
+        self.reins.insert(peer.name.clone(), rein);
+        let name = peer.name.clone();
+        self.owners.spawn(async move { (name, owner.await) });
+    }
+
+    /// Lets a peer go: nothing more is taken for it, and its owner puts down what it has. Its database stays.
+    fn dismiss(&mut self, peer: &config::Peer) -> Result<(), RunError> {
+        self.link_listener.remove(&peer_config(peer)?.public_key)?;
+        self.legs.remove_owner(&domains(&peer.domains));
+        lock(&self.reports).retain(|(other, _)| other.name != peer.name);
+        if let Some(rein) = self.reins.remove(&peer.name) {
+            rein.draining.send_replace(true);
+            self.leaving.insert(peer.name.clone());
+        }
+        Ok(())
+    }
+
+    /// Until a signal ends it, or an owner fails.
+    async fn last(&mut self, signals: &mut Signals, mut wishes: mpsc::Receiver<admin::Reload>) -> Option<Ended> {
+        let Signals {
+            terminate,
+            interrupt,
+            hangup,
+        } = signals;
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => return None,
+                _ = interrupt.recv() => return None,
+                _ = hangup.recv() => drop(self.reload()),
+                Some(wish) = wishes.recv() => {
+                    let outcome = self.reload();
+                    let json = serde_json::to_value(&outcome).unwrap_or_default();
+                    // Whoever asked may have gone; the log has it too.
+                    let _ = wish.send(if outcome.errors.is_empty() { Ok(json) } else { Err(json) });
+                }
+                Some(ended) = self.owners.join_next() => match ended {
+                    Ok((name, result)) if self.leaving.remove(&name) => {
+                        metrics::LINK_UP.set(name.as_str(), 0.0);
+                        match result {
+                            Ok(()) => info!(peer = %name, "The peer is gone. What waited for it is still in its database."),
+                            Err(error) => error!(peer = %name, %error, "The database of a peer that was removed failed."),
+                        }
+                    }
+                    ended => return Some(ended),
+                },
+            }
         }
     }
-    drop(link_listener);
-    result
+
+    /// Reads the configuration again. What is wrong with it, or with what it names, changes nothing.
+    fn reload(&mut self) -> Outcome {
+        let outcome = match Config::load_with(&self.file, keys::own_key) {
+            Err(errors) => Outcome::refused(errors),
+            Ok((new, warnings)) => match self.adopt(Plan::new(&self.config, &new)) {
+                Err(error) => Outcome::refused([error]),
+                Ok(mut outcome) => {
+                    outcome.warnings.extend(warnings.iter().map(ToString::to_string));
+                    outcome
+                }
+            },
+        };
+        for text in &outcome.errors {
+            error!(
+                "The configuration is not taken, and nothing has changed: {}",
+                first_line(text)
+            );
+        }
+        for text in &outcome.warnings {
+            warn!("{}", first_line(text));
+        }
+        if outcome.errors.is_empty() {
+            let list = |of: &[String]| of.join(", ");
+            info!(
+                applied = list(&outcome.applied),
+                next_connection = list(&outcome.next_connection),
+                restart = list(&outcome.restart),
+                "The configuration was read again."
+            );
+        }
+        outcome
+    }
+
+    fn adopt(&mut self, mut plan: Plan) -> Result<Outcome, RunError> {
+        let Plan {
+            effective,
+            added,
+            removed,
+            ..
+        } = &plan;
+        // What can fail comes first.
+        if let Some(peer) = added.iter().find(|peer| self.leaving.contains(&peer.name)) {
+            let text = format!("the peer {} has not quite gone yet: try again in a moment", peer.name);
+            return Err(RunError::System(text));
+        }
+        let renewed = match effective.identity() {
+            Identity::Ca(directory) if !(added.is_empty() && removed.is_empty()) => {
+                let authority = Authority::load(&directory)?;
+                let material = authority.issue(&far_domains(effective))?;
+                Some((authority, material))
+            }
+            Identity::Ca(_) | Identity::Files { .. } => None,
+        };
+        let keys: Vec<PeerConfig> = added.iter().map(peer_config).collect::<Result<_, _>>()?;
+        let opened: Vec<Opened> = added
+            .iter()
+            .map(|peer| open_store(effective, peer))
+            .collect::<Result<_, _>>()?;
+        let links: Vec<PeerLink> = keys
+            .iter()
+            .map(|key| self.link_listener.add(key))
+            .collect::<Result<_, _>>()?;
+
+        if let Some((authority, material)) = renewed {
+            self.identity.replace(material)?;
+            self.config.peers.clone_from(&effective.peers);
+            self.keep_fresh(Some(authority));
+        }
+        self.leg_context.site.replace(Site {
+            far: far_domains(effective).into_iter().collect(),
+            ..(*self.leg_context.site.get()).clone()
+        });
+        for peer in removed {
+            self.dismiss(peer)?;
+        }
+        metrics::install(added.iter().map(|peer| peer.name.as_str()))
+            .map_err(|error| RunError::System(error.to_string()))?;
+        for ((peer, opened), link) in added.iter().zip(opened).zip(links) {
+            self.start(peer, settings(effective, peer), opened, link);
+        }
+        for peer in &effective.peers {
+            if let Some(rein) = self.reins.get(&peer.name) {
+                rein.settings.send_replace(settings(effective, peer));
+            }
+        }
+        if effective.log.level != self.config.log.level && !self.leveller.set(effective.log.level) {
+            plan.outcome
+                .warnings
+                .push("log.level: RUST_LOG overrides it".to_owned());
+        }
+        self.config = plan.effective;
+        self.tell_limits();
+        Ok(plan.outcome)
+    }
+
+    /// From now on the authority renews the certificate for the far domains that there are now.
+    fn keep_fresh(&mut self, authority: Option<Authority>) {
+        self.renewal.abort_all();
+        if let Some(authority) = authority {
+            let (far, identity) = (far_domains(&self.config), Arc::clone(&self.identity));
+            self.renewal.spawn(authority.renew(far, identity));
+        }
+    }
+
+    fn tell_limits(&self) {
+        metrics::QUEUE_LIMIT_BYTES.set((), self.config.queue.bytes_max.0 as f64);
+        metrics::QUEUE_LIMIT_ENTRIES.set((), self.config.queue.entries_max as f64);
+    }
+
+    async fn stop(mut self) -> Result<(), RunError> {
+        self.legs.drain(LEGS_DRAIN_MAX).await;
+        for rein in self.reins.values() {
+            rein.draining.send_replace(true);
+        }
+        let mut result = Ok(());
+        while let Some(ended) = self.owners.join_next().await {
+            match ended {
+                Ok((_, Ok(()))) => {}
+                Ok((_, Err(error))) => result = Err(error.into()),
+                Err(error) => result = Err(RunError::System(format!("the owner of a peer failed: {error}"))),
+            }
+        }
+        result
+    }
+}
+
+/// An excerpt is for a terminal; a log wants one line.
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Follows what the link's listener counts.
@@ -252,6 +487,7 @@ fn says(alive: &AtomicBool) -> Result<(), String> {
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
 }
 
 impl Signals {
@@ -260,14 +496,8 @@ impl Signals {
         Ok(Self {
             terminate: on(SignalKind::terminate())?,
             interrupt: on(SignalKind::interrupt())?,
+            hangup: on(SignalKind::hangup())?,
         })
-    }
-
-    async fn any(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
     }
 }
 
@@ -308,8 +538,7 @@ fn far_domains(config: &Config) -> Vec<Domain> {
     config.peers.iter().flat_map(|peer| domains(&peer.domains)).collect()
 }
 
-fn leg_context(config: &Config, clock: Clock, background: &mut JoinSet<()>) -> Result<LegContext, RunError> {
-    let identity = identity(config, background)?;
+fn leg_context(config: &Config, clock: Clock, identity: Arc<tls::Identity>) -> Result<LegContext, RunError> {
     let roots = Arc::new(match &config.legs.trust {
         Some(path) => Roots::load(path)?,
         None => Roots::system(),
@@ -319,7 +548,7 @@ fn leg_context(config: &Config, clock: Clock, background: &mut JoinSet<()>) -> R
         false => ServerTrust::Any,
     };
     Ok(LegContext {
-        site: Arc::new(site(config)?),
+        site: CurrentSite::new(site(config)?),
         clock,
         acceptor: Acceptor::new(Arc::clone(&identity), Arc::clone(&roots))?,
         connector: Connector::new(identity, roots, trust)?,
@@ -351,16 +580,14 @@ fn site(config: &Config) -> Result<Site, RunError> {
     })
 }
 
-/// The certificate for the far domains, and the task that keeps it fresh if it is ours to make.
-fn identity(config: &Config, background: &mut JoinSet<()>) -> Result<Arc<tls::Identity>, RunError> {
+/// The certificate for the far domains, and the authority that made it, if it is ours.
+fn identity(config: &Config) -> Result<(Arc<tls::Identity>, Option<Authority>), RunError> {
     match config.identity() {
-        Identity::Files { chain, key } => Ok(tls::Identity::new(ChainAndKey::load(&chain, &key)?)?),
+        Identity::Files { chain, key } => Ok((tls::Identity::new(ChainAndKey::load(&chain, &key)?)?, None)),
         Identity::Ca(directory) => {
             let authority = Authority::load(&directory)?;
-            let far = far_domains(config);
-            let identity = tls::Identity::new(authority.issue(&far)?)?;
-            background.spawn(authority.renew(far, Arc::clone(&identity)));
-            Ok(identity)
+            let identity = tls::Identity::new(authority.issue(&far_domains(config))?)?;
+            Ok((identity, Some(authority)))
         }
     }
 }
@@ -440,16 +667,13 @@ fn settings(config: &Config, peer: &config::Peer) -> Settings {
     }
 }
 
-type Reports = Vec<(config::Peer, watch::Receiver<Report>)>;
+type Reports = Arc<Mutex<Vec<(config::Peer, watch::Receiver<Report>)>>>;
 
-fn status_of(
-    config: &Config,
-    started: Instant,
-    reports: Reports,
-    legs: Legs,
-) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
-    let site = config.site.to_string();
+fn status_of(running: &Running, started: Instant) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
+    let site = running.config.site.to_string();
+    let (reports, legs) = (Arc::clone(&running.reports), running.legs.clone());
     Arc::new(move || {
+        let reports = lock(&reports);
         let peers: Vec<PeerStatus> = reports
             .iter()
             .map(|(peer, report)| peer_status(peer, &report.borrow()))

@@ -99,25 +99,31 @@ pub enum StatusError {
 
 /// Asks the sidecar at this admin port.
 pub fn fetch(address: SocketAddr) -> Result<Value, StatusError> {
+    ask(address, "GET", "/status")
+}
+
+/// The JSON that the sidecar at this admin port answers with.
+pub(super) fn ask(address: SocketAddr, method: &str, path: &str) -> Result<Value, StatusError> {
     let unreachable = |error| StatusError::Unreachable { address, error };
-    let answer = ask(address).map_err(unreachable)?;
+    let answer = exchange(address, method, path).map_err(unreachable)?;
     let not_ours = |why: String| StatusError::Answer { address, why };
     let (head, body) = answer
         .split_once("\r\n\r\n")
         .ok_or_else(|| not_ours("it does not speak HTTP".to_owned()))?;
     let status_line = head.lines().next().unwrap_or_default();
-    if status_line.split(' ').nth(1) != Some("200") {
+    // 422: it was understood and refused, and the body says why.
+    if !matches!(status_line.split(' ').nth(1), Some("200" | "422")) {
         return Err(not_ours(format!("it said {status_line:?}")));
     }
     serde_json::from_str(body).map_err(|error| not_ours(error.to_string()))
 }
 
-fn ask(address: SocketAddr) -> io::Result<String> {
+fn exchange(address: SocketAddr, method: &str, path: &str) -> io::Result<String> {
     let end = Instant::now() + PATIENCE;
     let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
     stream.set_write_timeout(Some(PATIENCE))?;
     // HTTP/1.0 is answered in one piece, up to the end of the connection.
-    stream.write_all(format!("GET /status HTTP/1.0\r\nHost: {address}\r\n\r\n").as_bytes())?;
+    stream.write_all(format!("{method} {path} HTTP/1.0\r\nHost: {address}\r\nContent-Length: 0\r\n\r\n").as_bytes())?;
     let mut answer = Vec::new();
     let mut limited = stream.try_clone()?.take(ANSWER_BYTES_MAX);
     let mut piece = [0; 8192];

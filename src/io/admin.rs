@@ -1,7 +1,7 @@
-//! The admin port: metrics, health and status over plain HTTP, read-only.
+//! The admin port: metrics, health and status over plain HTTP.
 //!
 //! It has no password, so by default it is only on the loopback address. Nothing that it says holds users' addresses, and
-//! nothing can be changed through it. A client that hangs holds one of a few places for a minute and no more.
+//! nothing can be changed through it but that the configuration file is read again. A client that hangs holds one of a few places for a minute and no more.
 
 use std::{
     fmt,
@@ -18,13 +18,13 @@ use axum::{
     extract::State,
     http::{StatusCode, header},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
 use serde_json::Value;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     time::Sleep,
 };
 
@@ -42,6 +42,9 @@ const TIDY_EVERY: Duration = Duration::from_secs(5);
 /// `Err` says in a sentence what is wrong.
 pub type Probe = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
 
+/// The wish that the configuration be read again. `Err` says why it was not taken.
+pub type Reload = oneshot::Sender<Result<Value, Value>>;
+
 /// What the admin port answers from. The functions are called on every request, so they must be quick and never wait.
 #[derive(Clone)]
 pub struct Admin {
@@ -52,6 +55,8 @@ pub struct Admin {
     pub ready: Probe,
     /// `/status`
     pub status: Arc<dyn Fn() -> Value + Send + Sync>,
+    /// `POST /reload`: who reads the configuration again.
+    pub reload: mpsc::Sender<Reload>,
 }
 
 impl fmt::Debug for Admin {
@@ -91,9 +96,10 @@ fn router(admin: Admin) -> Router {
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/status", get(status))
+        .route("/reload", post(reload))
         .fallback(async || {
             ADMIN_REQUESTS.increment(AdminPath::Other);
-            let paths = "there are /metrics, /healthz, /readyz and /status\n";
+            let paths = "there are /metrics, /healthz, /readyz, /status and, to be posted to, /reload\n";
             (StatusCode::NOT_FOUND, paths)
         })
         .with_state(admin)
@@ -119,6 +125,19 @@ async fn readyz(State(admin): State<Admin>) -> Response {
 async fn status(State(admin): State<Admin>) -> Response {
     ADMIN_REQUESTS.increment(AdminPath::Status);
     axum::Json((admin.status)()).into_response()
+}
+
+async fn reload(State(admin): State<Admin>) -> Response {
+    ADMIN_REQUESTS.increment(AdminPath::Reload);
+    let (wish, answer) = oneshot::channel();
+    if admin.reload.try_send(wish).is_err() {
+        return (StatusCode::SERVICE_UNAVAILABLE, "busy\n").into_response();
+    }
+    match answer.await {
+        Ok(Ok(taken)) => axum::Json(taken).into_response(),
+        Ok(Err(refused)) => (StatusCode::UNPROCESSABLE_ENTITY, axum::Json(refused)).into_response(),
+        Err(_) => (StatusCode::SERVICE_UNAVAILABLE, "stopping\n").into_response(),
+    }
 }
 
 fn probe(probe: &Probe) -> Response {
@@ -219,11 +238,18 @@ mod tests {
         let address = listener.local_addr().unwrap();
         let trouble: Arc<Mutex<Option<String>>> = Arc::default();
         let seen = Arc::clone(&trouble);
+        let (reload, mut wishes) = mpsc::channel::<Reload>(1);
+        tokio::spawn(async move {
+            for answer in [Ok(json!({"applied": []})), Err(json!({"errors": ["x"]}))] {
+                wishes.recv().await.unwrap().send(answer).unwrap();
+            }
+        });
         let admin = Admin {
             metrics: crate::metrics::install(["admin"]).unwrap(),
             healthy: Arc::new(|| Ok(())),
             ready: Arc::new(move || seen.lock().unwrap().clone().map_or(Ok(()), Err)),
             status: Arc::new(|| json!({"site": "ship"})),
+            reload,
         };
         let server = tokio::spawn(serve(listener, admin));
 
@@ -243,6 +269,15 @@ mod tests {
         );
         assert!(ask(address, "GET /healthz").await.starts_with("HTTP/1.1 200 "));
 
+        assert!(ask(address, "GET /reload").await.starts_with("HTTP/1.1 405 "));
+        assert!(ask(address, "POST /reload").await.ends_with("{\"applied\":[]}"));
+        let refused = ask(address, "POST /reload").await;
+        assert!(
+            refused.starts_with("HTTP/1.1 422 ") && refused.ends_with("{\"errors\":[\"x\"]}"),
+            "{refused}"
+        );
+        assert!(ask(address, "POST /reload").await.starts_with("HTTP/1.1 503 "));
+
         assert!(ask(address, "GET /other").await.starts_with("HTTP/1.1 404 "));
         assert!(ask(address, "POST /status").await.starts_with("HTTP/1.1 405 "));
         server.abort();
@@ -258,6 +293,7 @@ mod tests {
             healthy: Arc::new(|| Ok(())),
             ready: Arc::new(|| Ok(())),
             status: Arc::new(|| Value::Null),
+            reload: mpsc::channel(1).0,
         };
         let server = tokio::spawn(serve_within(listener, admin, Duration::from_millis(200)));
         let mut hanging = Vec::new();

@@ -12,7 +12,12 @@
 //! and at the end of a stream, what the kernel has taken counts as delivered. Prosody has XEP-0198 on streams that authenticated by
 //! certificate, not by dialback.
 
-use std::{collections::VecDeque, io, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    io,
+    sync::{Arc, PoisonError, RwLock},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use tokio::{
@@ -66,7 +71,7 @@ const WAITING_BYTES_MAX: usize = 1024 * 1024;
 /// What all legs of a site share.
 #[derive(Debug)]
 pub struct LegContext {
-    pub site: Arc<Site>,
+    pub site: CurrentSite,
     pub clock: Clock,
     pub acceptor: Acceptor,
     pub connector: Connector,
@@ -77,6 +82,25 @@ pub struct LegContext {
     pub server: Location,
     /// Connections that the server may have open to us at once.
     pub connections_max: u32,
+}
+
+/// The site as streams that are opened from now on know it. Those that are open keep what they began with: they are between
+/// domains that were known then.
+#[derive(Debug)]
+pub struct CurrentSite(RwLock<Arc<Site>>);
+
+impl CurrentSite {
+    pub fn new(site: Site) -> Self {
+        Self(RwLock::new(Arc::new(site)))
+    }
+
+    pub fn get(&self) -> Arc<Site> {
+        Arc::clone(&self.0.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub fn replace(&self, site: Site) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(site);
+    }
 }
 
 /// Complete stanzas, in order, and the batch that marks them as given.
@@ -621,7 +645,7 @@ async fn open(
         })?;
     let now = || context.clock.now();
     let mut stream = InitiatingStream::new(
-        Arc::clone(&context.site),
+        context.site.get(),
         pair.clone(),
         purpose,
         seed().map_err(|error| DownReason::NoRandomness(error.to_string()))?,

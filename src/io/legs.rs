@@ -14,7 +14,7 @@ use std::{
     io,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, MutexGuard,
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicU64, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -153,7 +153,7 @@ pub struct Legs(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     context: Arc<LegContext>,
-    routes: Routes,
+    routes: RwLock<Routes>,
     handle: LegHandle,
     next_leg: AtomicU64,
     /// Streams that have authenticated and are open.
@@ -164,12 +164,19 @@ struct Inner {
     draining: watch::Sender<bool>,
 }
 
+impl Inner {
+    fn owner(&self, far: &Domain) -> Option<mpsc::Sender<LegEvent>> {
+        let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
+        routes.0.get(far).cloned()
+    }
+}
+
 impl Legs {
     pub fn new(context: Arc<LegContext>, routes: Routes, handle: LegHandle) -> Self {
         let connections_max = context.connections_max;
         Self(Arc::new(Inner {
             context,
-            routes,
+            routes: RwLock::new(routes),
             handle,
             next_leg: AtomicU64::new(1),
             ready: AtomicUsize::new(0),
@@ -178,6 +185,23 @@ impl Legs {
             verifications: Arc::new(Semaphore::new(VERIFICATIONS_MAX)),
             draining: watch::Sender::new(false),
         }))
+    }
+
+    /// From now on this owner has these far domains, and no other has them.
+    pub fn add_owner(&self, far: impl IntoIterator<Item = Domain>, owner: &mpsc::Sender<LegEvent>) {
+        let mut routes = self.0.routes.write().unwrap_or_else(PoisonError::into_inner);
+        for domain in far {
+            routes.insert(domain, owner.clone());
+        }
+    }
+
+    /// Nobody has these far domains any more. A stream on which something still comes for one of them is cut: what is on its way
+    /// to a domain that is gone is the server's to return.
+    pub fn remove_owner<'d>(&self, far: impl IntoIterator<Item = &'d Domain>) {
+        let mut routes = self.0.routes.write().unwrap_or_else(PoisonError::into_inner);
+        for domain in far {
+            routes.0.remove(domain);
+        }
     }
 
     /// Accepts connections until [`drain`](Self::drain). Several listeners are several calls.
@@ -314,7 +338,7 @@ impl<'a> Leg<'a> {
         debug!(leg = self.id.0, %address, direct_tls, "The server opens a stream.");
 
         let seed = lane::seed().map_err(io::Error::other)?;
-        let mut stream = ReceivingStream::new(Arc::clone(&context.site), seed, context.clock.now(), direct_tls);
+        let mut stream = ReceivingStream::new(context.site.get(), seed, context.clock.now(), direct_tls);
         let wire = if direct_tls {
             let (tls, certificate) = context.acceptor.accept(tcp, true).await.map_err(io::Error::other)?;
             stream.handle(Input::Secured(certificate), context.clock.now());
@@ -437,9 +461,9 @@ impl<'a> Leg<'a> {
     }
 
     fn take(&mut self, n: u64, pair: DomainPair, stanza: Stanza) -> io::Result<()> {
-        let Some(owner) = self.inner.routes.0.get(&pair.far) else {
-            // The machine lets only configured far domains through, and each of them has an owner.
-            error!(leg = self.id.0, %pair, "Nobody owns this far domain; its stream is cut.");
+        let Some(owner) = self.inner.owner(&pair.far) else {
+            // The machine lets only configured far domains through. Its peer was removed since the stream was opened.
+            info!(leg = self.id.0, %pair, "No peer has this far domain any more; its stream is cut.");
             return Err(io::Error::other("no owner"));
         };
         self.taken = n;
@@ -449,12 +473,12 @@ impl<'a> Leg<'a> {
             self.inner.handle.committed(self.id, n);
             return Ok(());
         }
-        if !self.owners.iter().any(|known| known.same_channel(owner)) {
+        if !self.owners.iter().any(|known| known.same_channel(&owner)) {
             self.owners.push(owner.clone());
         }
         let leg = self.id;
         self.waiting
-            .push_back((owner.clone(), LegEvent::Stanza { leg, n, pair, stanza }));
+            .push_back((owner, LegEvent::Stanza { leg, n, pair, stanza }));
         Ok(())
     }
 

@@ -11,7 +11,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, PoisonError, RwLock, RwLockReadGuard,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -124,11 +124,72 @@ impl Counter {
 #[derive(Debug)]
 pub struct LinkListener {
     address: Option<SocketAddr>,
+    key: PrivateKey,
+    times: LinkTimes,
     counters: Arc<LinkCounters>,
+    guests: Arc<RwLock<Guests>>,
     _tasks: JoinSet<()>,
 }
 
+/// Who may come in.
+#[derive(Debug)]
+struct Guests {
+    /// Asks for one of the keys below.
+    tls: Arc<rustls::ServerConfig>,
+    inlets: BTreeMap<PublicKey, mpsc::Sender<LinkEvent>>,
+}
+
+impl Guests {
+    fn new(key: &PrivateKey, inlets: BTreeMap<PublicKey, mpsc::Sender<LinkEvent>>) -> Result<Self, rustls::Error> {
+        let tls = Arc::new(tls::server_config(key, inlets.keys().copied().collect())?);
+        Ok(Self { tls, inlets })
+    }
+}
+
 impl LinkListener {
+    /// From now on this peer may come in, and its link is there to be used.
+    pub fn add(&self, peer: &PeerConfig) -> Result<PeerLink, LinkStartError> {
+        let (events, receiver) = mpsc::channel(EVENTS_MAX);
+        let mut tasks = JoinSet::new();
+        let wanted = match &peer.connect {
+            Some(target) => {
+                let dialler = dial::Dialler {
+                    target: target.clone(),
+                    peer: peer.public_key,
+                    ours: self.key.public(),
+                    tls: Arc::new(tls::client_config(&self.key, peer.public_key)?),
+                    times: self.times,
+                    counters: self.counters.clone(),
+                    events: events.clone(),
+                    addresses: Vec::new(),
+                };
+                let wanted = watch::Sender::new(false);
+                tasks.spawn(keep_dialling(dialler, wanted.clone()));
+                Some(wanted)
+            }
+            None => None,
+        };
+        let mut guests = self.guests.write().unwrap_or_else(PoisonError::into_inner);
+        let mut inlets = guests.inlets.clone();
+        inlets.insert(peer.public_key, events);
+        *guests = Guests::new(&self.key, inlets)?;
+        Ok(PeerLink {
+            name: peer.name.clone(),
+            events: receiver,
+            wanted,
+            _tasks: tasks,
+        })
+    }
+
+    /// Who has this key is a stranger from now on. The connection that it has is its link's to close.
+    pub fn remove(&self, peer: &PublicKey) -> Result<(), LinkStartError> {
+        let mut guests = self.guests.write().unwrap_or_else(PoisonError::into_inner);
+        let mut inlets = guests.inlets.clone();
+        inlets.remove(peer);
+        *guests = Guests::new(&self.key, inlets)?;
+        Ok(())
+    }
+
     /// Where we listen, if we do.
     pub fn address(&self) -> Option<SocketAddr> {
         self.address
@@ -212,37 +273,7 @@ pub async fn start(
     times: LinkTimes,
 ) -> Result<(LinkListener, Vec<PeerLink>), LinkStartError> {
     let counters = Arc::new(LinkCounters::default());
-    let mut inlets = BTreeMap::new();
-    let mut links = Vec::new();
-    for peer in peers {
-        let (events, receiver) = mpsc::channel(EVENTS_MAX);
-        let mut tasks = JoinSet::new();
-        let wanted = match &peer.connect {
-            Some(target) => {
-                let dialler = dial::Dialler {
-                    target: target.clone(),
-                    peer: peer.public_key,
-                    ours: key.public(),
-                    tls: Arc::new(tls::client_config(key, peer.public_key)?),
-                    times,
-                    counters: counters.clone(),
-                    events: events.clone(),
-                    addresses: Vec::new(),
-                };
-                let wanted = watch::Sender::new(false);
-                tasks.spawn(keep_dialling(dialler, wanted.clone()));
-                Some(wanted)
-            }
-            None => None,
-        };
-        inlets.insert(peer.public_key, events);
-        links.push(PeerLink {
-            name: peer.name.clone(),
-            events: receiver,
-            wanted,
-            _tasks: tasks,
-        });
-    }
+    let guests = Arc::new(RwLock::new(Guests::new(key, BTreeMap::new())?));
     let mut tasks = JoinSet::new();
     let mut address = None;
     if let Some(listen) = listen {
@@ -252,23 +283,24 @@ pub async fn start(
         })?;
         address = listener.local_addr().ok();
         let acceptor = Acceptor {
-            tls: Arc::new(tls::server_config(key, inlets.keys().copied().collect())?),
+            guests: guests.clone(),
             ours: key.public(),
-            inlets,
             times,
             counters: counters.clone(),
             logged: Mutex::default(),
         };
         tasks.spawn(Arc::new(acceptor).run(listener));
     }
-    Ok((
-        LinkListener {
-            address,
-            counters,
-            _tasks: tasks,
-        },
-        links,
-    ))
+    let listener = LinkListener {
+        address,
+        key: key.clone(),
+        times,
+        counters,
+        guests,
+        _tasks: tasks,
+    };
+    let links = peers.iter().map(|peer| listener.add(peer)).collect::<Result<_, _>>()?;
+    Ok((listener, links))
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -311,9 +343,8 @@ async fn keep_dialling(mut dialler: dial::Dialler, wanted: watch::Sender<bool>) 
 }
 
 struct Acceptor {
-    tls: Arc<rustls::ServerConfig>,
+    guests: Arc<RwLock<Guests>>,
     ours: PublicKey,
-    inlets: BTreeMap<PublicKey, mpsc::Sender<LinkEvent>>,
     times: LinkTimes,
     counters: Arc<LinkCounters>,
     logged: Mutex<BTreeSet<IpAddr>>,
@@ -347,12 +378,16 @@ impl Acceptor {
         }
     }
 
+    fn guests(&self) -> RwLockReadGuard<'_, Guests> {
+        self.guests.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     async fn shake_hands(&self, stream: TcpStream, address: SocketAddr) {
         if kernel::prepare(&stream).is_err() {
             return;
         }
         let stream = connection::SharedTcp(Arc::new(stream));
-        let handshake = TlsAcceptor::from(self.tls.clone()).accept(stream);
+        let handshake = TlsAcceptor::from(self.guests().tls.clone()).accept(stream);
         // Whoever dials waits longer if its path was slow to connect; we cannot know, so we wait long.
         let patience = self.times.handshake_timeout * 2;
         let done = time::timeout(patience, handshake)
@@ -363,14 +398,15 @@ impl Acceptor {
             Err(error) => return self.refuse(address, &error),
         };
         let proven = tls::proven_key(tls.get_ref().1.peer_certificates());
-        let Some((peer, events)) = proven.and_then(|key| self.inlets.get_key_value(&key)) else {
+        let inlet = |key: PublicKey| Some((key, self.guests().inlets.get(&key)?.clone()));
+        let Some((peer, events)) = proven.and_then(inlet) else {
             return;
         };
         let info = LinkInfo {
-            peer: *peer,
+            peer,
             address,
             dialled: false,
-            dialled_by_smaller: *peer < self.ours,
+            dialled_by_smaller: peer < self.ours,
             up_since: Instant::now(),
         };
         self.counters.accepted.add();

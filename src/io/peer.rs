@@ -31,7 +31,7 @@ use crate::{
     metrics::{self as m, Direction, EchoEvent, Layer, Mechanism, NearAnswer, RuleMode, Squeezed, StanzaKind},
     mirror::{self, MirrorStats},
     queue::{journal::Levels, rules::Mode},
-    relay::{Drop as Dropped, Input, LaneFault, LaneKey, LinkClose, Output, Relay, RelayStats},
+    relay::{Drop as Dropped, Input, LaneFault, LaneKey, LinkClose, Output, Relay, RelayStats, Settings},
     stanza::Kind,
     stream::CloseReason,
     time::{Deadline, Mono, Now, Wall},
@@ -69,6 +69,8 @@ pub struct Peer {
     pub link: PeerLink,
     pub link_times: LinkTimes,
     pub report: watch::Sender<Report>,
+    /// What the administrator has changed since.
+    pub settings: watch::Receiver<Settings>,
     pub draining: watch::Receiver<bool>,
 }
 
@@ -245,6 +247,7 @@ pub async fn run(peer: Peer) -> Result<(), StoreError> {
         link,
         link_times,
         report,
+        mut settings,
         mut draining,
     } = peer;
     let mut owner = Owner {
@@ -292,6 +295,10 @@ pub async fn run(peer: Peer) -> Result<(), StoreError> {
             Some(event) = legs.recv() => owner.handle_leg(event),
             () = clock.sleep_until(deadline) => owner.handle_timeout(),
             _ = report_tick.tick() => owner.tell(),
+            Ok(()) = settings.changed() => {
+                let settings = Box::new(settings.borrow_and_update().clone());
+                owner.handle(Input::Settings(settings));
+            }
             _ = draining.wait_for(|draining| *draining), if drain_until.is_none() => {
                 drain_until = Some(clock.now().mono + DRAIN_MAX);
                 owner.handle(Input::Drain);

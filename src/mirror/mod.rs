@@ -240,6 +240,17 @@ impl Mirror {
         Some(())
     }
 
+    /// Other settings from now on. Whether there is a mirror at all stays as it was: what it does not know of a room it cannot learn in the
+    /// middle, and what users were shown cannot be left.
+    pub fn reconfigure(&mut self, settings: MirrorSettings) {
+        self.near.set_lifetime(settings.disco_lifetime);
+        self.primary.set_split_far(settings.split_far);
+        self.settings = MirrorSettings {
+            enabled: self.settings.enabled,
+            ..settings
+        };
+    }
+
     pub fn poll_output(&mut self) -> Option<Output> {
         self.outputs.pop_front().or_else(|| self.primary.poll_output())
     }

@@ -63,6 +63,10 @@ pub struct Near {
 }
 
 impl Near {
+    pub fn set_lifetime(&mut self, lifetime: Duration) {
+        self.lifetime = lifetime;
+    }
+
     pub fn new(lifetime: Duration) -> Self {
         Self {
             lifetime,

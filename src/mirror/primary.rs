@@ -65,6 +65,10 @@ pub struct Primary {
 }
 
 impl Primary {
+    pub fn set_split_far(&mut self, split_far: SplitFar) {
+        self.split_far = split_far;
+    }
+
     pub fn new(local: Vec<Domain>, split_far: SplitFar, epoch: Epoch) -> Self {
         Self {
             local,

@@ -300,6 +300,11 @@ impl Collapse {
     }
 
     /// What cannot wait: groups that are sealed, with their last writes.
+    /// For groups that open from now on.
+    pub fn set_window(&mut self, window: Duration) {
+        self.window = window;
+    }
+
     pub fn poll_sealed(&mut self) -> Option<Output> {
         self.outputs.pop_front()
     }

@@ -232,6 +232,8 @@ pub enum Input {
     LinkUp,
     LinkBytes(Bytes),
     LinkDown,
+    /// Other settings from now on, as far as [`Relay`] can change them while it runs.
+    Settings(Box<Settings>),
     /// The process is about to end: nothing more comes from legs, nothing more goes to lanes.
     Drain,
     Timeout,
@@ -443,6 +445,7 @@ impl Relay {
                 Link::Down | Link::Up { .. } => self.handle_session(session::Input::Bytes(bytes), now),
             },
             Input::LinkDown => self.drop_link(now),
+            Input::Settings(settings) => self.reconfigure(*settings),
             Input::Drain => {
                 self.outward.seal_all(self.batch.number, now, &mut self.stats);
                 self.inward.stop();
@@ -454,6 +457,24 @@ impl Relay {
             }
         }
         self.settle(now);
+    }
+
+    /// Takes what can change while all goes on: the queue's settings at once, the link's with the next connection. Domains, lanes and
+    /// whether rooms are mirrored stay as they were.
+    fn reconfigure(&mut self, new: Settings) {
+        self.rules.replace(new.rules.clone());
+        self.outward.set_window(new.collapse_window);
+        self.mirror.reconfigure(new.mirror.clone());
+        let old = &self.settings;
+        self.settings = Settings {
+            local: old.local.clone(),
+            far: old.far.clone(),
+            lanes_per_pair: old.lanes_per_pair,
+            lane_retry_max: old.lane_retry_max,
+            memory_bytes: old.memory_bytes,
+            site: old.site.clone(),
+            ..new
+        };
     }
 
     pub fn poll_output(&mut self) -> Option<Output> {

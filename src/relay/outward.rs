@@ -128,6 +128,10 @@ impl Outward {
         }
     }
 
+    pub fn set_window(&mut self, window: Duration) {
+        self.collapse.set_window(window);
+    }
+
     pub fn acked(&self) -> Seq {
         self.acked
     }

@@ -18,6 +18,7 @@ use crate::{
 };
 
 /// The secret that keys are made from. It never leaves the process.
+#[derive(Clone)]
 pub struct Secret {
     /// XEP-0185 §2: "The output of the SHA256 hashing algorithm MUST be provided in the hexadecimal representation".
     hashed: String,

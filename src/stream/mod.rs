@@ -19,7 +19,7 @@ pub use initiating::InitiatingStream;
 pub use receiving::ReceivingStream;
 
 /// What every stream of a site knows about the site.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Site {
     pub local: BTreeSet<Domain>,
     pub far: BTreeSet<Domain>,
