@@ -110,9 +110,11 @@ fn wrong_arguments_are_a_usage_error() {
 #[test]
 fn status_of_nobody_is_unreachable() {
     let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let output = narrows(&["status", "--admin", &free.to_string()]);
-    assert_eq!(code(&output), 6);
-    assert!(stderr(&output).contains("nobody answers at"));
+    for command in ["status", "reload"] {
+        let output = narrows(&[command, "--admin", &free.to_string()]);
+        assert_eq!(code(&output), 6);
+        assert!(stderr(&output).contains("nobody answers at"));
+    }
 }
 
 /// Without the lab beside it, the demo says where it is.

@@ -202,3 +202,113 @@ pub fn ask(address: SocketAddr) -> Result<Outcome, StatusError> {
         why: error.to_string(),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    const CONFIG: &str = "\
+site: ship
+data_dir: /var/lib/narrows
+local: {domains: [b.example]}
+link: {listen: 0.0.0.0:5270, private_key: /etc/narrows/key}
+peers:
+  - {name: shore, domains: [a.example], public_key: AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=}
+  - {name: north, domains: [n.example], public_key: AgICAgICAgICAgICAgICAgICAgICAgICAgICAgICAgI=}
+";
+
+    fn config(text: &str) -> Config {
+        Config::parse(Path::new("n.yaml"), text, |_| None)
+            .unwrap_or_else(|errors| panic!("{errors:#?}"))
+            .0
+    }
+
+    fn plan(text: &str) -> Plan {
+        Plan::new(&config(CONFIG), &config(text))
+    }
+
+    /// What can change does, what cannot stays as it was, and both are named.
+    #[test]
+    fn what_changes_is_told_from_what_cannot() {
+        let text = CONFIG
+            .replace("site: ship", "site: vessel")
+            .replace("5270", "5271")
+            .replace(
+                "link: {",
+                "link: {ack_delay: 1s, batch_bytes: 2KiB, reconnect_max: 9s, ",
+            );
+        let more = "queue: {entries_max: 5000, rules: [{name: r, drop: true}]}\nmirror: {enabled: false, echo: local}\nlog: {level: warn, format: json}\n";
+        let plan = plan(&(text + more));
+        let outcome = plan.outcome;
+        assert_eq!(
+            outcome.applied,
+            [
+                "link.batch_bytes",
+                "log.level",
+                "mirror.echo",
+                "queue.entries_max",
+                "queue.rules"
+            ]
+        );
+        assert_eq!(outcome.next_connection, ["link.ack_delay"]);
+        assert_eq!(
+            outcome.restart,
+            [
+                "link.listen",
+                "link.reconnect_max",
+                "log.format",
+                "mirror.enabled",
+                "site"
+            ]
+        );
+        assert_eq!(plan.effective.queue.entries_max, 5000);
+        assert_eq!(
+            (plan.effective.site.as_str(), plan.effective.mirror.enabled),
+            ("ship", true)
+        );
+        assert_eq!(
+            outcome.to_string(),
+            "in force: link.batch_bytes, log.level, mirror.echo, queue.entries_max, queue.rules\n\
+             in force with the next connection: link.ack_delay\n\
+             needs a restart: link.listen, link.reconnect_max, log.format, mirror.enabled, site\n"
+        );
+        assert_eq!(self::plan(CONFIG).outcome.to_string(), "nothing has changed\n");
+    }
+
+    /// Peers come and go. One that is changed stays as it was until a restart, and so does what would take something from it.
+    #[test]
+    fn peers_come_and_go() {
+        const KEY: &str = "AwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwMDAwM=";
+        let south = format!("  - {{name: south, domains: [s.example], public_key: {KEY}}}\n");
+        let names = |peers: &[Peer]| peers.iter().map(|peer| peer.name.to_string()).collect::<Vec<_>>();
+
+        let north = CONFIG.lines().last().unwrap();
+        let swapped = plan(&(CONFIG.replace(&format!("{north}\n"), "") + &south));
+        assert_eq!(
+            (names(&swapped.added), names(&swapped.removed)),
+            (vec!["south".to_owned()], vec!["north".to_owned()])
+        );
+        assert_eq!(names(&swapped.effective.peers), ["shore", "south"]);
+        assert_eq!(
+            swapped.outcome.applied,
+            ["the peer south is added", "the peer north is removed"]
+        );
+        assert!(swapped.outcome.restart.is_empty());
+
+        let changed = plan(&CONFIG.replace("a.example", "c.example"));
+        assert_eq!(changed.outcome.restart, ["the peer shore"]);
+        assert_eq!(changed.effective.peers, config(CONFIG).peers);
+
+        // `shore` gives its domain away, but has it until the restart; a name that differs in case is the same file.
+        let moved = plan(&(CONFIG.replace("a.example", "c.example") + &south.replace("s.example", "a.example")));
+        assert_eq!(moved.outcome.restart, ["the peer shore", "the peer south"]);
+        assert!(moved.added.is_empty());
+        let renamed = plan(&CONFIG.replace("name: north", "name: North"));
+        assert_eq!(
+            (names(&renamed.removed), renamed.outcome.restart),
+            (vec!["north".to_owned()], vec!["the peer North".to_owned()])
+        );
+    }
+}

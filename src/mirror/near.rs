@@ -63,10 +63,6 @@ pub struct Near {
 }
 
 impl Near {
-    pub fn set_lifetime(&mut self, lifetime: Duration) {
-        self.lifetime = lifetime;
-    }
-
     pub fn new(lifetime: Duration) -> Self {
         Self {
             lifetime,
@@ -75,6 +71,10 @@ impl Near {
             answers: BTreeMap::new(),
             order: VecDeque::new(),
         }
+    }
+
+    pub fn set_lifetime(&mut self, lifetime: Duration) {
+        self.lifetime = lifetime;
     }
 
     /// A question of one of our users: gives the answer, or waits for the one that will come.

@@ -65,10 +65,6 @@ pub struct Primary {
 }
 
 impl Primary {
-    pub fn set_split_far(&mut self, split_far: SplitFar) {
-        self.split_far = split_far;
-    }
-
     pub fn new(local: Vec<Domain>, split_far: SplitFar, epoch: Epoch) -> Self {
         Self {
             local,
@@ -84,6 +80,10 @@ impl Primary {
             rows: Rows::default(),
             outputs: VecDeque::new(),
         }
+    }
+
+    pub fn set_split_far(&mut self, split_far: SplitFar) {
+        self.split_far = split_far;
     }
 
     pub fn load(&mut self, room: &str, address: &str, value: &[u8], now: Now) -> Option<()> {

@@ -13,6 +13,7 @@ mod mirror;
 mod one_copy;
 mod outage;
 mod recordings;
+mod reload;
 mod restarts;
 mod stage;
 mod watching;
