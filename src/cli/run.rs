@@ -149,6 +149,9 @@ async fn assemble(file: PathBuf, config: Config, leveller: Leveller, mut inherit
     let times = LinkTimes {
         retry_max: config.link.reconnect_max.0,
         retry_min: config.link.reconnect_max.0.min(LinkTimes::default().retry_min),
+        // Where the peer may be silent for so long, a first answer takes as long.
+        connect_timeout: LinkTimes::default().connect_timeout.max(config.link.quiet_after.0),
+        handshake_timeout: LinkTimes::default().handshake_timeout.max(config.link.quiet_after.0),
         ..LinkTimes::default()
     };
     let peers: Vec<PeerConfig> = config.peers.iter().map(peer_config).collect::<Result<_, _>>()?;

@@ -41,6 +41,13 @@ pub struct Config {
     /// No default: it needs a local disk that is kept (SQLite's write-ahead log does not work on a network share).
     pub data_dir: PathBuf,
 
+    /// Settings for a kind of link, in place of the defaults: `lan`, `vsat`, `satcom` or `hf` (`config/hf.yaml` and so on). Keys that stand in
+    /// this file win, a list as a whole.
+    ///
+    /// Default: none; the defaults are for a satellite link of some kbit/s.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub profile: Option<Profile>,
+
     /// The server that this sidecar stands beside.
     pub local: Local,
 
@@ -72,6 +79,40 @@ pub struct Config {
     /// The log, on stderr.
     #[serde(default)]
     pub log: Log,
+}
+
+/// A kind of link.
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Profile {
+    Lan,
+    Vsat,
+    Satcom,
+    Hf,
+}
+
+impl Profile {
+    #[cfg(test)]
+    const ALL: [Self; 4] = [Self::Lan, Self::Vsat, Self::Satcom, Self::Hf];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Lan => "lan",
+            Self::Vsat => "vsat",
+            Self::Satcom => "satcom",
+            Self::Hf => "hf",
+        }
+    }
+
+    /// What it puts in place of the defaults, and why.
+    fn text(self) -> &'static str {
+        match self {
+            Self::Lan => include_str!("../../config/lan.yaml"),
+            Self::Vsat => include_str!("../../config/vsat.yaml"),
+            Self::Satcom => include_str!("../../config/satcom.yaml"),
+            Self::Hf => include_str!("../../config/hf.yaml"),
+        }
+    }
 }
 
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
@@ -534,7 +575,11 @@ impl Config {
         text: &str,
         own_key: impl FnOnce(&Path) -> Option<PublicKey>,
     ) -> Result<(Self, Vec<Warning>), Vec<ConfigError>> {
-        read::read(path, text, |config: &Self, report| {
+        let under = |profile: &str| {
+            let profile = serde_yaml::from_str::<Profile>(profile).ok()?;
+            Some((profile.as_str(), profile.text()))
+        };
+        read::read(path, text, under, |config: &Self, report| {
             check::check(config, own_key, report)
         })
     }

@@ -92,13 +92,26 @@ impl Report {
     }
 }
 
+/// Reads `text`, with the keys of the profile that it names where it has none of its own. `profile` knows profiles by name.
 pub(super) fn read<T: DeserializeOwned>(
     file: &Path,
     text: &str,
+    profile: impl FnOnce(&str) -> Option<(&'static str, &'static str)>,
     check: impl FnOnce(&T, &mut Report),
 ) -> Result<(T, Vec<Warning>), Vec<ConfigError>> {
-    let source = Source { file, text };
+    let mut source = Source {
+        file,
+        text,
+        profile: None,
+    };
     let mut value = source.parse().map_err(|error| vec![error])?;
+    let named = value.get(PROFILE).and_then(Value::as_str);
+    if let Some((name, text)) = named.and_then(profile) {
+        // Ours is right; a test holds it to that.
+        let under: Value = serde_yaml::from_str(text).unwrap_or_default();
+        source.profile = Some((name, missing(&under, &value)));
+        underlay(&mut value, under);
+    }
     let mut errors = Vec::new();
     let mut wrong: Vec<Vec<Step>> = Vec::new();
 
@@ -365,6 +378,37 @@ fn in_plain_words(text: &str) -> String {
 struct Source<'s> {
     file: &'s Path,
     text: &'s str,
+    /// The profile, and what it has that the file has not.
+    profile: Option<(&'static str, Value)>,
+}
+
+/// The key that names the profile.
+const PROFILE: &str = "profile";
+
+/// Puts what is missing in its place. What stands there wins, but for `key:` with nothing behind it.
+fn underlay(own: &mut Value, under: Value) {
+    match (own, under) {
+        (own @ Value::Null, under) => *own = under,
+        (Value::Mapping(own), Value::Mapping(under)) => {
+            for (key, under) in under {
+                underlay(own.entry(key).or_insert(Value::Null), under);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// What [`underlay`] would put in.
+fn missing(under: &Value, own: &Value) -> Value {
+    match (under, own) {
+        (under, Value::Null) => under.clone(),
+        (Value::Mapping(under), Value::Mapping(own)) => {
+            let of = |key: &Value| own.get(key).unwrap_or(&Value::Null);
+            let missing = under.iter().map(|(key, under)| (key.clone(), missing(under, of(key))));
+            Value::Mapping(missing.filter(|(_, missing)| !missing.is_null()).collect())
+        }
+        _ => Value::Null,
+    }
 }
 
 impl Source<'_> {
@@ -423,6 +467,13 @@ impl Source<'_> {
             };
             self.locate(target, &path[..length])
         });
+        let help = match &self.profile {
+            // A scalar: of a section the file may have the rest.
+            Some((name, value)) if lookup(value, path).is_some_and(|value| !value.is_mapping()) => Some(format!(
+                "this value comes from `profile: {name}`; the key in this file would win"
+            )),
+            _ => help,
+        };
         Message {
             file: self.file.to_owned(),
             place,

@@ -633,6 +633,84 @@ fn impossible_rules_are_refused() {
     );
 }
 
+/// A profile stands under the file: own keys win, a list as a whole, and a value that comes from it is said to.
+#[test]
+fn profiles_stand_under_the_file() {
+    let hf = parse(&format!("{SMALL}profile: hf\n")).unwrap().0;
+    assert_eq!(hf.link.ack_delay, Period::from_secs(30));
+    assert_eq!(
+        (hf.link.keepalive, hf.link.keepalive_max),
+        (PeriodOrOff::Off, Link::keepalive_max())
+    );
+    assert!(hf.queue.rules.iter().any(|rule| rule.name.as_str() == "hf-avatars"));
+    let own = format!(
+        "{}profile: hf\nqueue: {{rules: [], classes: {{iq: {{weight: 9}}}}}}\nmirror:\n",
+        SMALL.replace("link:", "link:\n  ack_delay: 3s")
+    );
+    let own = parse(&own).unwrap().0;
+    assert_eq!(own.link.ack_delay, Period::from_secs(3));
+    assert_eq!(own.link.quiet_after, hf.link.quiet_after);
+    assert_eq!((own.queue.rules.len(), own.mirror.echo), (0, Echo::Local));
+    let iq = own.queue.classes.settings()[Class::Iq];
+    assert_eq!((iq.weight, iq.expiry), (9, Some(Duration::from_secs(300))));
+
+    let all = mistakes(&format!(
+        "{}profile: hf\n",
+        SMALL.replace("link:", "link:\n  dead_after: 10s")
+    ));
+    assert_eq!(all.len(), 1, "{all:#?}");
+    assert!(
+        all[0].starts_with("n.yaml:5:1: link.quiet_after: this must be less than `dead_after`, which is 10s"),
+        "{}",
+        all[0]
+    );
+    assert!(
+        all[0].ends_with("help: this value comes from `profile: hf`; the key in this file would win"),
+        "{}",
+        all[0]
+    );
+    let unknown = mistakes(&format!("{SMALL}profile: vast\n"));
+    assert!(
+        unknown[0].contains("`vast` is not possible here, only lan, vsat, satcom, hf"),
+        "{}",
+        unknown[0]
+    );
+    assert!(unknown[0].contains("did you mean `vsat`?"), "{}", unknown[0]);
+}
+
+/// Each profile can be used as it is, has only what differs from the defaults, and says why: a comment stands over each key or the group
+/// that it is in.
+#[test]
+fn profiles_hold_what_differs_and_why() {
+    fn hold(under: &Value, default: &Value, path: &str) {
+        for (key, value) in under.as_object().into_iter().flatten() {
+            let (default, path) = (&default[key], format!("{path}.{key}"));
+            assert!(!default.is_null() || value.is_array(), "{path} is no key");
+            match value.is_object() {
+                true => hold(value, default, &path),
+                false => assert_ne!(value, default, "{path} is the default"),
+            }
+        }
+    }
+    let default = serde_json::to_value(parse(SMALL).unwrap().0).unwrap();
+    for profile in Profile::ALL {
+        let name = profile.as_str();
+        let (_, warnings) =
+            parse(&format!("{SMALL}profile: {name}\n")).unwrap_or_else(|errors| panic!("{name}: {errors:#?}"));
+        assert!(warnings.is_empty(), "{name}: {warnings:?}");
+        hold(&serde_yaml::from_str(profile.text()).unwrap(), &default, name);
+        let blocks = profile.text().split("\n\n");
+        for block in blocks {
+            let lines: Vec<&str> = block.lines().map(str::trim).collect();
+            let sections = lines.iter().take_while(|line| line.ends_with(':')).count();
+            assert!(
+                sections == lines.len() || lines[sections..].iter().any(|line| line.starts_with('#')),
+                "{name} does not say why:\n{block}"
+            );
+        }
+    }
+}
+
 /// What is allowed but odd is said and does not stop the start.
 #[test]
 fn odd_but_possible_settings_are_warnings() {
@@ -720,6 +798,7 @@ const EXAMPLE_HEAD: &str = "\
 const SAMPLES: &[(&str, &str)] = &[
     ("site", "ship"),
     ("data_dir", "/var/lib/narrows"),
+    ("profile", "# vsat"),
     ("local.domains", "[b.example, conference.b.example]"),
     ("local.server", "# 127.0.0.1:5269"),
     ("legs.certificates", "/var/lib/narrows/ca"),
