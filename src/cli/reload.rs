@@ -107,6 +107,7 @@ impl Plan {
         let mut peers = kept;
         peers.extend(added.iter().cloned());
         let effective = Config {
+            profile: new.profile,
             peers,
             queue: new.queue.clone(),
             mirror: Mirror {
