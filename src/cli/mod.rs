@@ -11,7 +11,7 @@
 //! | 3 | `Config` | the configuration is wrong, or a file that it names cannot be used; of `reload`: then nothing has changed |
 //! | 4 | `Bind` | an address cannot be listened on: taken, or not permitted |
 //! | 5 | `Store` | the store cannot be opened or written: disk, permission, damage |
-//! | 6 | `Unreachable` | of `status` and `reload`: nobody answers at the admin port |
+//! | 6 | `Unreachable` | of `status`, `top` and `reload`: nobody answers at the admin port |
 //!
 //! A supervisor need not try again after 2 and 3 (systemd: `RestartPreventExitStatus=2 3`).
 
@@ -30,10 +30,12 @@ use crate::config::{Admin, Config, ConfigError, Warning};
 mod explain;
 mod keys;
 pub mod log;
+pub mod page;
 pub mod reload;
 pub mod run;
 mod sockets;
 pub mod status;
+mod top;
 
 /// How the process ended. The table above is for people, and is in `--help` too.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -62,7 +64,7 @@ Exit codes:
   3  the configuration is wrong, or a file that it names cannot be used
   4  an address cannot be listened on: taken, or not permitted
   5  the store cannot be opened or written: disk, permission, damage
-  6  of status and reload: nobody answers at the admin port";
+  6  of status, top and reload: nobody answers at the admin port";
 
 /// Carries XMPP group chat over links that are thin, slow and often gone.
 #[derive(Debug, Parser)]
@@ -113,6 +115,14 @@ enum Command {
         /// Print the answer as it came
         #[arg(long)]
         json: bool,
+    },
+    /// Watch a running sidecar's links and queues, live
+    Top {
+        /// The admin port, if not the one in the configuration
+        #[arg(long, value_name = "ADDRESS", conflicts_with = "config")]
+        admin: Option<SocketAddr>,
+        #[arg(short, long, value_name = "FILE")]
+        config: Option<PathBuf>,
     },
     /// Have a running sidecar read its configuration again; no connection is closed. SIGHUP does the same
     Reload {
@@ -176,6 +186,7 @@ fn execute(command: Command) -> Exit {
         Command::Ca(Ca::Show { directory }) => said(keys::ca_show(&directory)),
         Command::Status { admin, config, json } => status(admin, config.as_deref(), json),
         Command::Reload { admin, config } => reload(admin, config.as_deref()),
+        Command::Top { admin, config } => top(admin, config.as_deref()),
         Command::Demo { arguments } => demo(&arguments),
     }
 }
@@ -264,6 +275,25 @@ fn admin_port(admin: Option<SocketAddr>, config: Option<&Path>) -> Result<Socket
         (Some(address), Ok(_)) => Ok(address),
         (None, Ok(Some((config, _)))) => Ok(config.admin.listen.0),
         (None, Ok(None)) => Ok(Admin::default().listen.0),
+    }
+}
+
+fn top(admin: Option<SocketAddr>, config: Option<&Path>) -> Exit {
+    let address = match admin_port(admin, config) {
+        Ok(address) => address,
+        Err(exit) => return exit,
+    };
+    // Told here, because the screen is cleared at the end.
+    if let Err(error) = status::fetch(address) {
+        eprintln!("narrows: {error}");
+        return Exit::Unreachable;
+    }
+    match top::run(address) {
+        Ok(()) => Exit::Ok,
+        Err(error) => {
+            eprintln!("narrows: the terminal: {error}");
+            Exit::Failed
+        }
     }
 }
 

@@ -29,9 +29,10 @@ use tracing::{error, info, warn};
 use super::{
     Exit, keys,
     log::Leveller,
+    page::{self, History, page},
     reload::{Outcome, Plan},
     sockets::Inherited,
-    status::{self, PeerStatus, QueueStatus, RoomsStatus, Status, Traffic},
+    status::{self, EventStatus, PeerStatus, QueueStatus, RoomsStatus, Saved, Status, Traffic},
 };
 use crate::{
     config::{self, Compression, Config, Identity, Management},
@@ -48,6 +49,7 @@ use crate::{
         receipts::Receipts,
         store::{self, StoreError},
         tls::{self, Acceptor, ChainAndKey, Connector, Roots, ServerTrust, TlsError},
+        watch::Event,
     },
     link::session::SessionConfig,
     metrics,
@@ -190,13 +192,17 @@ async fn assemble(file: PathBuf, config: Config, leveller: Leveller, mut inherit
     }
     drop(inherited);
     let status = status_of(&running, started);
+    let history = Arc::new(Mutex::new(History::default()));
+    background.spawn(keep_history(Arc::clone(&status), Arc::clone(&history)));
+    let status_too = Arc::clone(&status);
     let (healthy, ready) = (Arc::clone(&alive), Arc::clone(&alive));
     let (reload, wishes) = mpsc::channel(RELOADS_MAX);
     let admin = Admin {
         metrics,
         healthy: Arc::new(move || says(&healthy)),
         ready: Arc::new(move || says(&ready)),
-        status,
+        page: Arc::new(move || page(&status_too(), &lock(&history))),
+        status: Arc::new(move || serde_json::to_value(status()).unwrap_or_default()),
         reload,
     };
     background.spawn(async move {
@@ -479,6 +485,16 @@ async fn count_refusals(counters: Arc<LinkCounters>) {
     }
 }
 
+/// Notes how all stands, for the page's chart.
+async fn keep_history(status: Arc<dyn Fn() -> Status + Send + Sync>, history: Arc<Mutex<History>>) {
+    let mut tick = tokio::time::interval(page::STEP);
+    loop {
+        tick.tick().await;
+        let status = status();
+        lock(&history).note(&status);
+    }
+}
+
 fn says(alive: &AtomicBool) -> Result<(), String> {
     if alive.load(Ordering::Relaxed) {
         Ok(())
@@ -672,7 +688,7 @@ fn settings(config: &Config, peer: &config::Peer) -> Settings {
 
 type Reports = Arc<Mutex<Vec<(config::Peer, watch::Receiver<Report>)>>>;
 
-fn status_of(running: &Running, started: Instant) -> Arc<dyn Fn() -> serde_json::Value + Send + Sync> {
+fn status_of(running: &Running, started: Instant) -> Arc<dyn Fn() -> Status + Send + Sync> {
     let site = running.config.site.to_string();
     let (reports, legs) = (Arc::clone(&running.reports), running.legs.clone());
     Arc::new(move || {
@@ -681,7 +697,7 @@ fn status_of(running: &Running, started: Instant) -> Arc<dyn Fn() -> serde_json:
             .iter()
             .map(|(peer, report)| peer_status(peer, &report.borrow()))
             .collect();
-        let status = Status {
+        Status {
             site: site.clone(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             uptime_seconds: started.elapsed().as_secs_f64(),
@@ -691,8 +707,7 @@ fn status_of(running: &Running, started: Instant) -> Arc<dyn Fn() -> serde_json:
                 receiving: legs.ready() as u64,
                 initiating: reports.iter().map(|(_, report)| report.borrow().lanes_up as u64).sum(),
             },
-        };
-        serde_json::to_value(status).unwrap_or_default()
+        }
     })
 }
 
@@ -704,6 +719,8 @@ fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
         up: report.link_up,
         since_seconds: report.link_since.as_secs_f64(),
         rtt_seconds: report.rtt.map(|rtt| rtt.as_secs_f64()),
+        acked_seconds: report.acked_ago.map(|ago| ago.as_secs_f64()),
+        drain_seconds: report.drain.map(|drain| drain.as_secs_f64()),
         last_error: report.last_error.clone(),
         spool: QueueStatus {
             entries: levels.spool_entries,
@@ -720,12 +737,14 @@ fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
             copies: relay.copies_accepted,
             stanza_bytes: relay.copy_bytes_accepted,
             link_bytes: report.tcp.sent,
+            ip_bytes: report.tcp.ip_sent,
         },
         received: Traffic {
             entries: relay.entries_received,
             copies: relay.copies_delivered,
             stanza_bytes: relay.copy_bytes_delivered,
             link_bytes: report.tcp.received,
+            ip_bytes: report.tcp.ip_received,
         },
         in_doubt: relay.in_doubt,
         rooms: RoomsStatus {
@@ -734,5 +753,21 @@ fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
             split: report.rooms.rooms_split as u64,
             guests: report.rooms.guests as u64,
         },
+        saved: Saved {
+            mirror: report.saved.mirror,
+            rules: report.saved.rules,
+            collapse: report.saved.collapse,
+            compression: report.saved.compression,
+            sampled: relay.sampled_bytes,
+            sampled_compressed: relay.sampled_compressed_bytes,
+        },
+        events: report.events.iter().map(event_status).collect(),
+    }
+}
+
+fn event_status(event: &Event) -> EventStatus {
+    EventStatus {
+        at: event.at.0 as f64 / 1000.0,
+        what: event.what.clone(),
     }
 }

@@ -32,6 +32,10 @@ pub struct PeerStatus {
     /// How long the link has been up or down.
     pub since_seconds: f64,
     pub rtt_seconds: Option<f64>,
+    /// Since the peer last acknowledged something new.
+    pub acked_seconds: Option<f64>,
+    /// How long what waits will take once the link is up, if that can be told.
+    pub drain_seconds: Option<f64>,
     /// Why the link is down, as far as it is known.
     pub last_error: Option<String>,
     pub spool: QueueStatus,
@@ -41,6 +45,33 @@ pub struct PeerStatus {
     /// Copies of which nobody can tell whether the server got them.
     pub in_doubt: u64,
     pub rooms: RoomsStatus,
+    pub saved: Saved,
+    /// The last that is worth telling, the newest last.
+    pub events: Vec<EventStatus>,
+}
+
+/// Bytes of plain S2S that this side did not send, by what saved them.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default)]
+pub struct Saved {
+    /// Answered near by.
+    pub mirror: u64,
+    /// Answered or dropped by configured rules.
+    pub rules: u64,
+    /// Copies that became one.
+    pub collapse: u64,
+    pub compression: u64,
+    /// A sample of plain S2S, and what a compressor with a memory makes of it.
+    pub sampled: u64,
+    pub sampled_compressed: u64,
+}
+
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default)]
+pub struct EventStatus {
+    /// Seconds since 1970.
+    pub at: f64,
+    pub what: String,
 }
 
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
@@ -73,6 +104,8 @@ pub struct Traffic {
     pub stanza_bytes: u64,
     /// What TCP carried.
     pub link_bytes: u64,
+    /// What IP carried.
+    pub ip_bytes: u64,
 }
 
 /// Streams with the local server that are open.
@@ -116,6 +149,14 @@ pub(super) fn ask(address: SocketAddr, method: &str, path: &str) -> Result<Value
         return Err(not_ours(format!("it said {status_line:?}")));
     }
     serde_json::from_str(body).map_err(|error| not_ours(error.to_string()))
+}
+
+/// Understands an answer.
+pub fn read(address: SocketAddr, answer: Value) -> Result<Status, StatusError> {
+    serde_json::from_value(answer).map_err(|error| StatusError::Answer {
+        address,
+        why: error.to_string(),
+    })
 }
 
 fn exchange(address: SocketAddr, method: &str, path: &str) -> io::Result<String> {
@@ -166,6 +207,7 @@ impl fmt::Display for Status {
                 "to cross",
                 "oldest",
                 "to deliver",
+                "through in",
                 "sent",
                 "received",
                 "saved",
@@ -195,7 +237,59 @@ impl fmt::Display for Status {
     }
 }
 
+impl Status {
+    /// What happened, the newest first, with the peer's name.
+    pub fn events(&self) -> Vec<(&str, &EventStatus)> {
+        let mut all: Vec<(&str, &EventStatus)> = Vec::new();
+        for peer in &self.peers {
+            all.extend(peer.events.iter().rev().map(|event| (peer.name.as_str(), event)));
+        }
+        // Stable: what happened at the same moment stays in its order.
+        all.sort_by(|(_, one), (_, other)| other.at.total_cmp(&one.at));
+        all
+    }
+}
+
+impl EventStatus {
+    /// Day and minute, in UTC as in the log.
+    pub fn clock(&self) -> String {
+        match time::OffsetDateTime::from_unix_timestamp(self.at as i64) {
+            Ok(at) => format!(
+                "{:02}-{:02} {:02}:{:02}Z",
+                u8::from(at.month()),
+                at.day(),
+                at.hour(),
+                at.minute()
+            ),
+            Err(_) => "-".to_owned(),
+        }
+    }
+}
+
 impl PeerStatus {
+    /// What plain S2S would have carried, both ways.
+    pub fn plain_bytes(&self) -> u64 {
+        self.sent.stanza_bytes.saturating_add(self.received.stanza_bytes)
+    }
+
+    /// What the link carried, both ways.
+    pub fn ip_bytes(&self) -> u64 {
+        self.sent.ip_bytes.saturating_add(self.received.ip_bytes)
+    }
+
+    /// The part of plain S2S's bytes that did not cross.
+    pub fn saved(&self) -> Option<f64> {
+        let plain = self.plain_bytes() as f64;
+        (plain > 0.0).then(|| 1.0 - self.ip_bytes() as f64 / plain)
+    }
+
+    /// The same against plain S2S behind a compressor with a memory.
+    pub fn saved_of_compressed(&self) -> Option<f64> {
+        let ratio = self.saved.sampled_compressed as f64 / self.saved.sampled as f64;
+        let compressed = self.plain_bytes() as f64 * ratio;
+        (compressed > 0.0).then(|| 1.0 - self.ip_bytes() as f64 / compressed)
+    }
+
     fn row(&self) -> Vec<String> {
         let queue = |queue: &QueueStatus| match queue.entries {
             0 => "-".to_owned(),
@@ -209,21 +303,19 @@ impl PeerStatus {
             queue(&self.spool),
             self.spool.oldest_seconds.map_or("-".to_owned(), period),
             queue(&self.inbox),
-            bytes(self.sent.link_bytes),
-            bytes(self.received.link_bytes),
-            self.saved(),
+            self.drain_seconds
+                .filter(|_| self.spool.entries > 0)
+                .map_or("-".to_owned(), period),
+            bytes(self.sent.ip_bytes),
+            bytes(self.received.ip_bytes),
+            part(self.saved()),
         ]
     }
+}
 
-    /// The part of plain S2S's bytes that did not cross.
-    fn saved(&self) -> String {
-        let plain = self.sent.stanza_bytes.saturating_add(self.received.stanza_bytes);
-        let link = self.sent.link_bytes.saturating_add(self.received.link_bytes);
-        match plain {
-            0 => "-".to_owned(),
-            plain => format!("{:.1} %", 100.0 - 100.0 * link as f64 / plain as f64),
-        }
-    }
+/// In percent.
+pub(super) fn part(part: Option<f64>) -> String {
+    part.map_or("-".to_owned(), |part| format!("{:.1} %", 100.0 * part))
 }
 
 fn table(rows: &[Vec<String>]) -> String {
@@ -247,13 +339,14 @@ fn table(rows: &[Vec<String>]) -> String {
 }
 
 /// The two largest units: enough to judge by.
-fn period(seconds: f64) -> String {
+pub(super) fn period(seconds: f64) -> String {
     if !seconds.is_finite() || seconds < 0.0 {
         return "-".to_owned();
     }
     let whole = seconds as u64;
     match whole {
-        0..=9 => format!("{:.0} ms", seconds * 1000.0),
+        0 => format!("{:.0} ms", seconds * 1000.0),
+        1..=9 => format!("{seconds:.1} s"),
         10..=59 => format!("{whole} s"),
         60..=3599 => format!("{} min {} s", whole / 60, whole % 60),
         3600..=86_399 => format!("{} h {} min", whole / 3600, whole % 3600 / 60),
@@ -261,7 +354,7 @@ fn period(seconds: f64) -> String {
     }
 }
 
-fn bytes(bytes: u64) -> String {
+pub(super) fn bytes(bytes: u64) -> String {
     match bytes {
         0..=9_999 => format!("{bytes} B"),
         10_000..=9_999_999 => format!("{:.1} kB", bytes as f64 / 1e3),
@@ -331,7 +424,7 @@ mod tests {
                     since_seconds: 75.0,
                     rtt_seconds: Some(0.612),
                     sent: Traffic {
-                        link_bytes: 12_000,
+                        ip_bytes: 12_000,
                         stanza_bytes: 900_000,
                         ..Traffic::default()
                     },
@@ -370,6 +463,7 @@ mod tests {
                 "up",
                 "1 min 15 s",
                 "612 ms",
+                "-",
                 "-",
                 "-",
                 "-",

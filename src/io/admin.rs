@@ -1,4 +1,4 @@
-//! The admin port: metrics, health and status over plain HTTP.
+//! The admin port: metrics, health, status and a page over plain HTTP.
 //!
 //! It has no password, so by default it is only on the loopback address. Nothing that it says holds users' addresses, and
 //! nothing can be changed through it but that the configuration file is read again. A client that hangs holds one of a few places for a minute and no more.
@@ -53,6 +53,8 @@ pub struct Admin {
     pub healthy: Probe,
     /// `/readyz`: the configuration is loaded, the store open, the legs listen.
     pub ready: Probe,
+    /// `/`, for browsers.
+    pub page: Arc<dyn Fn() -> String + Send + Sync>,
     /// `/status`
     pub status: Arc<dyn Fn() -> Value + Send + Sync>,
     /// `POST /reload`: who reads the configuration again.
@@ -92,6 +94,7 @@ async fn serve_within(listener: TcpListener, admin: Admin, age_max: Duration) ->
 
 fn router(admin: Admin) -> Router {
     Router::new()
+        .route("/", get(page))
         .route("/metrics", get(metrics))
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
@@ -99,10 +102,24 @@ fn router(admin: Admin) -> Router {
         .route("/reload", post(reload))
         .fallback(async || {
             ADMIN_REQUESTS.increment(AdminPath::Other);
-            let paths = "there are /metrics, /healthz, /readyz, /status and, to be posted to, /reload\n";
+            let paths = "there are /, /metrics, /healthz, /readyz, /status and, to be posted to, /reload\n";
             (StatusCode::NOT_FOUND, paths)
         })
         .with_state(admin)
+}
+
+async fn page(State(admin): State<Admin>) -> Response {
+    ADMIN_REQUESTS.increment(AdminPath::Page);
+    let headers = [
+        (header::CONTENT_TYPE, "text/html; charset=utf-8"),
+        // It loads nothing and runs nothing, whatever a name in it says.
+        (
+            header::CONTENT_SECURITY_POLICY,
+            "default-src 'none'; style-src 'unsafe-inline'",
+        ),
+        (header::CACHE_CONTROL, "no-store"),
+    ];
+    (headers, (admin.page)()).into_response()
 }
 
 async fn metrics(State(admin): State<Admin>) -> Response {
@@ -248,6 +265,7 @@ mod tests {
             metrics: crate::metrics::install(["admin"]).unwrap(),
             healthy: Arc::new(|| Ok(())),
             ready: Arc::new(move || seen.lock().unwrap().clone().map_or(Ok(()), Err)),
+            page: Arc::new(|| "<p>ship".to_owned()),
             status: Arc::new(|| json!({"site": "ship"})),
             reload,
         };
@@ -258,6 +276,9 @@ mod tests {
         assert!(metrics.contains("content-type: text/plain; version=0.0.4"), "{metrics}");
         assert!(metrics.contains("narrows_link_up{peer=\"admin\"} 0"), "{metrics}");
         assert!(ask(address, "GET /healthz").await.ends_with("\r\n\r\nok\n"));
+        let page = ask(address, "GET /").await;
+        assert!(page.contains("content-security-policy: default-src 'none'"), "{page}");
+        assert!(page.ends_with("\r\n\r\n<p>ship"), "{page}");
         assert!(ask(address, "GET /readyz").await.starts_with("HTTP/1.1 200 "));
         assert!(ask(address, "GET /status").await.ends_with("{\"site\":\"ship\"}"));
 
@@ -292,6 +313,7 @@ mod tests {
             metrics: crate::metrics::install(["admin"]).unwrap(),
             healthy: Arc::new(|| Ok(())),
             ready: Arc::new(|| Ok(())),
+            page: Arc::new(|| "<p>ship".to_owned()),
             status: Arc::new(|| Value::Null),
             reload: mpsc::channel(1).0,
         };

@@ -23,7 +23,7 @@ use super::{
     legs::{LegEvent, LegHandle},
     link::{LinkConnection, LinkEvent, LinkReader, LinkTimes, LinkWriter, PeerLink, Survivor, TcpStats, survivor},
     store::{Answer, Request, Store, StoreError},
-    watch::{Events, Pace},
+    watch::{Events, Look, Pace},
 };
 use crate::{
     codec::position::Seq,
@@ -86,17 +86,24 @@ pub struct Report {
     pub spool_oldest: Duration,
     /// How long what waits will take, if that can be told.
     pub drain: Option<Duration>,
-    /// When the peer last acknowledged something.
-    pub acked_at: Option<Wall>,
+    /// Since the peer last acknowledged something.
+    pub acked_ago: Option<Duration>,
     pub relay: RelayStats,
     pub rooms: mirror::Levels,
     pub tcp: TcpTotals,
-    /// Given to TLS.
-    pub tls_bytes_sent: u64,
-    pub acked_bytes: u64,
+    pub saved: Saved,
     pub events: Events,
     pub lanes_up: usize,
     pub unconfirmed: usize,
+}
+
+/// Bytes of plain S2S that did not cross, by what saved them.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub struct Saved {
+    pub mirror: u64,
+    pub rules: u64,
+    pub collapse: u64,
+    pub compression: u64,
 }
 
 #[derive(Debug)]
@@ -190,9 +197,8 @@ struct Watched {
 
 impl Watched {
     /// Notes what is new since the last look.
-    fn look(&mut self, relay: &Relay, up: bool, now: Now) {
-        let (levels, stats, mirror) = (relay.levels(), relay.stats(), relay.mirror().stats());
-        self.pace.note(relay.acked_bytes(), levels.spool_bytes, up, now.mono);
+    fn look(&mut self, relay: &Relay, now: Now) {
+        let (stats, mirror) = (relay.stats(), relay.mirror().stats());
         if relay.acked() > self.acked {
             self.acked = relay.acked();
             self.acked_at = Some(now.wall);
@@ -672,8 +678,7 @@ impl Owner {
         let rtt = session.and_then(|session| session.rtt);
         let oldest = self.relay.oldest(now);
         let sums = Sums::new(&self.counted, session.unwrap_or_default());
-        self.watched.look(&self.relay, self.up, now);
-        let drain = self.watched.pace.time_for(levels.spool_bytes);
+        self.watched.look(&self.relay, now);
         let peer = self.name.as_str();
 
         let seconds = |wall: Wall| wall.0 as f64 / 1000.0;
@@ -687,6 +692,14 @@ impl Owner {
         let tcp = kernel.map_or(self.counted.tcp, |(connection, stats)| {
             self.counted.tcp.plus(connection, &stats)
         });
+        let acked_bytes = self.relay.acked_bytes();
+        let look = kernel.filter(|_| self.up).map(|(_, stats)| Look {
+            acked: stats.bytes_acked,
+            delivered_per_second: stats.delivered_per_second,
+            busy: stats.unsent_bytes > 0,
+        });
+        self.watched.pace.note(look, tcp.sent, acked_bytes, now.mono);
+        let drain = self.watched.pace.time_for(levels.spool_bytes);
         m::LINK_TCP_RTT.set(peer, kernel.map_or(0.0, |(_, stats)| stats.rtt.as_secs_f64()));
         m::LINK_BYTES.follow((peer, Direction::Sent, Layer::Tcp), tcp.sent);
         m::LINK_BYTES.follow((peer, Direction::Received, Layer::Tcp), tcp.received);
@@ -716,18 +729,16 @@ impl Owner {
         m::COPIES.follow((peer, Direction::Received), stats.copies_delivered);
         m::STANZA_BYTES.follow((peer, Direction::Sent), stats.copy_bytes_accepted);
         m::STANZA_BYTES.follow((peer, Direction::Received), stats.copy_bytes_delivered);
-        let acked_bytes = self.relay.acked_bytes();
-        for (mechanism, saved) in [
-            (Mechanism::Mirror, stats.near_bytes),
-            (Mechanism::Rules, stats.rule_bytes),
-            (
-                Mechanism::Collapse,
-                stats.crossing_bytes.saturating_sub(stats.entry_bytes),
-            ),
-            (Mechanism::Compression, acked_bytes.saturating_sub(sums.sent)),
-        ] {
-            m::SAVED.follow((peer, mechanism), saved);
-        }
+        let saved = Saved {
+            mirror: stats.near_bytes,
+            rules: stats.rule_bytes,
+            collapse: stats.crossing_bytes.saturating_sub(stats.entry_bytes),
+            compression: acked_bytes.saturating_sub(sums.sent),
+        };
+        m::SAVED.follow((peer, Mechanism::Mirror), saved.mirror);
+        m::SAVED.follow((peer, Mechanism::Rules), saved.rules);
+        m::SAVED.follow((peer, Mechanism::Collapse), saved.collapse);
+        m::SAVED.follow((peer, Mechanism::Compression), saved.compression);
         m::SAMPLE.follow((peer, Squeezed::Plain), stats.sampled_bytes);
         m::SAMPLE.follow((peer, Squeezed::Compressed), stats.sampled_compressed_bytes);
         m::DUPLICATES_DROPPED.follow(peer, stats.duplicates);
@@ -786,12 +797,11 @@ impl Owner {
             levels,
             spool_oldest: oldest,
             drain,
-            acked_at: self.watched.acked_at,
+            acked_ago: self.watched.acked_at.map(|at| now.wall.since(at)),
             relay: stats.clone(),
             rooms,
             tcp,
-            tls_bytes_sent: sums.sent,
-            acked_bytes,
+            saved,
             events: self.watched.events.clone(),
             lanes_up,
             unconfirmed,

@@ -4,49 +4,68 @@ use std::{collections::VecDeque, time::Duration};
 
 use crate::time::{Mono, Now, Wall};
 
-/// How fast the spool empties, as the peer's acknowledgements show it.
+/// How fast the spool empties.
 ///
-/// Only what has a queue behind it shows what the link can do: when someone says a line every ten seconds, little crosses because
-/// little is said. So a pace seen without a queue counts only if it is the best so far.
+/// In two parts, because entries that look alike cost next to nothing: how many bytes TCP takes across in a second, and how many of them
+/// an entry's bytes have cost so far. What the link can do shows only when it is busy: somebody who says a line every ten seconds
+/// does not try it. So a pace seen while nothing had to wait counts only if it is the best so far.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Pace {
     bytes_per_second: f64,
-    acked: u64,
-    /// When the peer last acknowledged something, or there was nothing to acknowledge.
-    at: Option<Mono>,
+    /// Of what was seen last, if the connection is still the same.
+    last: Option<(Mono, Look)>,
+    /// TCP's bytes for one of an entry.
+    cost: Option<f64>,
 }
 
-/// With more than this waiting, the link has all it can take: two batches.
-const BACKLOG_BYTES: u64 = 8 * 1024;
+/// What the kernel says of the connection.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Look {
+    /// Bytes that the far kernel has confirmed.
+    pub acked: u64,
+    /// Bytes a second, as the kernel measured it last; the link may be able to do more.
+    pub delivered_per_second: u64,
+    /// Whether something waits for its first transmission.
+    pub busy: bool,
+}
 
-/// Acknowledgements come in lumps, seconds apart; the pace is that of the last four or so.
+/// Of the pace seen anew while the link was busy: the last four looks or so count.
 const WEIGHT: f64 = 0.25;
 
+/// Looks that are closer together say little.
+const APART_MIN: Duration = Duration::from_millis(500);
+
 impl Pace {
-    /// What the peer has had acknowledged in all, and what still waits.
-    pub fn note(&mut self, acked: u64, waiting: u64, up: bool, now: Mono) {
-        let fresh = acked.saturating_sub(self.acked);
-        let took = self.at.map(|at| now.since(at).as_secs_f64()).filter(|took| *took > 0.0);
-        if let (Some(took), true) = (took, fresh > 0) {
-            let seen = fresh as f64 / took;
-            if self.bytes_per_second == 0.0 || waiting < BACKLOG_BYTES {
-                self.bytes_per_second = self.bytes_per_second.max(seen);
-            } else {
-                self.bytes_per_second += (seen - self.bytes_per_second) * WEIGHT;
-            }
+    /// `look` is none while the link is down. `sent` is what TCP has sent in all, `acked` what entries' bytes the peer has for it.
+    pub fn note(&mut self, look: Option<Look>, sent: u64, acked: u64, now: Mono) {
+        self.cost = (acked > 0).then(|| sent as f64 / acked as f64);
+        let Some(look) = look else {
+            self.last = None;
+            return;
+        };
+        let Some((at, before)) = self.last.filter(|(_, before)| before.acked <= look.acked) else {
+            self.last = Some((now, look));
+            return;
+        };
+        let took = now.since(at);
+        if took < APART_MIN {
+            return;
         }
-        if fresh > 0 || waiting == 0 || !up {
-            self.acked = acked;
-            self.at = Some(now);
+        let seen = (look.acked - before.acked) as f64 / took.as_secs_f64();
+        if before.busy && look.busy && self.bytes_per_second > 0.0 {
+            self.bytes_per_second += (seen - self.bytes_per_second) * WEIGHT;
+        } else {
+            self.bytes_per_second = self.bytes_per_second.max(seen).max(look.delivered_per_second as f64);
         }
+        self.last = Some((now, look));
     }
 
-    /// How long so many bytes will take. `None` if nothing has shown it yet.
+    /// How long so many bytes of entries will take. `None` if nothing has shown it yet.
     pub fn time_for(&self, waiting: u64) -> Option<Duration> {
         if waiting == 0 {
             return Some(Duration::ZERO);
         }
-        let seconds = waiting as f64 / self.bytes_per_second;
+        let seconds = waiting as f64 * self.cost? / self.bytes_per_second;
         Duration::try_from_secs_f64(seconds).ok()
     }
 }
@@ -86,32 +105,69 @@ mod tests {
         Mono::from_start(Duration::from_secs(1000 + seconds))
     }
 
-    /// Quiet talk does not make the link look slow, an outage does not either, and a queue shows what it can do.
+    fn look(acked: u64, busy: bool) -> Look {
+        Look {
+            acked,
+            delivered_per_second: 0,
+            busy,
+        }
+    }
+
+    /// Quiet talk does not make the link look slow, an outage does not either, and a busy link shows what it can do.
     #[test]
-    fn pace_is_what_a_queue_shows() {
+    fn pace_is_what_a_busy_link_shows() {
         let mut pace = Pace::default();
-        assert_eq!(pace.time_for(1), None);
-        assert_eq!(pace.time_for(0), Some(Duration::ZERO));
-        // A line, acknowledged after five seconds.
-        pace.note(0, 0, true, at(0));
-        pace.note(0, 300, true, at(1));
-        pace.note(300, 0, true, at(5));
-        assert_eq!(pace.time_for(600), Some(Duration::from_secs(10)));
-        // One at once, then again one late: the better one counts.
-        pace.note(300, 0, true, at(9));
-        pace.note(1300, 0, true, at(10));
-        pace.note(1600, 0, true, at(30));
-        assert_eq!(pace.time_for(600), Some(Duration::from_millis(600)));
-        // An hour without the link, then ten seconds in which a queue crosses at 5 kB/s.
-        pace.note(1600, 50_000, false, at(3600));
-        for second in 1..=30 {
-            pace.note(1600 + second * 5_000, 50_000, true, at(3600 + second));
+        assert_eq!((pace.time_for(1), pace.time_for(0)), (None, Some(Duration::ZERO)));
+        // A line of 1000 bytes, which costs 100, crosses within a second; then little is said for a while.
+        pace.note(Some(look(0, false)), 0, 0, at(0));
+        pace.note(Some(look(100, false)), 100, 1_000, at(1));
+        for second in 2..60 {
+            pace.note(Some(look(100 + second / 10, false)), 100, 1_000, at(second));
+        }
+        assert_eq!(pace.time_for(5_000), Some(Duration::from_secs(5)));
+        // An hour without the link, and a new connection. A queue crosses at 1000 bytes a second, for which entries cost as before.
+        pace.note(None, 100, 1_000, at(70));
+        for second in 0..30 {
+            pace.note(
+                Some(look(1_000 * second, true)),
+                100 + 1_000 * second,
+                1_000 + 10_000 * second,
+                at(3_600 + second),
+            );
         }
         let time = pace.time_for(50_000).unwrap();
         assert!(
-            time.abs_diff(Duration::from_secs(10)) < Duration::from_secs(1),
+            time.abs_diff(Duration::from_secs(5)) < Duration::from_millis(100),
             "{time:?}"
         );
+        // It becomes thinner.
+        for second in 0..30 {
+            pace.note(
+                Some(look(30_000 + 100 * second, true)),
+                30_000,
+                300_000,
+                at(3_700 + second),
+            );
+        }
+        let time = pace.time_for(50_000).unwrap();
+        assert!(
+            time.abs_diff(Duration::from_secs(50)) < Duration::from_secs(2),
+            "{time:?}"
+        );
+    }
+
+    /// One packet on a fast link is over before anyone looks; the kernel has timed it.
+    #[test]
+    fn pace_of_a_fast_link_is_the_kernels() {
+        let mut pace = Pace::default();
+        let fast = Look {
+            acked: 300,
+            delivered_per_second: 1_000_000,
+            busy: false,
+        };
+        pace.note(Some(fast), 300, 3_000, at(0));
+        pace.note(Some(fast), 300, 3_000, at(1));
+        assert_eq!(pace.time_for(1_000_000), Some(Duration::from_millis(100)));
     }
 
     /// The oldest events make room.

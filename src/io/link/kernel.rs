@@ -77,6 +77,8 @@ pub struct TcpStats {
     pub unsent_bytes: u32,
     /// Sent, not confirmed.
     pub unacked_segments: u32,
+    /// Bytes a second, as last measured. What had nothing to send for a part of that time counts only if it is better.
+    pub delivered_per_second: u64,
 }
 
 /// TCP's header with time stamps, as Linux has them.
@@ -121,6 +123,7 @@ pub fn tcp_stats(stream: &TcpStream) -> io::Result<TcpStats> {
         segments_sent: small(136),
         segments_received: small(140),
         unsent_bytes: small(144),
+        delivered_per_second: large(160),
         bytes_sent: large(200),
         bytes_retransmitted: large(208),
     })
