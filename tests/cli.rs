@@ -2,8 +2,8 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Lines, Write},
-    net::TcpListener,
+    io::{BufRead, BufReader, Lines, Read, Write},
+    net::{TcpListener, TcpStream},
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, Output, Stdio},
@@ -338,4 +338,82 @@ fn explain_tells_what_becomes_of_a_stanza() {
     assert_eq!((code(&bad), stdout(&bad).as_str()), (1, ""));
     assert!(stderr(&bad).contains("this is not a stanza"), "{}", stderr(&bad));
     assert_eq!(code(&explain(Path::new("/nonexistent"), "<message/>")), 3);
+}
+
+/// Beyond `connections_max` the server's connections are closed at once; the first stays open.
+#[test]
+fn connections_from_the_server_are_bounded() {
+    let place = Place::new();
+    let legs = format!("127.0.0.1:{}", free_port());
+    let yaml = fs::read_to_string(place.config()).unwrap();
+    let listen = yaml
+        .split_once("legs: {listen: [")
+        .unwrap()
+        .1
+        .split_once(']')
+        .unwrap()
+        .0
+        .to_owned();
+    fs::write(
+        place.config(),
+        yaml.replace(
+            &format!("legs: {{listen: [{listen}]"),
+            &format!("legs: {{connections_max: 1, listen: [{legs}]"),
+        ),
+    )
+    .unwrap();
+    let running = place.run();
+    let header = b"<stream:stream xmlns='jabber:server' xmlns:stream='http://etherx.jabber.org/streams' to='a.example' version='1.0'>";
+    let open = || {
+        let mut stream = TcpStream::connect(&legs).unwrap();
+        // One that was closed at once may refuse even this.
+        let _ = stream.write_all(header);
+        let mut answer = [0; 8];
+        (stream.read(&mut answer).unwrap_or(0), stream)
+    };
+    let (answered, first) = open();
+    assert!(answered > 0);
+    assert_eq!(open().0, 0);
+    drop(first);
+    running.signal("TERM");
+    assert_eq!(running.end().0, Some(0));
+}
+
+/// A certificate of the site's own stands in for the authority's; one that cannot be read is named and is a matter of the configuration.
+#[test]
+fn a_certificate_of_the_sites_own_is_used() {
+    let place = Place::new();
+    let at = |name: &str| place.directory.path().join(name);
+    let yaml = fs::read_to_string(place.config()).unwrap();
+    let authority = format!("certificates: {}", text(&at("ca")));
+    assert!(yaml.contains(&authority));
+    let own = format!(
+        "certificate: {{chain: {}, key: {}}}",
+        text(&at("own.pem")),
+        text(&at("own.key"))
+    );
+    fs::write(place.config(), yaml.replace(&authority, &own)).unwrap();
+    let made = rcgen::generate_simple_self_signed(["a.example".to_owned()]).unwrap();
+    let key = made.signing_key.serialize_pem();
+    for (chain, key, missing) in [
+        (None, None, "own."),
+        (Some(made.cert.pem()), None, "own.key"),
+        (None, Some(key.clone()), "own.pem"),
+    ] {
+        for (name, content) in [("own.pem", chain), ("own.key", key)] {
+            let _ = fs::remove_file(at(name));
+            if let Some(content) = content {
+                fs::write(at(name), content).unwrap();
+            }
+        }
+        let (code, log) = place.run().end();
+        assert_eq!(code, Some(3), "{log}");
+        assert!(log.contains(missing), "{log}");
+    }
+    fs::write(at("own.pem"), made.cert.pem()).unwrap();
+    fs::write(at("own.key"), key).unwrap();
+    let running = place.run();
+    running.signal("TERM");
+    let (code, log) = running.end();
+    assert_eq!(code, Some(0), "{log}");
 }

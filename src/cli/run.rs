@@ -148,14 +148,7 @@ async fn assemble(file: PathBuf, config: Config, leveller: Leveller, mut inherit
     for peer in &config.peers {
         opened.push(open_store(&config, peer)?);
     }
-    let times = LinkTimes {
-        retry_max: config.link.reconnect_max.0,
-        retry_min: config.link.reconnect_max.0.min(LinkTimes::default().retry_min),
-        // Where the peer may be silent for so long, a first answer takes as long.
-        connect_timeout: LinkTimes::default().connect_timeout.max(config.link.quiet_after.0),
-        handshake_timeout: LinkTimes::default().handshake_timeout.max(config.link.quiet_after.0),
-        ..LinkTimes::default()
-    };
+    let times = link_times(&config);
     let peers: Vec<PeerConfig> = config.peers.iter().map(peer_config).collect::<Result<_, _>>()?;
     let listen = config.link.listen.as_ref().map(|listen| listen.0);
     let (link_listener, links) = link::start(listen, &key, &peers, times).await?;
@@ -562,26 +555,33 @@ fn leg_context(config: &Config, clock: Clock, identity: Arc<tls::Identity>) -> R
         Some(path) => Roots::load(path)?,
         None => Roots::system(),
     });
-    let trust = match config.legs.verify_server {
-        true => ServerTrust::Verified,
-        false => ServerTrust::Any,
-    };
     Ok(LegContext {
         site: CurrentSite::new(site(config)?),
         clock,
         acceptor: Acceptor::new(Arc::clone(&identity), Arc::clone(&roots))?,
-        connector: Connector::new(identity, roots, trust)?,
+        connector: Connector::new(identity, roots, trust(config))?,
         resolver: Resolver::default(),
         receipts: Receipts::default(),
-        server: match &config.local.server {
-            Some(server) => Location::Fixed {
-                host: server.host.clone(),
-                port: server.port,
-            },
-            None => Location::LookUp,
-        },
+        server: server(config),
         connections_max: config.legs.connections_max,
     })
+}
+
+fn trust(config: &Config) -> ServerTrust {
+    match config.legs.verify_server {
+        true => ServerTrust::Verified,
+        false => ServerTrust::Any,
+    }
+}
+
+fn server(config: &Config) -> Location {
+    match &config.local.server {
+        Some(server) => Location::Fixed {
+            host: server.host.clone(),
+            port: server.port,
+        },
+        None => Location::LookUp,
+    }
 }
 
 fn site(config: &Config) -> Result<Site, RunError> {
@@ -629,12 +629,16 @@ struct Opened {
     answers: mpsc::UnboundedReceiver<store::Answer>,
 }
 
+fn store_path(config: &Config, peer: &config::Name) -> PathBuf {
+    config.data_dir.join(format!("{peer}.sqlite"))
+}
+
 fn open_store(config: &Config, peer: &config::Peer) -> Result<Opened, RunError> {
     fs::create_dir_all(&config.data_dir).map_err(|error| RunError::File {
         path: config.data_dir.clone(),
         error,
     })?;
-    let path = config.data_dir.join(format!("{}.sqlite", peer.name));
+    let path = store_path(config, &peer.name);
     // Unbounded, because the store's thread must not wait. The relay has one batch and two reads with it at a time.
     let (sender, answers) = mpsc::unbounded_channel();
     let (store, opening) = store::open(&path, store::Options::default(), move |answer| {
@@ -683,6 +687,17 @@ fn settings(config: &Config, peer: &config::Peer) -> Settings {
             ..SessionConfig::default()
         },
         mirror: config.mirror.settings(),
+    }
+}
+
+fn link_times(config: &Config) -> LinkTimes {
+    LinkTimes {
+        retry_max: config.link.reconnect_max.0,
+        retry_min: config.link.reconnect_max.0.min(LinkTimes::default().retry_min),
+        // Where the peer may be silent for so long, a first answer takes as long.
+        connect_timeout: LinkTimes::default().connect_timeout.max(config.link.quiet_after.0),
+        handshake_timeout: LinkTimes::default().handshake_timeout.max(config.link.quiet_after.0),
+        ..LinkTimes::default()
     }
 }
 
@@ -771,3 +786,6 @@ fn event_status(event: &Event) -> EventStatus {
         what: event.what.clone(),
     }
 }
+
+#[cfg(test)]
+mod tests;

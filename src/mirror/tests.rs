@@ -135,7 +135,11 @@ impl Site {
 
     /// `b1` and `b2` are in the room with `alice`, and the link is up.
     fn populated(settings: MirrorSettings) -> Self {
-        let mut site = Self::new(settings);
+        Self::new(settings).with_people()
+    }
+
+    fn with_people(self) -> Self {
+        let mut site = self;
         site.up();
         for user in ["b1", "b2"] {
             site.join(user);
@@ -549,7 +553,10 @@ fn repeats_answers_to_whom_they_concern() {
 
 /// A room of ours at B, and `a1` from the peer in it.
 fn hosting() -> Site {
-    let mut site = Site::new(MirrorSettings::default());
+    hosting_with(Site::new(MirrorSettings::default()))
+}
+
+fn hosting_with(mut site: Site) -> Site {
     site.up();
     let join =
         "<presence from='a1@a.example/r'><show>chat</show><x xmlns='http://jabber.org/protocol/muc'/></presence>";
@@ -1045,4 +1052,88 @@ fn unanswered_questions_are_forgotten() {
         format!("<iq type='result' id='d' from='{ROOM}'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>");
     site.far(&answer, &["b1@b.example/r"]);
     assert_eq!(site.local(&question(ROOM)).crossed.len(), 0);
+}
+
+/// What is set is what happens, whether it is so from the beginning or has been changed since. One setting after the other, each with a value
+/// that is not the default's.
+#[test]
+fn every_setting_is_obeyed() {
+    type Change = fn(&mut MirrorSettings);
+    let new = |change: Change| {
+        let mut settings = MirrorSettings::default();
+        change(&mut settings);
+        let mut later = Site::new(MirrorSettings::default());
+        later.mirror.reconfigure(settings.clone());
+        [Site::new(settings), later]
+    };
+    let populated = |change: Change| new(change).map(Site::with_people);
+    let says = |site: &mut Site| site.local(&say("b1", "m1")).delivered.len();
+
+    for mut site in populated(|settings| settings.echo = Echo::Local) {
+        assert_eq!(says(&mut site), 2, "at once, although the link is up");
+    }
+    for (max, echoed) in [(2, 2), (4, 0)] {
+        for mut site in populated(if max == 2 {
+            |_| {}
+        } else {
+            |settings| settings.echo_rtt_max = Duration::from_secs(4)
+        }) {
+            site.mirror.note_rtt(Some(Duration::from_secs(3)));
+            assert_eq!(says(&mut site), echoed, "{max}");
+        }
+    }
+    for mut site in populated(|settings| {
+        settings.rooms = vec![RoomRule {
+            pattern: ROOM.to_owned(),
+            echo: Echo::Reflect,
+        }];
+    }) {
+        site.down();
+        assert_eq!(says(&mut site), 0, "in this room never");
+    }
+    for mut site in populated(|settings| settings.split_hold = Duration::from_secs(77)) {
+        site.down();
+        assert_eq!(site.pass(76), Seen::default());
+        assert_eq!(site.pass(1).delivered.len(), 2);
+    }
+    for mut site in populated(|settings| settings.split_near = SplitNear::Away) {
+        let seen = site.split().delivered;
+        assert!(seen.len() == 2 && has(&seen, &["<show>away</show>"]), "{seen:?}");
+    }
+    for mut site in populated(|settings| settings.split_near = SplitNear::Hold) {
+        assert_eq!(site.split(), Seen::default());
+    }
+    for site in new(|settings| settings.split_far = SplitFar::Hold) {
+        assert_eq!(hosting_with(site).split().delivered.len(), 0);
+    }
+    for mut site in populated(|settings| settings.disco_lifetime = Duration::from_secs(77)) {
+        let question = "<iq type='get' id='d' from='b1@b.example/r' to='conference.a.example'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>";
+        let answer = "<iq type='result' id='d' from='conference.a.example'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>";
+        assert_eq!(site.local(question).crossed.len(), 1);
+        site.far(answer, &["b1@b.example/r"]);
+        site.now = at(76);
+        assert_eq!(site.local(question).crossed.len(), 0);
+        site.now = at(78);
+        assert_eq!(site.local(question).crossed.len(), 1);
+    }
+    for mut site in populated(|settings| settings.delay_stamp_after = Duration::from_secs(77)) {
+        let said = format!("<message from='{ROOM}/alice' type='groupchat' id='a'><body>x</body></message>");
+        for (held, stamped) in [(76, false), (78, true)] {
+            site.held = Duration::from_secs(held);
+            assert_eq!(
+                has(&site.far(&said, &["b1@b.example/r"]).delivered, &["<delay"]),
+                stamped,
+                "{held}"
+            );
+        }
+    }
+    // Only from the beginning.
+    let mut site = Site::populated(MirrorSettings {
+        enabled: false,
+        ..MirrorSettings::default()
+    });
+    assert_eq!(site.local(&ping("b1", "b1")).crossed.len(), 1);
+    assert_eq!((site.split(), says(&mut site)), (Seen::default(), 0));
+    site.mirror.reconfigure(MirrorSettings::default());
+    assert_eq!(site.local(&ping("b1", "b1")).crossed.len(), 1);
 }

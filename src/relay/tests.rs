@@ -627,3 +627,38 @@ fn rules_judge_what_comes_from_the_peer() {
     assert_eq!(relay.judge_received(&pair, cast(question, 1..=1), at(0)), []);
     assert_eq!(relay.stats().casts, 1);
 }
+
+/// A dictionary is named in the hello if what crosses is to be compressed, and none if not: then the peer does not compress either.
+#[test]
+fn compression_is_offered_if_it_is_wanted() {
+    for (compress, offered) in [(true, compress::dictionary_id()), (false, compress::NO_COMPRESSION)] {
+        let disk = Model::new(Epoch(1));
+        let settings = Settings { compress, ..settings() };
+        let mut whole = Whole {
+            relay: Relay::new(settings, &disk.opening(), at(0)),
+            disk,
+            read: Vec::new(),
+        };
+        let hello = Hello {
+            version: frame::VERSION,
+            capabilities: 0,
+            epoch: Epoch(2),
+            received: Received::default(),
+            first_unacked: Seq(1),
+            last: Seq(0),
+            site: None,
+            dictionary: compress::dictionary_id(),
+            entry_bytes_max: 1 << 20,
+            ack_delay_ms: 0,
+        };
+        let mut peer = LinkSession::new(SessionConfig::default(), hello, at(0));
+        whole.handle(Input::LinkUp);
+        let bytes = whole.relay.poll_transmit(at(0)).expect("a hello");
+        peer.handle(session::Input::Bytes(bytes), at(0)).unwrap();
+        let heard = std::iter::from_fn(|| peer.poll_output()).find_map(|output| match output {
+            session::Output::PeerHello { hello, .. } => Some(hello.dictionary),
+            _ => None,
+        });
+        assert_eq!(heard, Some(offered));
+    }
+}

@@ -46,8 +46,12 @@ struct End {
 
 impl End {
     fn new(hello: Hello) -> Self {
+        Self::with(SessionConfig::default(), hello)
+    }
+
+    fn with(config: SessionConfig, hello: Hello) -> Self {
         Self {
-            session: LinkSession::new(SessionConfig::default(), hello, at(0.0)),
+            session: LinkSession::new(config, hello, at(0.0)),
             outputs: Vec::new(),
         }
     }
@@ -1013,4 +1017,80 @@ fn a_second_roster_is_given_out_entry_by_entry() {
     user.store_all(at(2.0));
     pass(&mut user, &mut room, at(2.0)).unwrap();
     assert_eq!(room.last_acked().map(|acked| acked.upto), Some(Seq(400)));
+}
+
+/// What is set is what happens: each setting with a value that is not the default's.
+#[test]
+fn every_setting_is_obeyed() {
+    let pair = |config: &SessionConfig| {
+        let hello = |epoch| Hello {
+            ack_delay_ms: config.ack_delay.as_millis() as u64,
+            ..hello(epoch)
+        };
+        let (mut a, mut b) = (End::with(config.clone(), hello(1)), End::with(config.clone(), hello(2)));
+        pass(&mut a, &mut b, at(0.0)).unwrap();
+        pass(&mut b, &mut a, at(0.0)).unwrap();
+        (a, b)
+    };
+    let next = |end: &End| end.session.poll_timeout().map(|deadline| (deadline.why, deadline.at));
+
+    for delay in [2, 11] {
+        let (mut a, mut b) = pair(&SessionConfig {
+            ack_delay: Duration::from_secs(delay),
+            ..SessionConfig::default()
+        });
+        a.session.send(Seq(1), &Entry::Void, Duration::ZERO);
+        pass(&mut a, &mut b, at(1.0)).unwrap();
+        b.store_all(at(1.0));
+        let due = (1 + delay) as f64;
+        assert_eq!(b.session.poll_transmit(at(due - 0.1)), None);
+        assert!(b.session.poll_transmit(at(due)).is_some());
+    }
+    for quiet in [7, 11] {
+        let (mut a, _) = pair(&SessionConfig {
+            quiet_after: Duration::from_secs(quiet),
+            dead_after: Duration::from_secs(4 * quiet),
+            ..SessionConfig::default()
+        });
+        a.session.send(Seq(1), &Entry::Void, Duration::ZERO);
+        a.session.poll_transmit(at(1.0)).unwrap();
+        // The peer may keep its acknowledgement back for 5 s.
+        let quiet = quiet as f64;
+        assert_eq!(next(&a), Some(("peer quiet", at(6.0 + quiet).mono)));
+        a.handle(Input::Timeout, at(6.0 + quiet)).unwrap();
+        a.handle(Input::Timeout, at(5.9 + 4.0 * quiet)).unwrap();
+        assert!(a.handle(Input::Timeout, at(6.0 + 4.0 * quiet)).is_err());
+    }
+    let (mut a, mut b) = pair(&SessionConfig {
+        keepalive: Some(Duration::from_secs(10)),
+        keepalive_max: Duration::from_secs(20),
+        ..SessionConfig::default()
+    });
+    for second in 1..=600 {
+        let now = at(f64::from(second));
+        for end in [&mut a, &mut b] {
+            end.handle(Input::Timeout, now).unwrap();
+        }
+        for _ in 0..2 {
+            pass(&mut a, &mut b, now).unwrap();
+            pass(&mut b, &mut a, now).unwrap();
+        }
+    }
+    let pings = a.session.stats().pings_sent + b.session.stats().pings_sent;
+    assert!(
+        (25..=60).contains(&pings),
+        "every 20 s in the end, not every 10 s nor every 480: {pings}"
+    );
+    let (a, _) = pair(&SessionConfig {
+        keepalive: None,
+        ..SessionConfig::default()
+    });
+    assert_eq!(next(&a), None);
+
+    let (mut a, _) = pair(&SessionConfig {
+        fragment_bytes_max: 333,
+        ..SessionConfig::default()
+    });
+    let encoded = Bytes::from(vec![b'x'; 3000]);
+    assert_eq!(a.session.send_fragment(Seq(1), &encoded, 0, Duration::ZERO), 333);
 }
