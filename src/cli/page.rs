@@ -169,16 +169,18 @@ fn write_peer(html: &mut String, peer: &PeerStatus) -> fmt::Result {
     row(
         "rooms",
         format!(
-            "{} users here in {} rooms there, {} users there in rooms here",
-            rooms.sessions, rooms.mirrored, rooms.guests
+            "{} here in {} there, {} there in rooms here",
+            count(rooms.sessions, "user", "users"),
+            count(rooms.mirrored, "room", "rooms"),
+            count(rooms.guests, "user", "users")
         ),
     )?;
     if rooms.split > 0 {
         row(
             "split",
             format!(
-                "<b class=bad>the users of {} rooms were told that the link is gone</b>",
-                rooms.split
+                "<b class=bad>the users of {} were told that the link is gone</b>",
+                count(rooms.split, "room", "rooms")
             ),
         )?;
     }
@@ -192,10 +194,15 @@ fn write_peer(html: &mut String, peer: &PeerStatus) -> fmt::Result {
     Ok(())
 }
 
+fn count(number: u64, one: &str, more: &str) -> String {
+    let noun = if number == 1 { one } else { more };
+    format!("{number} {noun}")
+}
+
 fn queue(queue: &QueueStatus) -> String {
     match queue.entries {
         0 => "nothing".to_owned(),
-        entries => format!("{entries} entries, {}", bytes(queue.bytes)),
+        entries => format!("{}, {}", count(entries, "entry", "entries"), bytes(queue.bytes)),
     }
 }
 
@@ -227,12 +234,19 @@ fn write_chart(html: &mut String, samples: &VecDeque<Sample>) -> fmt::Result {
     };
     let away = steps.iter().filter(|(_, end)| !end.up).count() as u64;
     let summary = format!(
-        "In the last {}: sent {}, received {}, at most {} entries waiting, link away for {}.",
+        "In the last {}: sent {}, received {}, at most {} waiting, link {}.",
         period((STEP * steps.len() as u32).as_secs_f64()),
         bytes(last.ip_sent.saturating_sub(first.ip_sent)),
         bytes(last.ip_received.saturating_sub(first.ip_received)),
-        samples.iter().map(|sample| sample.waiting).max().unwrap_or_default(),
-        period(STEP.as_secs_f64() * away as f64),
+        count(
+            samples.iter().map(|sample| sample.waiting).max().unwrap_or_default(),
+            "entry",
+            "entries"
+        ),
+        match away {
+            0 => "never away".to_owned(),
+            away => format!("away for {}", period(STEP.as_secs_f64() * away as f64)),
+        },
     );
     write!(
         html,

@@ -117,8 +117,13 @@ pub fn run(args: &[String]) -> io::Result<bool> {
         .site_b(Ejabberd::stock().limits(Limits::ServersOnly))
         .users_a(accounts(0))
         .users_b(accounts(plan.people))
-        .layout(Layout::Sidecar(SidecarSpec::new(narrows)))
+        .layout(Layout::Sidecar(SidecarSpec::new(&narrows)))
         .start()?;
+    println!(
+        "In another terminal you can watch the ship's sidecar meanwhile:\n  ip netns exec {} {} top\n",
+        world.b.namespace().name(),
+        narrows.display()
+    );
     match play(&world, &plan) {
         Ok(good) => Ok(good),
         Err(Failure(why)) => {
@@ -523,6 +528,10 @@ impl Scores {
         if !good {
             println!("\n{}", self.tally);
         }
+        println!(
+            "\n  On a real pair `narrows top` shows links, queues and savings live, a browser shows them at the admin port, and\n  \
+             grafana/ has dashboards (overview, link, rooms, queue) and alerts for a Prometheus that scrapes it."
+        );
         good
     }
 }
