@@ -108,20 +108,23 @@ impl View {
 fn draw(frame: &mut Frame<'_>, view: &View) {
     let peers = u16::try_from(view.now.peers.len()).unwrap_or(u16::MAX);
     let table = peers.saturating_add(2);
-    let areas = Layout::vertical([
-        Constraint::Length(1),
-        Constraint::Length(table),
-        Constraint::Length(table),
-        Constraint::Length(table),
-        Constraint::Min(3),
-        Constraint::Length(1),
-    ]);
-    let [head, links, queues, savings, events, foot] = areas.areas(frame.area());
+    let [head, middle, foot] =
+        Layout::vertical([Constraint::Length(1), Constraint::Fill(1), Constraint::Length(1)]).areas(frame.area());
     frame.render_widget(headline(&view.now), head);
-    draw_links(frame, view, links);
-    draw_queues(frame, view, queues);
-    draw_savings(frame, view, savings);
-    draw_events(frame, view, events);
+    if table.saturating_mul(3) + EVENTS_MIN <= middle.height {
+        let table = Constraint::Length(table);
+        let areas = Layout::vertical([table, table, table, Constraint::Fill(1)]);
+        let [links, queues, savings, events] = areas.areas(middle);
+        draw_links(frame, view, links);
+        draw_queues(frame, view, queues);
+        draw_savings(frame, view, savings);
+        draw_events(frame, view, events);
+    } else {
+        let areas = Layout::vertical([Constraint::Fill(1), Constraint::Length(EVENTS_MIN)]);
+        let [all, events] = areas.areas(middle);
+        draw_worst(frame, view, all);
+        draw_events(frame, view, events);
+    }
     let line = match (&view.trouble, &view.now.not_ready) {
         (Some(trouble), _) => Line::from(trouble.as_str()).red(),
         (None, Some(why)) => Line::from(format!("not ready: {why}")).red(),
@@ -129,6 +132,9 @@ fn draw(frame: &mut Frame<'_>, view: &View) {
     };
     frame.render_widget(line, foot);
 }
+
+/// Lines for what happened lately, with the one above them.
+const EVENTS_MIN: u16 = 5;
 
 fn headline(status: &Status) -> Line<'_> {
     Line::from(format!(
@@ -156,19 +162,22 @@ fn draw_table<const N: usize>(
     frame.render_widget(table, area);
 }
 
+fn link(peer: &PeerStatus) -> Cell<'static> {
+    match peer.up {
+        true => Cell::from("up").style(Color::Green),
+        false => Cell::from("DOWN").style(Style::new().fg(Color::Red).bold()),
+    }
+}
+
 fn draw_links(frame: &mut Frame<'_>, view: &View, area: Rect) {
     let rows = view.now.peers.iter().map(|peer| {
-        let link = match peer.up {
-            true => Cell::from("up").style(Color::Green),
-            false => Cell::from("DOWN").style(Style::new().fg(Color::Red).bold()),
-        };
         let [out, back] = match view.rates(peer) {
             Some(rates) => rates.map(rate),
             None => ["-".to_owned(), "-".to_owned()],
         };
         Row::new([
             Cell::from(peer.name.clone()),
-            link,
+            link(peer),
             Cell::from(coarse(peer.since_seconds)),
             Cell::from(peer.rtt_seconds.map_or("-".to_owned(), period)),
             Cell::from(out),
@@ -185,23 +194,61 @@ fn draw_links(frame: &mut Frame<'_>, view: &View, area: Rect) {
     );
 }
 
-fn draw_queues(frame: &mut Frame<'_>, view: &View, area: Rect) {
-    let queue = |queue: &QueueStatus| match queue.entries {
+/// What waits, and when it will be through.
+fn queue(queue: &QueueStatus) -> String {
+    match queue.entries {
         0 => "-".to_owned(),
         entries => format!("{entries} ({})", bytes(queue.bytes)),
-    };
+    }
+}
+
+fn through(peer: &PeerStatus) -> String {
+    match (peer.spool.entries, peer.drain_seconds) {
+        (0, _) => "-".to_owned(),
+        (_, None) => "not known".to_owned(),
+        (_, Some(seconds)) if peer.up => coarse(seconds),
+        (_, Some(seconds)) => format!("once up {}", coarse(seconds)),
+    }
+}
+
+/// A line for each of many peers, those first that are down, then those with the oldest entries; as many as there is room for.
+fn draw_worst(frame: &mut Frame<'_>, view: &View, area: Rect) {
+    let mut peers: Vec<&PeerStatus> = view.now.peers.iter().collect();
+    let age = |peer: &PeerStatus| peer.spool.oldest_seconds.unwrap_or_default();
+    peers.sort_by(|one, other| one.up.cmp(&other.up).then(age(other).total_cmp(&age(one))));
+    let down = peers.iter().filter(|peer| !peer.up).count();
+    let rows = peers.iter().map(|peer| {
+        // Both ways together: there is a line's room.
+        let both: f64 = view.rates(peer).unwrap_or_default().iter().sum();
+        Row::new([
+            Cell::from(peer.name.clone()),
+            link(peer),
+            Cell::from(coarse(peer.since_seconds)),
+            Cell::from(queue(&peer.spool)),
+            Cell::from(peer.spool.oldest_seconds.map_or("-".to_owned(), coarse)),
+            Cell::from(through(peer)),
+            Cell::from(rate(both)),
+        ])
+    });
+    let title = format!("{down} of {} down", peers.len());
+    let [line, table] = Layout::vertical([Constraint::Length(1), Constraint::Fill(1)]).areas(area);
+    frame.render_widget(Line::from(title), line);
+    draw_table(
+        frame,
+        table,
+        ["PEER", "is", "for", "to cross", "oldest", "through in", "both ways"],
+        [10, 4, 10, 13, 9, 14, 11],
+        rows.collect(),
+    );
+}
+
+fn draw_queues(frame: &mut Frame<'_>, view: &View, area: Rect) {
     let rows = view.now.peers.iter().map(|peer| {
-        let through = match (peer.spool.entries, peer.drain_seconds) {
-            (0, _) => "-".to_owned(),
-            (_, None) => "not known".to_owned(),
-            (_, Some(seconds)) if peer.up => coarse(seconds),
-            (_, Some(seconds)) => format!("once up {}", coarse(seconds)),
-        };
         Row::new([
             peer.name.clone(),
             queue(&peer.spool),
             peer.spool.oldest_seconds.map_or("-".to_owned(), coarse),
-            through,
+            through(peer),
             queue(&peer.inbox),
             format!("{} + {}", peer.rooms.sessions, peer.rooms.guests),
             match peer.rooms.split {
@@ -448,6 +495,37 @@ mod tests {
             shown.contains("nobody answers at 127.0.0.1:9275") && shown.contains("shore"),
             "{shown}"
         );
+    }
+
+    /// Of many peers those are shown that somebody should look at.
+    #[test]
+    fn many_peers_are_a_line_each() {
+        let mut status = status(0);
+        let (up, down) = (status.peers[0].clone(), status.peers[1].clone());
+        status.peers = (0..30)
+            .map(|n| PeerStatus {
+                name: format!("up{n}"),
+                ..up.clone()
+            })
+            .chain([down])
+            .collect();
+        let mut view = View::default();
+        view.take(Ok(status), None);
+        let mut terminal = Terminal::new(TestBackend::new(80, 24)).unwrap();
+        terminal.draw(|frame| draw(frame, &view)).unwrap();
+        let shown = terminal.backend().to_string();
+        let lines: Vec<&str> = shown.lines().map(|line| line.trim_matches('"').trim_end()).collect();
+        assert_eq!(
+            lines[1..5],
+            [
+                "1 of 31 down",
+                "PEER       is   for        to cross      oldest    through in     both ways",
+                "island     DOWN 1 min      41 (20.5 kB)  50 s      not known      -",
+                "up0        up   2 h 1 min  3 (1120 B)    <10 s     10 s           -",
+            ],
+            "{shown}"
+        );
+        assert!(lines[18].starts_with("lately") && lines[23] == "q ends", "{shown}");
     }
 
     /// A terminal that is too small shows less, and does not fail.
