@@ -493,6 +493,8 @@ declare! {
         "How long users were without the far side: from when they were told that the link is gone until they were shown who is there.";
     MIRROR_GHOSTS: Counter<Peer> = "narrows_mirror_ghosts_total",
         "The peer's sessions that a local room no longer knew, and which were told so: after a restart of the server, for one.";
+    MIRROR_FOUND: Counter<Peer> = "narrows_mirror_found_total",
+        "Messages that a local room had said to the peer's users when narrows was killed and had not taken them in, found in its history and sent on.";
     MIRROR_OVERFLOWS: Counter<Peer> = "narrows_mirror_overflows_total",
         "Rooms and sessions that are not mirrored, or no longer, because a limit was reached. Their stanzas cross as without a mirror.";
 

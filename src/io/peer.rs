@@ -783,6 +783,7 @@ impl Owner {
         m::MIRROR_SPLITS.follow(peer, mirrored.splits);
         m::MIRROR_HEALS.follow(peer, mirrored.heals);
         m::MIRROR_GHOSTS.follow(peer, mirrored.ghosts);
+        m::MIRROR_FOUND.follow(peer, mirrored.found);
         m::MIRROR_OVERFLOWS.follow(peer, mirrored.overflows);
         if mirrored.overflows > 0 && !std::mem::replace(&mut self.told_overflow, true) {
             warn!(peer = %self.name, "A room is too large to be mirrored, or rooms are too many. This is said once; the metrics count them.");

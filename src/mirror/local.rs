@@ -99,7 +99,7 @@ impl Mirror {
             },
             Kind::Presence | Kind::Message => {}
         }
-        self.primary.handle_local(stanza, &from, &to)
+        self.primary.handle_local(stanza, &from, &to, now)
     }
 
     fn is_session(&self, room: &str, session: &str) -> bool {

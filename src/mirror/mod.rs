@@ -40,6 +40,7 @@ mod primary;
 mod room;
 mod rows;
 mod settings;
+mod tail;
 mod words;
 
 use std::{
@@ -106,6 +107,8 @@ pub struct MirrorStats {
     pub ghosts: u64,
     /// Rooms and sessions that pass as they are from then on, because a limit was reached.
     pub overflows: u64,
+    /// Messages that our rooms had said while nobody took them in, and that were found.
+    pub found: u64,
 }
 
 /// Where the link stands, as users notice it.
@@ -186,17 +189,19 @@ impl Mirror {
         let mut useless: BTreeSet<Bytes> = state.keys().cloned().collect();
         let mut doubtful = BTreeSet::new();
         let enabled = self.settings.enabled;
-        for kind in rows::Kind::ALL.into_iter().filter(|_| enabled) {
+        // What waited was accepted, and crosses in any case.
+        let kinds = rows::Kind::ALL.into_iter();
+        for kind in kinds.filter(|kind| enabled || *kind == rows::Kind::Held) {
             for (key, value) in state {
                 let Some((room, what)) = kind.parts(key) else { continue };
                 if self.load_row(kind, room, what, value, now).is_some() {
                     useless.remove(key);
                     let rows = match kind {
-                        rows::Kind::Guest => self.primary.rows(),
+                        rows::Kind::Guest | rows::Kind::Tail | rows::Kind::Held => self.primary.rows(),
                         rows::Kind::Room | rows::Kind::Occupant | rows::Kind::Echo => &mut self.rows,
                     };
                     rows.note(key, value);
-                } else if kind != rows::Kind::Guest {
+                } else if matches!(kind, rows::Kind::Room | rows::Kind::Occupant | rows::Kind::Echo) {
                     doubtful.insert(room.to_owned());
                 }
             }
@@ -211,11 +216,14 @@ impl Mirror {
         if self.rooms.values().any(|room| room.split.is_some()) || self.primary.has_absent() {
             self.link = self.detached_again(now);
         }
+        self.primary.begin(now);
     }
 
     fn load_row(&mut self, kind: rows::Kind, room: &str, what: &[u8], value: &[u8], now: Now) -> Option<()> {
         match kind {
             rows::Kind::Guest => self.primary.load(room, std::str::from_utf8(what).ok()?, value, now)?,
+            rows::Kind::Tail => self.primary.load_tail(room, value)?,
+            rows::Kind::Held => self.primary.load_held(room, what, value)?,
             rows::Kind::Room => {
                 let domain = Domain::new(domain_of(room)).ok()?;
                 if !self.far.contains(&domain) {
@@ -249,6 +257,11 @@ impl Mirror {
             enabled: self.settings.enabled,
             ..settings
         };
+    }
+
+    /// A batch is about to go to the disk: writes what has changed with every message.
+    pub fn flush(&mut self, now: Now) {
+        self.primary.flush(now);
     }
 
     pub fn poll_output(&mut self) -> Option<Output> {
@@ -286,6 +299,7 @@ impl Mirror {
     pub fn stats(&self) -> MirrorStats {
         MirrorStats {
             ghosts: self.primary.ghosts(),
+            found: self.primary.found(),
             overflows: self.stats.overflows + self.primary.overflows(),
             ..self.stats
         }
@@ -303,12 +317,12 @@ impl Mirror {
     }
 
     /// The peer has said what it holds; what it has for us follows.
-    pub fn handle_link_up(&mut self) {
+    pub fn handle_link_up(&mut self, now: Now) {
         if !self.settings.enabled || matches!(self.link, Link::Live | Link::Resyncing) {
             return;
         }
         self.link = Link::Resyncing;
-        self.primary.heal();
+        self.primary.heal(now);
     }
 
     /// All that the peer had when the link came up is here.
@@ -356,26 +370,26 @@ impl Mirror {
     }
 
     /// The peer's numbering or ours began anew, so something may be missing from what we know.
-    pub fn forget(&mut self) {
+    pub fn forget(&mut self, now: Now) {
         let rooms: Vec<String> = self.rooms.keys().cloned().collect();
         for name in rooms {
             self.drop_room(&name);
         }
-        self.primary.forget();
+        self.primary.forget(now);
     }
 
     pub fn handle_timeout(&mut self, now: Now) {
         if self.settings.enabled && self.split_at().is_some_and(|at| at <= now.mono) {
             self.link = Link::Detached { rest_at: None };
-            self.split();
+            self.split(now);
         }
         self.primary.handle_timeout(now);
     }
 
     /// Tells both sides' users that the link is gone, whoever of them does not know.
-    fn split(&mut self) {
+    fn split(&mut self, now: Now) {
         let rooms: Vec<String> = self.rooms.keys().cloned().collect();
-        let mut shown = self.primary.split();
+        let mut shown = self.primary.split(now);
         for name in rooms {
             shown |= self.show_split(&name);
             self.show_unheard(&name);

@@ -16,6 +16,7 @@ use super::{
     muc::{LOST, MucUser, SELF_PRESENCE},
     room::{SESSIONS_MAX, begin_row, row, text},
     rows::{self, Rows},
+    tail::{LINES_MAX, Tails},
     words::{AWAY, away, lost_presence, node_of, to_attribute},
 };
 use crate::{
@@ -60,6 +61,7 @@ pub struct Primary {
     wake_at: Option<Mono>,
     ghosts: u64,
     overflows: u64,
+    tails: Tails,
     rows: Rows,
     outputs: VecDeque<Output>,
 }
@@ -77,6 +79,7 @@ impl Primary {
             wake_at: None,
             ghosts: 0,
             overflows: 0,
+            tails: Tails::default(),
             rows: Rows::default(),
             outputs: VecDeque::new(),
         }
@@ -110,6 +113,31 @@ impl Primary {
         Some(())
     }
 
+    /// After the guests.
+    pub fn load_tail(&mut self, room: &str, value: &[u8]) -> Option<()> {
+        self.rooms.contains_key(room).then(|| self.tails.load(room, value))?
+    }
+
+    pub fn load_held(&mut self, room: &str, number: &[u8], value: &[u8]) -> Option<()> {
+        self.tails.load_held(room, number, value)
+    }
+
+    /// A process begins, and with it what the rooms said last is in doubt.
+    pub fn begin(&mut self, now: Now) {
+        let inside = self.rooms.iter().map(|(room, guests)| {
+            let joined = guests.iter().filter(|(_, guest)| guest.joined);
+            (room.clone(), joined.map(|(address, _)| address.clone()).collect())
+        });
+        for (room, address) in self.tails.suspect(inside.collect(), now, &mut self.outputs) {
+            self.verify_now(&room, &address, now);
+        }
+    }
+
+    /// Writes what has changed with every message.
+    pub fn flush(&mut self, now: Now) {
+        self.tails.flush(now, &mut self.rows, &mut self.outputs);
+    }
+
     pub fn rows(&mut self) -> &mut Rows {
         &mut self.rows
     }
@@ -119,6 +147,14 @@ impl Primary {
     }
 
     pub fn poll_timeout(&self) -> Option<Deadline> {
+        let late = self.tails.poll_timeout().map(|at| Deadline {
+            at,
+            why: "a room's tail",
+        });
+        Deadline::earlier(self.ask_at(), late)
+    }
+
+    fn ask_at(&self) -> Option<Deadline> {
         let next = self.wake_at?;
         Some(Deadline {
             at: self.next_burst.map_or(next, |burst| next.max(burst)),
@@ -143,11 +179,16 @@ impl Primary {
         self.ghosts
     }
 
+    pub fn found(&self) -> u64 {
+        self.tails.found()
+    }
+
     pub fn overflows(&self) -> u64 {
         self.overflows
     }
 
-    pub fn forget(&mut self) {
+    pub fn forget(&mut self, now: Now) {
+        self.tails.forget(now, &mut self.outputs);
         for (room, guests) in std::mem::take(&mut self.rooms) {
             for address in guests.keys() {
                 self.rows.remove(guest_key(&room, address), &mut self.outputs);
@@ -179,6 +220,9 @@ impl Primary {
                 let Some(presence) = stanza.without_child(ns::MUC, "x") else {
                     return;
                 };
+                if stanza.is_join() {
+                    self.tails.left(name, &from, now, &mut self.outputs);
+                }
                 let guest = Guest {
                     // Until the room says otherwise.
                     nick: known.map_or(nick, |guest| &guest.nick).to_owned(),
@@ -191,9 +235,9 @@ impl Primary {
                     .entry(name.to_owned())
                     .or_default()
                     .insert(from.clone().into_owned(), guest);
-                self.write(name, &from);
+                self.write(name, &from, now);
             }
-            Some("unavailable") => self.remove(name, &from),
+            Some("unavailable") => self.remove(name, &from, now),
             Some(_) => {}
         }
     }
@@ -206,14 +250,14 @@ impl Primary {
     }
 
     /// A stanza of our server for the peer: gives it back, if it is to cross.
-    pub fn handle_local(&mut self, stanza: Stanza, from: &str, to: &str) -> Option<Stanza> {
+    pub fn handle_local(&mut self, stanza: Stanza, from: &str, to: &str, now: Now) -> Option<Stanza> {
         match stanza.kind() {
             Kind::Iq => {
                 let Some(id) = stanza.id().filter(|id| self.is_ours(id)) else {
                     return Some(stanza);
                 };
                 let id = id.into_owned();
-                self.answered(&id, &stanza, from);
+                self.answered(&id, &stanza, from, now);
                 None
             }
             Kind::Presence => {
@@ -234,36 +278,44 @@ impl Primary {
                         }
                         if let Some(guest) = guests.get_mut(to)
                             && MucUser::of(&node).is_some_and(|muc| muc.is_self())
-                            && (!guest.joined || guest.nick != nick)
                         {
-                            guest.joined = true;
-                            nick.clone_into(&mut guest.nick);
-                            let verify_at = guest.verify_at;
-                            self.wake_by(verify_at);
-                            self.write(name, to);
+                            self.tails.entered(name, to, now);
+                            if !guest.joined || guest.nick != nick {
+                                guest.joined = true;
+                                nick.clone_into(&mut guest.nick);
+                                let verify_at = guest.verify_at;
+                                self.wake_by(verify_at);
+                                self.write(name, to, now);
+                            }
                         }
                     }
                     Some("unavailable") if guests.contains_key(to) => {
                         let muc = MucUser::of(&node_of(&stanza)).unwrap_or_default();
                         if muc.is_own_leave() {
-                            self.remove(name, to);
+                            self.remove(name, to, now);
                         }
                     }
-                    Some("error") if guests.get(to).is_some_and(|guest| !guest.joined) => self.remove(name, to),
+                    Some("error") if guests.get(to).is_some_and(|guest| !guest.joined) => self.remove(name, to, now),
                     Some(_) => {}
                 }
                 Some(stanza)
             }
-            Kind::Message => Some(stanza),
+            Kind::Message => {
+                let name = bare(from);
+                if !self.rooms.get(name).is_some_and(|guests| guests.contains_key(to)) {
+                    return Some(stanza);
+                }
+                self.tails.hear(stanza, name, to, now, &mut self.outputs)
+            }
         }
     }
 
     /// Marks the guests as away. Says whether there are any.
-    pub fn split(&mut self) -> bool {
+    pub fn split(&mut self, now: Now) -> bool {
         if self.split_far == SplitFar::Hold {
             return false;
         }
-        self.speak_for(|guest| {
+        self.speak_for(now, |guest| {
             if !guest.joined || guest.away {
                 return None;
             }
@@ -273,12 +325,14 @@ impl Primary {
     }
 
     /// Puts back what the guests last said of themselves.
-    pub fn heal(&mut self) {
-        self.speak_for(|guest| std::mem::take(&mut guest.away).then(|| guest.presence.clone()));
+    pub fn heal(&mut self, now: Now) {
+        self.speak_for(now, |guest| {
+            std::mem::take(&mut guest.away).then(|| guest.presence.clone())
+        });
     }
 
     /// Has guests say something in their rooms.
-    fn speak_for(&mut self, says: impl Fn(&mut Guest) -> Option<Stanza>) -> bool {
+    fn speak_for(&mut self, now: Now, says: impl Fn(&mut Guest) -> Option<Stanza>) -> bool {
         let mut spoken = Vec::new();
         for (room, guests) in &mut self.rooms {
             for (address, guest) in guests {
@@ -300,7 +354,7 @@ impl Primary {
                     recipients: vec![attribute],
                 }));
             }
-            self.write(room, address);
+            self.write(room, address, now);
         }
         !spoken.is_empty()
     }
@@ -322,8 +376,16 @@ impl Primary {
         }
     }
 
+    fn verify_now(&mut self, room: &str, address: &str, now: Now) {
+        if let Some(guest) = self.rooms.get_mut(room).and_then(|guests| guests.get_mut(address)) {
+            guest.verify_at = now.mono;
+            self.wake_by(now.mono);
+        }
+    }
+
     pub fn handle_timeout(&mut self, now: Now) {
-        if self.poll_timeout().is_none_or(|deadline| deadline.at > now.mono) {
+        self.tails.handle_timeout(now, &mut self.outputs);
+        if self.ask_at().is_none_or(|deadline| deadline.at > now.mono) {
             return;
         }
         self.next_burst = None;
@@ -374,14 +436,20 @@ impl Primary {
     }
 
     /// A room has answered a question of ours.
-    fn answered(&mut self, id: &str, answer: &Stanza, from: &str) {
+    fn answered(&mut self, id: &str, answer: &Stanza, from: &str, now: Now) {
         let Some((room, address)) = self.asked.remove(id) else {
             return;
         };
         let Some(guest) = self.rooms.get(&room).and_then(|guests| guests.get(&address)) else {
             return;
         };
-        if bare(from) != room || !guest.joined || !is_stranger(answer) {
+        if bare(from) != room || !guest.joined {
+            return;
+        }
+        if !answer.is_error() && self.tails.is_suspected(&room) {
+            return self.enter_again(&room, &address);
+        }
+        if !is_stranger(answer) {
             return;
         }
         self.ghosts += 1;
@@ -392,20 +460,49 @@ impl Primary {
         if let Ok(told) = Stanza::parse(told) {
             self.outputs.push_back(Output::Cross(told));
         }
-        self.remove(&room, &address);
+        self.remove(&room, &address, now);
+        // Another may be asked about in its place.
+        let others = self.rooms.get(&room).into_iter().flatten();
+        let mut others = others
+            .filter(|(_, guest)| guest.joined)
+            .map(|(address, _)| address.clone());
+        if let Some(other) = others.next().filter(|_| self.tails.is_suspected(&room)) {
+            self.verify_now(&room, &other, now);
+        }
     }
 
-    fn remove(&mut self, room: &str, address: &str) {
+    /// A guest that is inside enters once more, so that the room repeats its last words. It is shown the others again.
+    fn enter_again(&mut self, room: &str, address: &str) {
+        let Some(guest) = self.rooms.get(room).and_then(|guests| guests.get(address)) else {
+            return;
+        };
+        let presence = match guest.away {
+            true => away(&guest.presence),
+            false => Some(guest.presence.clone()),
+        };
+        let x = format!("<x xmlns='{}'><history maxstanzas='{LINES_MAX}'/></x>", ns::MUC);
+        let join = presence
+            .and_then(|presence| presence.with_child(&x))
+            .and_then(|presence| presence.with_to(&format!("{room}/{}", guest.nick)));
+        if let Some(join) = join {
+            self.tails.asked(room, address);
+            self.outputs.push_back(Output::Ask(join));
+        }
+    }
+
+    fn remove(&mut self, room: &str, address: &str, now: Now) {
+        self.tails.left(room, address, now, &mut self.outputs);
         let Some(guests) = self.rooms.get_mut(room) else { return };
         if guests.remove(address).is_some() {
             self.rows.remove(guest_key(room, address), &mut self.outputs);
         }
         if guests.is_empty() {
             self.rooms.remove(room);
+            self.tails.close(room, now, &mut self.outputs);
         }
     }
 
-    fn write(&mut self, room: &str, address: &str) {
+    fn write(&mut self, room: &str, address: &str, now: Now) {
         let Some(guest) = self.rooms.get(room).and_then(|guests| guests.get(address)) else {
             return;
         };
@@ -415,7 +512,7 @@ impl Primary {
         put_prefixed(&mut value, guest.presence.bytes());
         if !self.rows.put(guest_key(room, address), value.into(), &mut self.outputs) {
             self.overflows += 1;
-            self.remove(room, address);
+            self.remove(room, address, now);
         }
     }
 }

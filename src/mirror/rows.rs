@@ -26,11 +26,20 @@ pub enum Kind {
     Occupant = b'o',
     Echo = b'e',
     Guest = b'g',
+    Tail = b't',
+    Held = b'h',
 }
 
 impl Kind {
     /// Rooms before what stands in them.
-    pub const ALL: [Self; 4] = [Self::Room, Self::Occupant, Self::Echo, Self::Guest];
+    pub const ALL: [Self; 6] = [
+        Self::Room,
+        Self::Occupant,
+        Self::Echo,
+        Self::Guest,
+        Self::Tail,
+        Self::Held,
+    ];
 
     /// The key of a room's own row, or of something in it.
     pub fn key(self, room: &str, what: &[u8]) -> Bytes {

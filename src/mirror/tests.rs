@@ -59,6 +59,7 @@ impl Site {
 
     fn drain(&mut self) -> Seen {
         let mut seen = Seen::default();
+        self.mirror.flush(self.now);
         while let Some(output) = self.mirror.poll_output() {
             match output {
                 Output::Deliver(cast) => {
@@ -155,7 +156,7 @@ impl Site {
     }
 
     fn up(&mut self) -> Seen {
-        self.mirror.handle_link_up();
+        self.mirror.handle_link_up(self.now);
         let mut seen = self.drain();
         self.mirror.handle_caught_up();
         seen.delivered.extend(self.drain().delivered);
@@ -259,7 +260,7 @@ fn a_split_is_shown_late_and_healed_with_the_truth() {
         &["type='error'", "remote-server-timeout", "type='wait'"]
     ));
 
-    site.mirror.handle_link_up();
+    site.mirror.handle_link_up(site.now);
     let both = ["b1@b.example/r", "b2@b.example/r"];
     // `adam` has gone meanwhile, `eve` has come, `alice` has changed: nothing of it is shown one by one.
     let gone = format!(
@@ -407,7 +408,7 @@ fn a_leave_during_a_split_is_told_once() {
         &seen.delivered,
         &["/b2'", "unavailable", "to='b1@b.example/r'", "role='none'"]
     ));
-    site.mirror.handle_link_up();
+    site.mirror.handle_link_up(site.now);
     let gone = format!(
         "<presence from='{ROOM}/b2' type='unavailable'><x xmlns='{}'><item affiliation='member' role='none'/></x></presence>",
         ns::MUC_USER
@@ -695,7 +696,7 @@ fn what_the_link_took_along_is_shown() {
     let seen = site.drain();
     assert_eq!(seen.delivered.len(), 2);
     assert!(has(&seen.delivered, &["id='m2'", "to='b2@"]));
-    site.mirror.handle_link_up();
+    site.mirror.handle_link_up(site.now);
     assert_eq!(site.far(&reflection("m2"), &both).delivered.len(), 0);
 }
 
@@ -754,7 +755,7 @@ fn who_was_entering_is_shown_again() {
     site.presence("b3", "", &["b1@b.example/r"]);
     let seen = site.split();
     assert!(has(&seen.delivered, &["/b3'", "unavailable", "to='b1@"]));
-    site.mirror.handle_link_up();
+    site.mirror.handle_link_up(site.now);
     site.self_presence("b3", "b3@b.example/r");
     // And one who enters while what waited comes.
     site.join("b4");
@@ -774,7 +775,7 @@ fn an_echo_follows_its_author_to_another_nick() {
     site.local(&format!("<presence from='b1@b.example/r' to='{ROOM}/bee'/>"));
     site.split();
     site.local(&say("b1", "m1"));
-    site.mirror.handle_link_up();
+    site.mirror.handle_link_up(site.now);
     let away = format!(
         "<presence from='{ROOM}/b1' type='unavailable'><x xmlns='{}'><item affiliation='member' role='participant' nick='bee'/>\
          <status code='303'/></x></presence>",
@@ -812,7 +813,7 @@ fn what_was_shown_outlasts_those_who_saw_it() {
         ));
     }
     assert_eq!((site.mirror.levels().rooms, site.mirror.levels().sessions), (0, 0));
-    site.mirror.handle_link_up();
+    site.mirror.handle_link_up(site.now);
     let both = ["b1@b.example/r", "b2@b.example/r"];
     let reflection = format!("<message from='{ROOM}/b1' type='groupchat' id='m1'><body>hello</body></message>");
     assert_eq!(site.far(&reflection, &both).delivered.len(), 0);
@@ -862,7 +863,7 @@ fn what_cannot_be_written_passes() {
             site.split();
         }
         site.local(&say("b1", "m1"));
-        site.mirror.handle_link_up();
+        site.mirror.handle_link_up(site.now);
         site.drain();
         site.fill_rows();
         assert_eq!(site.far(told, to).delivered.len(), to.len(), "{told}");
@@ -884,7 +885,7 @@ fn an_echo_that_cannot_be_written_is_not_shown() {
     assert_eq!(site.drain().delivered.len(), 0);
     let seen = site.local(&say("b1", "m2"));
     assert_eq!((seen.crossed.len(), seen.delivered.len()), (1, 0));
-    site.mirror.handle_link_up();
+    site.mirror.handle_link_up(site.now);
     let both = ["b1@b.example/r", "b2@b.example/r"];
     for id in ["m1", "m2"] {
         let reflection = format!("<message from='{ROOM}/b1' type='groupchat' id='{id}'><body>hello</body></message>");
@@ -931,7 +932,7 @@ fn a_split_that_comes_back_is_told_to_the_rest() {
     for restarts in [false, true] {
         let mut site = with_guest(Site::populated(MirrorSettings::default()));
         assert_eq!(site.split().delivered.len(), 3);
-        site.mirror.handle_link_up();
+        site.mirror.handle_link_up(site.now);
         site.drain();
         site.join("b3");
         site.presence("alice", "", &["b3@b.example/r"]);
@@ -1136,4 +1137,324 @@ fn every_setting_is_obeyed() {
     assert_eq!((site.split(), says(&mut site)), (Seen::default(), 0));
     site.mirror.reconfigure(MirrorSettings::default());
     assert_eq!(site.local(&ping("b1", "b1")).crossed.len(), 1);
+}
+
+const MESS: &str = "mess@conference.b.example";
+
+/// A room of ours with `a1` and `a2` of the peer's users in it, whom it lets in without history.
+fn hosting_two() -> Site {
+    let mut site = Site::new(MirrorSettings::default());
+    site.up();
+    for user in ["a1", "a2"] {
+        let join =
+            format!("<presence from='{user}@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/></presence>");
+        site.far(&join, &[&format!("{MESS}/{user}")]);
+        site.room_says_in(user);
+    }
+    site
+}
+
+impl Site {
+    /// Our room lets a guest in.
+    fn room_says_in(&mut self, user: &str) -> Seen {
+        self.local(&format!(
+            "<presence from='{MESS}/{user}' to='{user}@a.example/r'><x xmlns='{}'><item affiliation='none' role='participant'/>\
+             <status code='110'/></x></presence>",
+            ns::MUC_USER
+        ))
+    }
+
+    /// Our room says this to a guest: the ids of what crosses, with whom it is for.
+    fn room_says(&mut self, body: &str, to: &str) -> Vec<String> {
+        words(&self.local(&room_line(body, to, "")))
+    }
+
+    fn room_remembers(&mut self, body: &str, to: &str) -> Vec<String> {
+        let delay = format!("<delay xmlns='urn:xmpp:delay' from='{MESS}' stamp='2026-11-20T09:30:41Z'/>");
+        words(&self.local(&room_line(body, to, &delay)))
+    }
+
+    fn room_ends(&mut self, to: &str) -> Vec<String> {
+        let subject = format!("<message from='{MESS}' to='{to}@a.example/r' type='groupchat'><subject/></message>");
+        words(&self.local(&subject))
+    }
+
+    /// Killed and started again. Gives whom the room is asked about.
+    fn killed(&mut self) -> Vec<String> {
+        self.mirror = Self::mirror(&self.settings, &self.rows, self.now);
+        let mut seen = self.drain();
+        seen.asked.extend(self.pass(0).asked);
+        seen.asked
+    }
+
+    /// The room says of a guest that it is in: gives what it is asked then.
+    fn is_inside(&mut self, ping: &str) -> Vec<String> {
+        let ping = stanza(ping);
+        let (from, to, id) = (ping.to().unwrap(), ping.from().unwrap(), ping.id().unwrap());
+        self.local(&format!("<iq type='result' from='{from}' to='{to}' id='{id}'/>"))
+            .asked
+    }
+}
+
+fn room_line(body: &str, to: &str, more: &str) -> String {
+    format!("<message from='{MESS}/bob' to='{to}@a.example/r' type='groupchat'><body>{body}</body>{more}</message>")
+}
+
+/// What crossed: body, whom for, and whether it tells when it was said.
+fn words(seen: &Seen) -> Vec<String> {
+    let word = |text: &String| {
+        let said = stanza(text);
+        let to = said.to().unwrap().split('@').next().unwrap().to_owned();
+        let body = text.split("<body>").nth(1).and_then(|rest| rest.split('<').next());
+        format!(
+            "{}>{to}{}",
+            body.unwrap_or("-"),
+            if text.contains("<delay") { " late" } else { "" }
+        )
+    };
+    seen.crossed.iter().map(word).collect()
+}
+
+/// What a room said when we were killed is found in its history and sent to those who had not got it: in order, once, before what it says
+/// next. One of them enters again for it, who was inside.
+#[test]
+fn lost_words_are_found() {
+    let mut site = hosting_two();
+    for to in ["a1", "a2"] {
+        assert_eq!(site.room_says("one", to), [format!("one>{to}")]);
+    }
+    site.room_says("two", "a1");
+    let asked = site.killed();
+    assert_eq!(asked.len(), 1);
+    let join = site.is_inside(&asked[0]);
+    assert!(
+        has(
+            &join,
+            &[
+                "from='a1@a.example/r'",
+                &format!("to='{MESS}/a1'"),
+                "<history maxstanzas="
+            ]
+        ),
+        "{join:?}"
+    );
+    // It speaks on before it answers.
+    for to in ["a1", "a2"] {
+        assert_eq!(site.room_says("four", to), Vec::<String>::new());
+    }
+    assert_eq!(site.room_says_in("a1").crossed.len(), 1);
+    for line in ["zero", "one", "two", "three", "four"] {
+        assert_eq!(site.room_remembers(line, "a1"), Vec::<String>::new());
+    }
+    assert_eq!(
+        site.room_ends("a1"),
+        [
+            "two>a2 late",
+            "three>a1 late",
+            "three>a2 late",
+            "four>a1",
+            "four>a2",
+            "->a1"
+        ]
+    );
+    assert_eq!(site.mirror.stats().found, 2);
+    // And all goes on as before, also through the next kill.
+    site.room_says("five", "a1");
+    site.room_says("five", "a2");
+    let asked = site.killed();
+    site.is_inside(&asked[0]);
+    site.room_says_in("a1");
+    for line in ["three", "four", "five"] {
+        site.room_remembers(line, "a1");
+    }
+    assert_eq!(site.room_ends("a1"), ["->a1"]);
+    assert_eq!(site.room_remembers("five", "a1"), ["five>a1 late"]);
+}
+
+/// A server may write a message copy by copy, and to the next process what the one that was killed had not to be sent: those between get
+/// the message from the history.
+#[test]
+fn a_message_goes_on_where_it_was_cut() {
+    let mut site = hosting_two();
+    site.far(
+        "<presence from='a3@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/></presence>",
+        &[&format!("{MESS}/a3")],
+    );
+    site.room_says_in("a3");
+    site.room_says("one", "a1");
+    let asked = site.killed();
+    assert!(site.room_says("one", "a3").is_empty());
+    site.is_inside(&asked[0]);
+    site.room_says_in("a1");
+    site.room_remembers("one", "a1");
+    assert_eq!(site.room_ends("a1"), ["one>a2 late", "one>a3", "->a1"]);
+}
+
+/// Who enters while a room is in doubt has what was lost from the history that it gets; also if the process is killed before that is over.
+#[test]
+fn who_enters_late_has_the_history() {
+    let mut site = hosting_two();
+    site.room_says("one", "a1");
+    site.room_says("one", "a2");
+    site.killed();
+    site.far(
+        "<presence from='a3@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/></presence>",
+        &[&format!("{MESS}/a3")],
+    );
+    site.room_says_in("a3");
+    assert_eq!(site.room_remembers("two", "a3"), ["two>a3 late"]);
+    let asked = site.killed();
+    site.is_inside(&asked[0]);
+    site.room_says_in("a1");
+    site.room_remembers("one", "a1");
+    site.room_remembers("two", "a1");
+    assert_eq!(site.room_ends("a1"), ["two>a1 late", "two>a2 late", "->a1"]);
+}
+
+/// A process that is killed while words wait keeps them: the next one goes on where it was, and finds what was lost in between, too.
+#[test]
+fn words_that_wait_outlive_the_process() {
+    for (enabled, expected) in [
+        (
+            true,
+            &[
+                "two>a1 late",
+                "two>a2 late",
+                "three>a1",
+                "three>a2 late",
+                "four>a1 late",
+                "four>a2 late",
+                "five>a1",
+                "five>a2",
+                "->a1",
+            ][..],
+        ),
+        (false, &[][..]),
+    ] {
+        let mut site = hosting_two();
+        site.room_says("one", "a1");
+        site.room_says("one", "a2");
+        site.killed();
+        assert!(site.room_says("three", "a1").is_empty());
+        site.settings.enabled = enabled;
+        site.mirror = Site::mirror(&site.settings, &site.rows, site.now);
+        if !enabled {
+            assert_eq!(words(&site.drain()), ["three>a1"]);
+            assert!(site.rows.is_empty());
+            continue;
+        }
+        let asked = site.pass(0).asked;
+        site.is_inside(&asked[0]);
+        for to in ["a1", "a2"] {
+            assert!(site.room_says("five", to).is_empty());
+        }
+        site.room_says_in("a1");
+        for line in ["one", "two", "three", "four", "five"] {
+            site.room_remembers(line, "a1");
+        }
+        assert_eq!(site.room_ends("a1"), expected);
+        assert!(!site.rows.keys().any(|key| key[0] == rows::Kind::Held as u8));
+    }
+}
+
+/// Where words repeat, as many are missing as there are more of them; and where the last that was sent on is not in the history, nothing
+/// is certain, and nothing is sent.
+#[test]
+fn no_word_is_said_twice() {
+    for (history, found) in [
+        (&["a", "b", "b"][..], &[][..]),
+        (&["a", "b", "b", "b"], &["b>a1 late", "b>a2 late"]),
+        (&["b", "b"], &[]),
+        (&["c", "d", "e"], &[]),
+        (&[], &[]),
+    ] {
+        let mut site = hosting_two();
+        for line in ["a", "b", "b"] {
+            for to in ["a1", "a2"] {
+                site.room_says(line, to);
+            }
+        }
+        let asked = site.killed();
+        site.is_inside(&asked[0]);
+        site.room_says_in("a1");
+        for line in history {
+            site.room_remembers(line, "a1");
+        }
+        assert_eq!(site.room_ends("a1"), [found, &["->a1"]].concat(), "{history:?}");
+    }
+}
+
+/// In a room where nothing was said to them yet, all is missing that was said since they are there.
+#[test]
+fn the_first_words_are_found() {
+    let mut site = Site::new(MirrorSettings::default());
+    site.up();
+    site.now.wall = Wall(1_795_167_000_000);
+    site.far(
+        "<presence from='a1@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/></presence>",
+        &[&format!("{MESS}/a1")],
+    );
+    site.room_says_in("a1");
+    let asked = site.killed();
+    site.is_inside(&asked[0]);
+    site.room_says_in("a1");
+    let old = format!("<delay xmlns='urn:xmpp:delay' from='{MESS}' stamp='2026-11-20T09:00:00.5Z'/>");
+    site.local(&room_line("before", "a1", &old));
+    site.room_remembers("after", "a1");
+    assert_eq!(site.room_ends("a1"), ["after>a1 late", "->a1"]);
+}
+
+/// A room that does not answer is not waited for longer than ten seconds, and its answer is then for nobody; nor does it hold back more than
+/// there is room for, nor when the guest who was to enter leaves.
+#[test]
+fn words_do_not_wait_for_ever() {
+    let asked_again = || {
+        let mut site = hosting_two();
+        site.room_says("one", "a1");
+        site.room_says("one", "a2");
+        let asked = site.killed();
+        site.is_inside(&asked[0]);
+        assert_eq!(site.room_says("two", "a2"), Vec::<String>::new());
+        site
+    };
+    let mut site = asked_again();
+    assert!(site.pass(9).crossed.is_empty());
+    assert_eq!(words(&site.pass(1)), ["two>a2"]);
+    assert_eq!(site.room_says("three", "a2"), ["three>a2"]);
+    site.room_says_in("a1");
+    assert_eq!(site.room_remembers("two", "a1"), Vec::<String>::new());
+    assert_eq!(site.room_ends("a1"), ["->a1"]);
+    assert_eq!(site.room_remembers("two", "a1"), ["two>a1 late"]);
+
+    let mut site = asked_again();
+    let large = "x".repeat(100_000);
+    let crossed = (0..50).map(|_| site.room_says(&large, "a2").len()).max();
+    assert!(crossed > Some(40), "{crossed:?}");
+
+    let mut site = asked_again();
+    let left = site.far(
+        "<presence from='a1@a.example/r' type='unavailable'></presence>",
+        &[&format!("{MESS}/a1")],
+    );
+    assert_eq!(words(&left), ["two>a2"]);
+    assert_eq!(site.mirror.stats().found, 0);
+}
+
+/// A guest that the room has forgotten does not enter again in this way: it is told, and another is asked about.
+#[test]
+fn who_is_out_does_not_enter_again() {
+    let mut site = hosting_two();
+    site.room_says("one", "a1");
+    let asked = site.killed();
+    let ping = stanza(&asked[0]);
+    let (from, to, id) = (ping.to().unwrap(), ping.from().unwrap(), ping.id().unwrap());
+    let seen = site.local(&format!(
+        "<iq type='error' from='{from}' to='{to}' id='{id}'><error type='cancel'><not-acceptable xmlns='{}'/></error></iq>",
+        ns::STANZA_ERRORS
+    ));
+    assert!(has(&seen.crossed, &["unavailable", "to='a1@a.example/r'"]));
+    assert!(seen.asked.is_empty());
+    let asked = site.pass(0).asked;
+    assert!(asked.len() == 1 && has(&asked, &["from='a2@", "<ping"]), "{asked:?}");
+    assert!(has(&site.is_inside(&asked[0]), &["from='a2@", "<history"]));
 }

@@ -796,7 +796,7 @@ impl Relay {
                     received,
                     missing,
                 } => {
-                    self.handle_hello(received, missing, hello.last);
+                    self.handle_hello(received, missing, hello.last, now);
                 }
                 session::Output::Received { seq, held_ms, entry } => {
                     self.handle_entry(seq, Duration::from_millis(held_ms), &entry, now);
@@ -812,12 +812,12 @@ impl Relay {
         }
     }
 
-    fn handle_hello(&mut self, received: Received, missing: u64, last: Seq) {
+    fn handle_hello(&mut self, received: Received, missing: u64, last: Seq, now: Now) {
         self.stats.missing += missing;
         if missing > 0 || received != self.received {
-            self.mirror.forget();
+            self.mirror.forget(now);
         }
-        self.mirror.handle_link_up();
+        self.mirror.handle_link_up(now);
         self.catching_up = Some(last);
         if received != self.received {
             // The first meeting, or a disk was replaced: the peer's numbering starts where its spool does.
@@ -1033,6 +1033,8 @@ impl Relay {
     }
 
     fn submit(&mut self, now: Now) {
+        self.mirror.flush(now);
+        self.drain_mirror(now);
         self.outward.flush(self.batch.number, now, &mut self.stats);
         while let Some(output) = self.outward.poll_output() {
             // Flushing asks for no read.

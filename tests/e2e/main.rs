@@ -16,4 +16,5 @@ mod recordings;
 mod reload;
 mod restarts;
 mod stage;
+mod tail;
 mod watching;

@@ -1,0 +1,662 @@
+//! The last words of our rooms, so that those which were lost on the way are found.
+//!
+//! A server without acknowledgements (XEP-0198) does not know what we had taken in when our process was killed: what was on its way then, the
+//! room's far occupants would never hear. But a room repeats its last words to who enters, also to one who is inside and enters again
+//! ([XEP-0045 §7.2.13](https://xmpp.org/extensions/xep-0045.html#enter-history)). So we keep a mark of each message that a room of ours
+//! says to far occupants, in the batch that carries it. A process that begins asks each such room once, in the name of one of them, and
+//! sends what is missing to all that were inside, with the time that the room tells (XEP-0203).
+//!
+//! ```text
+//!            begun                 the guest is inside              its subject comes
+//!  (none) ─────────▶ Suspected ────────────────────────▶ Asked ───────────────────────▶ (none)
+//!                        │     (XEP-0410, then it enters) │ too late                       ▲
+//!                        └──────────────▶ (none)          └──────────▶ Late ───────────────┘
+//!                               too late
+//! ```
+//!
+//! What the room says while it is suspected or asked waits for what is missing, so that its order is kept; it is written down, for its server
+//! takes it for accepted.
+//!
+//! Words are lost where a process ended: they are what the history has between the last that is marked and the first that waits, and
+//! after what waited in a process that was killed, too. Where one of those is not found in the history, nothing is certain, and
+//! nothing is sent: never is a word said twice. What has no body, and what a room's history does not hold, is not found.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    time::{Duration, UNIX_EPOCH},
+};
+
+use bytes::Bytes;
+
+use super::{
+    Output,
+    room::{SESSIONS_MAX, begin_row, row},
+    rows::{self, Rows},
+    words::{has_body, node_of},
+};
+use crate::{
+    codec::varint::{Reader, put_len, put_varint},
+    stanza::{Stanza, ns, resource_of},
+    time::{Mono, Now, Wall},
+};
+
+/// Marks kept of a room. It finds the place in a history of 20, which both servers keep as shipped, also if words repeat.
+const MARKS_MAX: usize = 32;
+/// Rooms that are asked when a process begins: those that spoke last. Each answers with all who are in it.
+const ROOMS_MAX: usize = 100;
+/// Lines of history asked for. Servers have fewer as shipped.
+pub const LINES_MAX: usize = 50;
+/// The wait for a room's answer. Servers answer in milliseconds; before it, they and we set up a stream each.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// What rooms say meanwhile, in all of them together: some thousand lines. Beyond it nothing waits any more.
+const HELD_BYTES_MAX: usize = 4 << 20;
+
+/// What a room has said to far occupants.
+#[derive(Clone, Debug, Eq, PartialEq)]
+struct Tail {
+    /// When the first of them was let in.
+    since: Wall,
+    said_at: Wall,
+    /// Marks, the latest last.
+    said: VecDeque<u64>,
+    /// Marks of those who were sent the latest; `None` when it is known from a history.
+    served: Option<BTreeSet<u64>>,
+    /// Marks of those who entered while it was in doubt: the history that they got has what was lost.
+    newcomers: BTreeSet<u64>,
+    /// The latest copy without its address, and its mark: the next ones need not be read.
+    copy: Option<(u64, u64)>,
+}
+
+/// A line of a room's history.
+#[derive(Debug)]
+struct Line {
+    stanza: Stanza,
+    mark: u64,
+    stamp: Option<Wall>,
+}
+
+/// A copy that waits.
+#[derive(Debug)]
+struct Held {
+    stanza: Stanza,
+    mark: u64,
+    to: String,
+    /// Of its row, and whether it is there.
+    number: u64,
+    written: bool,
+    /// It waited in an earlier process.
+    old: bool,
+}
+
+/// The copies of one message that wait.
+struct Event {
+    mark: u64,
+    copies: Vec<Held>,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Suspected,
+    Asked {
+        guest: String,
+        /// It was let in again: what follows to it is history, and then the subject.
+        entered: bool,
+    },
+    /// The answer was not waited for, and is not for the guest when it comes.
+    Late {
+        guest: String,
+        entered: bool,
+    },
+}
+
+/// A room that may have said more than we know.
+#[derive(Debug)]
+struct Check {
+    stage: Stage,
+    until: Mono,
+    /// Who was inside when the last process ended, and is.
+    inside: BTreeSet<String>,
+    history: VecDeque<Line>,
+    held: Vec<Held>,
+}
+
+/// What a group message is here.
+enum Word {
+    Said(u64),
+    Line { mark: u64, stamp: Option<Wall> },
+    Subject,
+    Other,
+}
+
+#[derive(Debug, Default)]
+pub struct Tails {
+    tails: BTreeMap<String, Tail>,
+    checks: BTreeMap<String, Check>,
+    held_bytes: usize,
+    /// The last number given to a copy that waits.
+    last: u64,
+    /// What waited in an earlier process, by room and number.
+    held: BTreeMap<(String, u64), Stanza>,
+    /// Rows of what waits no more.
+    useless: Vec<Bytes>,
+    /// Rooms whose rows are to be written.
+    changed: BTreeSet<String>,
+    found: u64,
+}
+
+impl Tails {
+    pub fn load(&mut self, room: &str, value: &[u8]) -> Option<()> {
+        self.tails.insert(room.to_owned(), Tail::decode(value)?);
+        Some(())
+    }
+
+    pub fn load_held(&mut self, room: &str, number: &[u8], value: &[u8]) -> Option<()> {
+        let number = u64::from_be_bytes(number.try_into().ok()?);
+        let stanza = Stanza::parse(Bytes::copy_from_slice(value)).ok()?;
+        self.held.insert((room.to_owned(), number), stanza);
+        self.last = self.last.max(number);
+        Some(())
+    }
+
+    /// Messages that were found and sent on.
+    pub fn found(&self) -> u64 {
+        self.found
+    }
+
+    /// A process begins: these are in our rooms. Gives those who may be asked about first.
+    pub fn suspect(
+        &mut self,
+        inside: BTreeMap<String, BTreeSet<String>>,
+        now: Now,
+        outputs: &mut VecDeque<Output>,
+    ) -> Vec<(String, String)> {
+        let said_at = |room: &String| self.tails.get(room).map(|tail| tail.said_at);
+        let mut rooms: Vec<_> = inside.into_iter().filter(|(room, _)| said_at(room).is_some()).collect();
+        rooms.sort_by_key(|(room, _)| std::cmp::Reverse(said_at(room)));
+        let mut first = Vec::new();
+        for (room, inside) in rooms.into_iter().take(ROOMS_MAX) {
+            first.extend(inside.first().map(|guest| (room.clone(), guest.clone())));
+            let check = Check {
+                stage: Stage::Suspected,
+                until: now.mono + PATIENCE,
+                inside,
+                history: VecDeque::new(),
+                held: Vec::new(),
+            };
+            self.checks.insert(room, check);
+        }
+        for ((room, number), stanza) in std::mem::take(&mut self.held) {
+            let word = self.tails.get_mut(&room).map(|tail| tail.read(&stanza, &room));
+            match (word, self.checks.get_mut(&room), stanza.to()) {
+                (Some(Word::Said(mark)), Some(check), Some(to)) => {
+                    self.held_bytes += stanza.bytes().len();
+                    let to = to.into_owned();
+                    check.held.push(Held {
+                        stanza,
+                        mark,
+                        to,
+                        number,
+                        written: true,
+                        old: true,
+                    });
+                }
+                _ => {
+                    self.useless.push(held_key(&room, number));
+                    outputs.push_back(Output::Cross(stanza));
+                }
+            }
+        }
+        first
+    }
+
+    pub fn poll_timeout(&self) -> Option<Mono> {
+        let waiting = self.checks.values().filter(|check| check.waits());
+        waiting.map(|check| check.until).min()
+    }
+
+    pub fn handle_timeout(&mut self, now: Now, outputs: &mut VecDeque<Output>) {
+        let late = self
+            .checks
+            .iter()
+            .filter(|(_, check)| check.waits() && check.until <= now.mono);
+        for room in late.map(|(room, _)| room.clone()).collect::<Vec<_>>() {
+            self.conclude(&room, now, outputs);
+        }
+    }
+
+    /// Whether a guest of this room that is inside should enter again.
+    pub fn is_suspected(&self, room: &str) -> bool {
+        let stage = self.checks.get(room).map(|check| &check.stage);
+        matches!(stage, Some(Stage::Suspected))
+    }
+
+    pub fn asked(&mut self, room: &str, guest: &str) {
+        if let Some(check) = self.checks.get_mut(room) {
+            check.stage = Stage::Asked {
+                guest: guest.to_owned(),
+                entered: false,
+            };
+        }
+    }
+
+    /// The room has told a guest that it is in.
+    pub fn entered(&mut self, room: &str, guest: &str, now: Now) {
+        if let Some(check) = self.checks.get_mut(room)
+            && let Stage::Asked { guest: asked, entered } | Stage::Late { guest: asked, entered } = &mut check.stage
+        {
+            *entered |= asked == guest;
+        }
+        let Some(tail) = self.tails.get_mut(room) else {
+            self.tails.insert(room.to_owned(), Tail::new(now));
+            self.changed.insert(room.to_owned());
+            return;
+        };
+        // What was said before is in the history that it gets.
+        let check = self.checks.get(room).filter(|check| check.waits());
+        if check.is_some_and(|check| check.inside.contains(guest)) {
+            return;
+        }
+        let mark = mark_of(&[guest.as_bytes()]);
+        let is_new = tail.served.as_mut().is_some_and(|served| served.insert(mark));
+        if check.is_some() && tail.newcomers.insert(mark) || is_new {
+            self.changed.insert(room.to_owned());
+        }
+    }
+
+    /// A guest is out, or enters by itself: it is told all it needs, and can be asked for nothing.
+    pub fn left(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
+        let Some(check) = self.checks.get_mut(room) else { return };
+        check.inside.remove(guest);
+        let asked = match &check.stage {
+            Stage::Asked { guest, .. } | Stage::Late { guest, .. } => Some(guest),
+            Stage::Suspected => None,
+        };
+        if asked.is_some_and(|asked| asked == guest) || check.inside.is_empty() {
+            self.conclude(room, now, outputs);
+            self.checks.remove(room);
+        }
+    }
+
+    /// Nobody of the peer's users is in it any more.
+    pub fn close(&mut self, room: &str, now: Now, outputs: &mut VecDeque<Output>) {
+        self.conclude(room, now, outputs);
+        self.checks.remove(room);
+        if self.tails.remove(room).is_some() {
+            self.changed.insert(room.to_owned());
+        }
+    }
+
+    /// A message of a room to somebody in it: gives it back, unless it waits or is for us alone.
+    pub fn hear(
+        &mut self,
+        stanza: Stanza,
+        room: &str,
+        to: &str,
+        now: Now,
+        outputs: &mut VecDeque<Output>,
+    ) -> Option<Stanza> {
+        if stanza.stanza_type().as_deref() != Some("groupchat") {
+            return Some(stanza);
+        }
+        let tail = self.tails.entry(room.to_owned()).or_insert_with(|| Tail::new(now));
+        let word = tail.read(&stanza, room);
+        let check = self.checks.get_mut(room);
+        match (word, check) {
+            (Word::Said(mark), Some(check)) if check.waits() => {
+                self.held_bytes += stanza.bytes().len();
+                self.last += 1;
+                check.held.push(Held {
+                    stanza,
+                    mark,
+                    to: to.to_owned(),
+                    number: self.last,
+                    written: false,
+                    old: false,
+                });
+                if self.held_bytes > HELD_BYTES_MAX {
+                    self.conclude(room, now, outputs);
+                }
+                None
+            }
+            (Word::Said(mark), _) => {
+                tail.note(mark, to, now);
+                self.changed.insert(room.to_owned());
+                Some(stanza)
+            }
+            (Word::Line { mark, stamp }, Some(check)) if check.is_for_us(to) => {
+                if check.waits() {
+                    check.history.push_back(Line { stanza, mark, stamp });
+                    // A room that tells more than it was asked for.
+                    if check.history.len() > LINES_MAX {
+                        check.history.pop_front();
+                    }
+                }
+                None
+            }
+            (Word::Line { mark, .. }, _) => {
+                if tail.served.is_none() {
+                    tail.push(mark);
+                    self.changed.insert(room.to_owned());
+                }
+                Some(stanza)
+            }
+            (Word::Subject, Some(check)) if check.is_for_us(to) => {
+                self.conclude(room, now, outputs);
+                self.checks.remove(room);
+                // After what was missing and what has waited.
+                outputs.push_back(Output::Cross(stanza));
+                None
+            }
+            (Word::Subject | Word::Other, _) => Some(stanza),
+        }
+    }
+
+    /// Sends on what is missing, and then what has waited for it.
+    fn conclude(&mut self, room: &str, now: Now, outputs: &mut VecDeque<Output>) {
+        let Some(mut check) = self.checks.remove(room) else {
+            return;
+        };
+        let history = std::mem::take(&mut check.history);
+        let held = std::mem::take(&mut check.held);
+        for Held { stanza, number, .. } in &held {
+            self.held_bytes -= stanza.bytes().len();
+            self.useless.push(held_key(room, *number));
+        }
+        if let Some(tail) = self.tails.get_mut(room) {
+            let (words, found) = tail.words(&history, events(held), &check.inside);
+            self.found += found;
+            tail.newcomers.clear();
+            for (stanza, mark, to) in words {
+                tail.note(mark, &to, now);
+                outputs.push_back(Output::Cross(stanza));
+            }
+            self.changed.insert(room.to_owned());
+        } else {
+            outputs.extend(held.into_iter().map(|held| Output::Cross(held.stanza)));
+        }
+        // Its answer may still come.
+        if let Stage::Asked { guest, entered } | Stage::Late { guest, entered } = check.stage {
+            check.stage = Stage::Late { guest, entered };
+            self.checks.insert(room.to_owned(), check);
+        }
+    }
+
+    /// Writes what has changed, in the batch with what it tells of. A tail that is not taken is only not found after a kill; what waits
+    /// and is not taken waits no longer.
+    pub fn flush(&mut self, now: Now, rows: &mut Rows, outputs: &mut VecDeque<Output>) {
+        let mut refused = BTreeSet::new();
+        for (room, check) in &mut self.checks {
+            for held in check.held.iter_mut().filter(|held| !held.written) {
+                held.written = rows.put(held_key(room, held.number), held.stanza.bytes().clone(), outputs);
+                if !held.written {
+                    refused.insert(room.clone());
+                }
+            }
+        }
+        for room in refused {
+            self.conclude(&room, now, outputs);
+        }
+        for key in std::mem::take(&mut self.useless) {
+            rows.remove(key, outputs);
+        }
+        for room in std::mem::take(&mut self.changed) {
+            let key = rows::Kind::Tail.key(&room, b"");
+            let written = self
+                .tails
+                .get(&room)
+                .is_some_and(|tail| rows.put(key.clone(), tail.encode(), outputs));
+            if !written {
+                rows.remove(key, outputs);
+            }
+        }
+    }
+
+    pub fn forget(&mut self, now: Now, outputs: &mut VecDeque<Output>) {
+        for room in self.tails.keys().cloned().collect::<Vec<_>>() {
+            self.close(&room, now, outputs);
+        }
+    }
+}
+
+impl Check {
+    fn waits(&self) -> bool {
+        match self.stage {
+            Stage::Suspected | Stage::Asked { .. } => true,
+            Stage::Late { .. } => false,
+        }
+    }
+
+    /// Whether history and subject to this guest are what we have asked for.
+    fn is_for_us(&self, to: &str) -> bool {
+        match &self.stage {
+            Stage::Suspected => false,
+            Stage::Asked { guest, entered } | Stage::Late { guest, entered } => *entered && guest == to,
+        }
+    }
+}
+
+impl Tail {
+    fn new(now: Now) -> Self {
+        Self {
+            since: now.wall,
+            said_at: now.wall,
+            said: VecDeque::new(),
+            served: None,
+            newcomers: BTreeSet::new(),
+            copy: None,
+        }
+    }
+
+    fn read(&mut self, stanza: &Stanza, room: &str) -> Word {
+        let Some(((template, _, _), from)) = stanza.split_to().zip(stanza.from()) else {
+            return Word::Other;
+        };
+        let copy = mark_of(&[&template]);
+        if let Some((_, mark)) = self.copy.filter(|(same, _)| *same == copy) {
+            return Word::Said(mark);
+        }
+        let node = node_of(stanza);
+        if !has_body(&node) {
+            return match node.child(ns::SERVER, "subject") {
+                Some(_) => Word::Subject,
+                None => Word::Other,
+            };
+        }
+        let body = node.child(ns::SERVER, "body").map_or("", |body| &body.text);
+        let id = stanza.id().unwrap_or_default();
+        let mark = mark_of(&[
+            resource_of(&from).unwrap_or_default().as_bytes(),
+            id.as_bytes(),
+            body.as_bytes(),
+        ]);
+        let mut delays = node.children_in(ns::DELAY);
+        // Others' delays are what a message had to wait for before the room had it.
+        match delays.find(|delay| delay.attribute("from") == Some(room)) {
+            Some(delay) => Word::Line {
+                mark,
+                stamp: delay.attribute("stamp").and_then(wall_of),
+            },
+            None => {
+                self.copy = Some((copy, mark));
+                Word::Said(mark)
+            }
+        }
+    }
+
+    /// This was sent to this guest.
+    fn note(&mut self, mark: u64, to: &str, now: Now) {
+        let to = mark_of(&[to.as_bytes()]);
+        match &mut self.served {
+            Some(served) if self.said.back() == Some(&mark) && !served.contains(&to) => {
+                served.insert(to);
+            }
+            _ => {
+                self.push(mark);
+                self.served = Some(BTreeSet::from([to]));
+            }
+        }
+        self.said_at = now.wall;
+    }
+
+    fn push(&mut self, mark: u64) {
+        self.said.push_back(mark);
+        if self.said.len() > MARKS_MAX {
+            self.said.pop_front();
+        }
+    }
+
+    /// What follows the words that are marked, copy by copy: what waited, and what is missing of the history; and how many messages
+    /// were missing.
+    fn words(
+        &self,
+        history: &VecDeque<Line>,
+        events: Vec<Event>,
+        inside: &BTreeSet<String>,
+    ) -> (Vec<(Stanza, u64, String)>, u64) {
+        let (mut words, mut found) = (Vec::new(), 0);
+        let mut send = |line: &Line, served: &dyn Fn(&String) -> bool| {
+            let knows = |guest: &String| self.newcomers.contains(&mark_of(&[guest.as_bytes()]));
+            let rest = inside.iter().filter(|guest| !served(guest) && !knows(guest));
+            let copies = rest.filter_map(|to| Some((line.stanza.with_to(to)?, line.mark, to.clone())));
+            let copies: Vec<_> = copies.collect();
+            found += u64::from(!copies.is_empty());
+            copies
+        };
+        let is_latest = |&at: &usize| Some(&history[at].mark) == self.said.back();
+        // Where words repeat, the place before which most is the same.
+        let alike = |at: usize| {
+            let before = history.range(..=at).rev();
+            before
+                .zip(self.said.iter().rev())
+                .take_while(|(line, mark)| line.mark == **mark)
+                .count()
+        };
+        let latest = (0..history.len()).filter(is_latest).max_by_key(|&at| (alike(at), at));
+        let mut begin = match latest {
+            Some(at) => at + 1,
+            // Nothing was said to anybody: all since they are there.
+            None if self.said.is_empty() => history
+                .iter()
+                .position(|line| line.stamp.is_some_and(|stamp| stamp > self.since))
+                .unwrap_or(history.len()),
+            None => history.len(),
+        };
+        // The latest may not have gone to all. If the process ended in the middle of it, the rest waits.
+        let mut events = events.into_iter().peekable();
+        let was_served = |guest: &str| {
+            let served = self.served.as_ref();
+            served.is_none_or(|served| served.contains(&mark_of(&[guest.as_bytes()])))
+        };
+        let goes_on = |event: &Event| {
+            self.said.back() == Some(&event.mark) && event.copies.iter().all(|held| !was_served(&held.to))
+        };
+        let more = events.next_if(goes_on).map(|event| event.copies).unwrap_or_default();
+        // Whether a process has ended after what came last.
+        let mut gap = more.last().is_none_or(|held| held.old);
+        if let Some(at) = latest {
+            let waits = |guest: &String| more.iter().any(|held| held.to == *guest);
+            words.extend(send(&history[at], &|guest| was_served(guest) || waits(guest)));
+        }
+        words.extend(more.into_iter().map(|held| (held.stanza, held.mark, held.to)));
+        for Event { mark, copies } in events {
+            let found = history.range(begin..).position(|line| line.mark == mark);
+            if let Some(ahead) = found.filter(|_| gap) {
+                words.extend(
+                    history
+                        .range(begin..begin + ahead)
+                        .flat_map(|line| send(line, &|_| false)),
+                );
+            }
+            gap = copies.last().is_some_and(|held| held.old);
+            let was_cut = copies.iter().any(|held| held.old);
+            let line = found.and_then(|ahead| history.get(begin + ahead));
+            begin = found.map_or(history.len(), |ahead| begin + ahead + 1);
+            let served: BTreeSet<String> = copies.iter().map(|held| held.to.clone()).collect();
+            words.extend(copies.into_iter().map(|held| (held.stanza, mark, held.to)));
+            if let Some(line) = line.filter(|_| was_cut) {
+                words.extend(send(line, &|guest| served.contains(guest)));
+            }
+        }
+        if gap {
+            words.extend(history.range(begin..).flat_map(|line| send(line, &|_| false)));
+        }
+        (words, found)
+    }
+
+    fn encode(&self) -> Bytes {
+        let mut out = begin_row();
+        put_varint(&mut out, self.since.0);
+        put_varint(&mut out, self.said_at.0);
+        out.push(u8::from(self.served.is_some()));
+        put_len(&mut out, self.said.len());
+        put_len(&mut out, self.served.as_ref().map_or(0, BTreeSet::len));
+        put_len(&mut out, self.newcomers.len());
+        for mark in self
+            .said
+            .iter()
+            .chain(self.served.iter().flatten())
+            .chain(&self.newcomers)
+        {
+            out.extend_from_slice(&mark.to_be_bytes());
+        }
+        out.into()
+    }
+
+    fn decode(bytes: &[u8]) -> Option<Self> {
+        let mut reader = row(bytes)?;
+        let since = Wall(reader.varint().ok()?);
+        let said_at = Wall(reader.varint().ok()?);
+        let has_served = reader.byte().ok()? != 0;
+        let said = reader.len_upto(MARKS_MAX).ok()?;
+        let served = reader.len_upto(2 * SESSIONS_MAX).ok()?;
+        let newcomers = reader.len_upto(2 * SESSIONS_MAX).ok()?;
+        let mark = |reader: &mut Reader<'_>| Some(u64::from_be_bytes(reader.take(8).ok()?.try_into().ok()?));
+        let said = (0..said).map(|_| mark(&mut reader)).collect::<Option<_>>()?;
+        let served = (0..served).map(|_| mark(&mut reader)).collect::<Option<_>>()?;
+        let newcomers = (0..newcomers).map(|_| mark(&mut reader)).collect::<Option<_>>()?;
+        reader.finish().ok()?;
+        Some(Self {
+            since,
+            said_at,
+            said,
+            served: has_served.then_some(served),
+            newcomers,
+            copy: None,
+        })
+    }
+}
+
+/// Copies of one message are one event; the same words to the same guest are said again.
+fn events(held: Vec<Held>) -> Vec<Event> {
+    let mut events: Vec<Event> = Vec::new();
+    for held in held {
+        let mark = held.mark;
+        let is_copy = |event: &&mut Event| event.mark == mark && event.copies.iter().all(|other| other.to != held.to);
+        match events.last_mut().filter(is_copy) {
+            Some(event) => event.copies.push(held),
+            None => events.push(Event {
+                mark,
+                copies: vec![held],
+            }),
+        }
+    }
+    events
+}
+
+fn held_key(room: &str, number: u64) -> Bytes {
+    rows::Kind::Held.key(room, &number.to_be_bytes())
+}
+
+/// XEP-0082 §3.2
+fn wall_of(stamp: &str) -> Option<Wall> {
+    let since = humantime::parse_rfc3339(stamp).ok()?.duration_since(UNIX_EPOCH).ok()?;
+    Some(Wall(u64::try_from(since.as_millis()).ok()?))
+}
+
+/// FNV-1a, with the parts kept apart. It is the same in every process, and a mark stands for what was said to our own users by our own
+/// server: nobody gains by making two alike.
+fn mark_of(parts: &[&[u8]]) -> u64 {
+    let fold = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
+    let bytes = parts.iter().flat_map(|part| part.iter().copied().chain([0]));
+    bytes.fold(0xcbf2_9ce4_8422_2325, fold)
+}
