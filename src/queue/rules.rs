@@ -570,7 +570,10 @@ const ENCRYPTED: &str = "eu.siacs.conversations.axolotl";
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::codec::check;
 
     const CHAT_STATES: &str = "http://jabber.org/protocol/chatstates";
     const XHTML: &str = "http://jabber.org/protocol/xhtml-im";
@@ -1083,5 +1086,101 @@ mod tests {
             );
         }
         assert!(rules.counts().count() <= NAMES_MAX + 1);
+    }
+
+    fn any_payload() -> impl Strategy<Value = (&'static str, String)> {
+        prop_oneof![
+            Just(("body", "<body>x</body>".to_owned())),
+            Just(("states", format!("<active xmlns='{CHAT_STATES}'/>"))),
+            Just(("xhtml", format!("<html xmlns='{XHTML}'><body>x</body></html>"))),
+            Just(("event", "<event xmlns='urn:e'><items node='n'/></event>".to_owned())),
+            Just(("room", "<x xmlns='http://jabber.org/protocol/muc#user'/>".to_owned())),
+            Just(("thread", "<thread>t</thread>".to_owned())),
+        ]
+    }
+
+    fn any_rule() -> impl Strategy<Value = Rule> {
+        let namespace = || {
+            prop_oneof![
+                Just(CHAT_STATES),
+                Just(XHTML),
+                Just("urn:e"),
+                Just("*"),
+                Just("urn:none")
+            ]
+        };
+        let then = prop_oneof![
+            namespace().prop_map(|namespace| Action::Strip(vec![payload(namespace)])),
+            Just(Action::Drop),
+            (0_u64..9).prop_map(|seconds| Action::Place(Placement {
+                class: Some(Class::Bulk),
+                expiry: Some(Some(Duration::from_secs(seconds))),
+            })),
+        ];
+        let when = (
+            prop::option::of(namespace()),
+            prop::option::of(Just("n".to_owned())),
+            prop::option::of(any::<bool>()),
+            prop::option::of(60_usize..300),
+            prop::option::of(Just(Type::Chat)),
+        );
+        (when, then, prop::bool::weighted(0.2)).prop_map(|((namespace, node, body, larger_than, of), then, observe)| {
+            Rule {
+                then,
+                observe,
+                ..drops(
+                    "any",
+                    Conditions {
+                        payload: namespace.map(payload),
+                        node,
+                        body,
+                        larger_than,
+                        types: of.into_iter().collect(),
+                        ..Conditions::default()
+                    },
+                )
+            }
+        })
+    }
+
+    proptest! {
+        /// What is left of a stanza is again one, is left as it is by the same rules, and waits as they said when it came. Nothing that
+        /// rooms need is gone, and what a room says to all is never answered.
+        #[test]
+        fn what_is_left_is_judged_the_same(
+            rules in prop::collection::vec(any_rule(), 0..8),
+            inside in prop::collection::vec(any_payload(), 0..8),
+            from in prop_oneof![Just(USER), Just(NICK)],
+            of in prop_oneof![Just("chat"), Just("groupchat"), Just("headline")],
+        ) {
+            let inside_text: String = inside.iter().map(|(_, text)| text.as_str()).collect();
+            let whole = stanza(&format!("<message from='{from}' to='v@b.example/r' type='{of}'>{inside_text}</message>"));
+            let rules = Rules::new(rules);
+            let (asked, fate) = rules.explain(whole.clone(), Direction::Sent);
+            match fate {
+                Fate::Passes(left) => {
+                    let decided = asked.iter().find(|(_, said)| *said == Said::Decided);
+                    let placement = match decided.map(|(rule, _)| &rule.then) {
+                        Some(Action::Place(placement)) => *placement,
+                        _ => Placement::default(),
+                    };
+                    prop_assert_eq!(rules.place(&left), placement);
+                    prop_assert_eq!(check::stanza(left.bytes()).ok(), Some(left.clone()));
+                    prop_assert_eq!(rules.explain(left.clone(), Direction::Sent).1, Fate::Passes(left.clone()));
+                    let kept = |name: &str, text: &str| {
+                        let count = inside.iter().filter(|(what, _)| *what == name).count();
+                        std::str::from_utf8(left.bytes()).unwrap().matches(text).count() >= count
+                    };
+                    prop_assert!(kept("body", "<body>") && kept("room", "muc#user") && kept("thread", "<thread>"));
+                }
+                // A private message of an occupant is answered: this condition makes a room pass it on, and put nobody out.
+                Fate::Dropped { answer } => {
+                    let answer = answer.map(|answer| String::from_utf8(answer.to_vec()).unwrap());
+                    let allowed = from == USER || of == "chat";
+                    prop_assert!(answer.is_none_or(|answer| allowed && answer.contains("<policy-violation")));
+                }
+                Fate::Replaced(_) => prop_assert!(false, "a message is replaced by nothing"),
+            }
+        }
     }
 }

@@ -16,6 +16,10 @@ fn at(ms: u64) -> Now {
     }
 }
 
+fn domain(name: &str) -> Domain {
+    Domain::new(name).unwrap()
+}
+
 fn copy(user: u32, body: &str) -> Stanza {
     let text = format!(
         "<message from='r@c.a.example/n' to='u{user}@b.example/r' type='groupchat'><body>{body}</body></message>"
@@ -362,6 +366,15 @@ struct Whole {
 }
 
 impl Whole {
+    fn new(settings: Settings) -> Self {
+        let disk = Model::new(Epoch(1));
+        Self {
+            relay: Relay::new(settings, &disk.opening(), at(0)),
+            disk,
+            read: Vec::new(),
+        }
+    }
+
     fn handle(&mut self, input: Input) {
         self.relay.handle(input, at(0));
         self.finish();
@@ -628,37 +641,83 @@ fn rules_judge_what_comes_from_the_peer() {
     assert_eq!(relay.stats().casts, 1);
 }
 
+/// What a relay says when the link comes up.
+fn hello_of(whole: &mut Whole) -> Hello {
+    let hello = Hello {
+        version: frame::VERSION,
+        capabilities: 0,
+        epoch: Epoch(2),
+        received: Received::default(),
+        first_unacked: Seq(1),
+        last: Seq(0),
+        site: None,
+        dictionary: compress::dictionary_id(),
+        entry_bytes_max: 1 << 20,
+        ack_delay_ms: 0,
+    };
+    let mut peer = LinkSession::new(SessionConfig::default(), hello, at(0));
+    whole.handle(Input::LinkUp);
+    let bytes = whole.relay.poll_transmit(at(0)).expect("a hello");
+    peer.handle(session::Input::Bytes(bytes), at(0)).unwrap();
+    let heard = std::iter::from_fn(|| peer.poll_output()).find_map(|output| match output {
+        session::Output::PeerHello { hello, .. } => Some(hello),
+        _ => None,
+    });
+    heard.expect("it is said in the first batch")
+}
+
 /// A dictionary is named in the hello if what crosses is to be compressed, and none if not: then the peer does not compress either.
 #[test]
 fn compression_is_offered_if_it_is_wanted() {
     for (compress, offered) in [(true, compress::dictionary_id()), (false, compress::NO_COMPRESSION)] {
-        let disk = Model::new(Epoch(1));
-        let settings = Settings { compress, ..settings() };
-        let mut whole = Whole {
-            relay: Relay::new(settings, &disk.opening(), at(0)),
-            disk,
-            read: Vec::new(),
-        };
-        let hello = Hello {
-            version: frame::VERSION,
-            capabilities: 0,
-            epoch: Epoch(2),
-            received: Received::default(),
-            first_unacked: Seq(1),
-            last: Seq(0),
-            site: None,
-            dictionary: compress::dictionary_id(),
-            entry_bytes_max: 1 << 20,
-            ack_delay_ms: 0,
-        };
-        let mut peer = LinkSession::new(SessionConfig::default(), hello, at(0));
-        whole.handle(Input::LinkUp);
-        let bytes = whole.relay.poll_transmit(at(0)).expect("a hello");
-        peer.handle(session::Input::Bytes(bytes), at(0)).unwrap();
-        let heard = std::iter::from_fn(|| peer.poll_output()).find_map(|output| match output {
-            session::Output::PeerHello { hello, .. } => Some(hello.dictionary),
-            _ => None,
-        });
-        assert_eq!(heard, Some(offered));
+        let mut whole = Whole::new(Settings { compress, ..settings() });
+        assert_eq!(hello_of(&mut whole).dictionary, offered);
     }
+}
+
+/// Rules and limits change at once, what the ends of a link agree on with the next connection, and whose domains these are never.
+#[test]
+fn settings_change_while_all_goes_on() {
+    let mut whole = Whole::new(settings());
+    let pair = DomainPair {
+        local: domain("a.example"),
+        far: domain("b.example"),
+    };
+    let mut n = 0;
+    let mut say = |whole: &mut Whole| {
+        n += 1;
+        let text =
+            format!("<message type='chat' id='{n}' from='v@a.example/r' to='u@b.example/r'><body>x</body></message>");
+        whole.handle(Input::Stanza {
+            leg: LegId(1),
+            n,
+            pair: pair.clone(),
+            stanza: Stanza::parse(Bytes::from(text)).unwrap(),
+        });
+        (whole.relay.stats().casts, whole.relay.stats().refused)
+    };
+    assert_eq!(say(&mut whole), (1, 0));
+    assert_eq!(hello_of(&mut whole).ack_delay_ms, 5000);
+
+    let mut new = settings();
+    new.rules = vec![Rule {
+        name: "none".into(),
+        direction: Direction::Sent,
+        when: Conditions::default(),
+        then: Action::Drop,
+        observe: false,
+    }];
+    whole.handle(Input::Settings(Box::new(new.clone())));
+    assert_eq!(say(&mut whole), (1, 0));
+
+    new.rules.clear();
+    new.queue_entries_max = 1;
+    new.session.ack_delay = Duration::from_secs(7);
+    new.far = vec![domain("c.example")];
+    whole.handle(Input::Settings(Box::new(new)));
+    assert_eq!(say(&mut whole), (1, 1));
+    assert!(whole.relay.session().is_some(), "the link was not closed");
+    whole.handle(Input::LinkDown);
+    assert_eq!(hello_of(&mut whole).ack_delay_ms, 7000);
+    assert_eq!(whole.relay.settings.far, settings().far);
 }

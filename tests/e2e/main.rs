@@ -12,6 +12,7 @@ mod management;
 mod mirror;
 mod one_copy;
 mod outage;
+mod profiles;
 mod recordings;
 mod reload;
 mod restarts;

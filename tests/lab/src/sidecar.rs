@@ -56,6 +56,7 @@ pub struct SidecarSpec {
     pub(crate) held: bool,
     pub(crate) in_memory: bool,
     environment: Vec<(String, String)>,
+    keys: Vec<String>,
     sections: BTreeMap<String, Vec<String>>,
 }
 
@@ -69,6 +70,7 @@ impl SidecarSpec {
             held: false,
             in_memory: false,
             environment: Vec::new(),
+            keys: Vec::new(),
             sections: BTreeMap::new(),
         }
     }
@@ -105,6 +107,12 @@ impl SidecarSpec {
             .entry(section.to_owned())
             .or_default()
             .push(line.to_owned());
+        self
+    }
+
+    /// Adds a key outside of all sections to both configurations: `.key("profile", "hf")`.
+    pub fn key(mut self, key: &str, value: &str) -> Self {
+        self.keys.push(format!("{key}: {value}\n"));
         self
     }
 
@@ -385,7 +393,7 @@ fn config(spec: &SidecarSpec, post: &Post, peer_public_key: &str) -> String {
             None => sections.push((name.clone(), lines.clone())),
         }
     }
-    let mut text = format!("site: {}\ndata_dir: {dir}/data\n", post.site);
+    let mut text = format!("site: {}\ndata_dir: {dir}/data\n{}", post.site, spec.keys.concat());
     for (name, lines) in sections {
         text += &format!("{name}:\n");
         for line in lines {
