@@ -51,6 +51,10 @@ impl Pace {
         if took < APART_MIN {
             return;
         }
+        // A busy link on which nothing arrives is slow if something arrives later, and otherwise it is not there: that is known then.
+        if look.busy && look.acked == before.acked {
+            return;
+        }
         let seen = (look.acked - before.acked) as f64 / took.as_secs_f64();
         if before.busy && look.busy && self.bytes_per_second > 0.0 {
             self.bytes_per_second += (seen - self.bytes_per_second) * WEIGHT;
@@ -140,7 +144,18 @@ mod tests {
             time.abs_diff(Duration::from_secs(5)) < Duration::from_millis(100),
             "{time:?}"
         );
-        // It becomes thinner.
+        // It is cut, which is noticed after a while.
+        for second in 30..50 {
+            let at = at(3_600 + second);
+            pace.note(Some(look(29_000, true)), 29_100, 291_000, at);
+        }
+        pace.note(None, 29_100, 291_000, at(3_650));
+        let time = pace.time_for(50_000).unwrap();
+        assert!(
+            time.abs_diff(Duration::from_secs(5)) < Duration::from_millis(100),
+            "{time:?}"
+        );
+        // It is back, and thinner.
         for second in 0..30 {
             pace.note(
                 Some(look(30_000 + 100 * second, true)),
