@@ -641,6 +641,7 @@ mod tests {
         collections::BTreeSet,
         io::Write as _,
         process::{Command, Stdio},
+        time::Instant,
     };
 
     use super::*;
@@ -713,7 +714,9 @@ mod tests {
     fn series_are_few() {
         let peers: Vec<String> = (0..20).map(|n| format!("peer-{n}")).collect();
         let rendered = install(peers.iter().map(String::as_str)).unwrap();
+        let begun = Instant::now();
         let text = rendered.text();
+        let took = begun.elapsed();
         let of = |peer: &str| {
             text.lines()
                 .filter(|line| line.contains(peer) && !line.starts_with('#'))
@@ -725,8 +728,8 @@ mod tests {
             .count();
         let (each, all) = (of("peer=\"peer-7\""), 20 * of("peer=\"peer-7\"") + shared);
         println!(
-            "{each} series a peer and {shared} others: {all} for 20 peers, {} bytes a series",
-            text.len() / text.lines().count()
+            "{each} series a peer and {shared} others: {all} for 20 peers, {} bytes, rendered in {took:?}",
+            text.len()
         );
         assert!(
             all < 2000,

@@ -386,6 +386,7 @@ mod tests {
                     entries: if up { 0 } else { step - 99 },
                     bytes: 300,
                     oldest_seconds: (!up).then_some(20.0),
+                    ..QueueStatus::default()
                 },
                 drain_seconds: Some(3.0),
                 sent: Traffic {

@@ -728,6 +728,8 @@ fn status_of(running: &Running, started: Instant) -> Arc<dyn Fn() -> Status + Se
 
 fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
     let (levels, relay) = (report.levels, &report.relay);
+    // Of the entries' bytes; what an earlier process left waits too.
+    let share_waiting = levels.spool_bytes as f64 / relay.entry_bytes.max(levels.spool_bytes).max(1) as f64;
     PeerStatus {
         name: peer.name.to_string(),
         domains: peer.domains.iter().map(ToString::to_string).collect(),
@@ -740,12 +742,13 @@ fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
         spool: QueueStatus {
             entries: levels.spool_entries,
             bytes: levels.spool_bytes,
+            stanza_bytes: (relay.copy_bytes_accepted as f64 * share_waiting) as u64,
             oldest_seconds: (levels.spool_entries > 0).then_some(report.spool_oldest.as_secs_f64()),
         },
         inbox: QueueStatus {
             entries: levels.inbox_entries,
             bytes: levels.inbox_bytes,
-            oldest_seconds: None,
+            ..QueueStatus::default()
         },
         sent: Traffic {
             entries: relay.entries_sent,

@@ -91,6 +91,8 @@ pub struct RoomsStatus {
 pub struct QueueStatus {
     pub entries: u64,
     pub bytes: u64,
+    /// Of the spool: about what plain S2S would send for them.
+    pub stanza_bytes: u64,
     pub oldest_seconds: Option<f64>,
 }
 
@@ -267,9 +269,10 @@ impl EventStatus {
 }
 
 impl PeerStatus {
-    /// What plain S2S would have carried, both ways.
+    /// What plain S2S would have carried, both ways. What still waits is not saved yet, so it does not count.
     pub fn plain_bytes(&self) -> u64 {
-        self.sent.stanza_bytes.saturating_add(self.received.stanza_bytes)
+        let sent = self.sent.stanza_bytes.saturating_sub(self.spool.stanza_bytes);
+        sent.saturating_add(self.received.stanza_bytes)
     }
 
     /// What the link carried, both ways.
@@ -437,9 +440,14 @@ mod tests {
                     spool: QueueStatus {
                         entries: 41,
                         bytes: 20_480,
+                        stanza_bytes: 100_000,
                         oldest_seconds: Some(7_250.0),
                     },
                     in_doubt: 2,
+                    sent: Traffic {
+                        stanza_bytes: 100_000,
+                        ..Traffic::default()
+                    },
                     ..PeerStatus::default()
                 },
             ],

@@ -385,6 +385,7 @@ mod tests {
                         entries: 3,
                         bytes: 1_120,
                         oldest_seconds: Some(2.0),
+                        ..QueueStatus::default()
                     },
                     sent: traffic(900_000, 20_000 + 300 * second),
                     received: traffic(300_000, 10_000),
@@ -419,6 +420,7 @@ mod tests {
                         entries: 41,
                         bytes: 20_480,
                         oldest_seconds: Some(59.0),
+                        ..QueueStatus::default()
                     },
                     rooms: RoomsStatus {
                         mirrored: 2,
