@@ -488,7 +488,7 @@ declare! {
     MIRROR_REFUSED: Counter<Peer> = "narrows_mirror_refused_total",
         "Joins, nick changes and commands of local users that were refused because the link was gone.";
     MIRROR_SPLITS: Counter<Peer> = "narrows_mirror_splits_total", "Times that users were told that the link is gone.";
-    MIRROR_HEALS: Counter<Peer> = "narrows_mirror_heals_total", "Times that local users were shown who is there after all.";
+    MIRROR_HEALS: Counter<Peer> = "narrows_mirror_heals_total", "Times that users were shown who is there after all.";
     MIRROR_SPLIT: Histogram(SPLIT_BOUNDS)<> = "narrows_mirror_split_seconds",
         "How long users were without the far side: from when they were told that the link is gone until they were shown who is there.";
     MIRROR_GHOSTS: Counter<Peer> = "narrows_mirror_ghosts_total",

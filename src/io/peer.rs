@@ -673,7 +673,11 @@ impl Owner {
     fn tell(&mut self) {
         let now = self.clock.now();
         let (lanes_up, unconfirmed) = self.relay.lanes_up();
-        let (levels, stats) = (self.relay.levels(), self.relay.stats());
+        let (levels, mirrored) = (self.relay.levels(), self.relay.mirror().stats());
+        let mut stats = self.relay.stats().clone();
+        // Plain S2S has no mirror that speaks for anyone.
+        stats.copy_bytes_accepted = stats.copy_bytes_accepted.saturating_sub(mirrored.caused_bytes);
+        stats.near_bytes = stats.near_bytes.saturating_sub(mirrored.caused_bytes);
         let session = self.relay.session().map(|session| session.stats());
         let rtt = session.and_then(|session| session.rtt);
         let oldest = self.relay.oldest(now);
@@ -768,7 +772,7 @@ impl Owner {
             m::RULE_STANZAS.follow((peer, rule, mode), count.stanzas);
             m::RULE_SAVED.follow((peer, rule, mode), count.bytes_saved);
         }
-        let (rooms, mirrored) = (self.relay.mirror().levels(), self.relay.mirror().stats());
+        let rooms = self.relay.mirror().levels();
         m::MIRROR_ROOMS.set(peer, rooms.rooms as f64);
         m::MIRROR_ROOMS_SPLIT.set(peer, rooms.rooms_split as f64);
         m::MIRROR_SESSIONS.set(peer, rooms.sessions as f64);
@@ -799,7 +803,7 @@ impl Owner {
             spool_oldest: oldest,
             drain,
             acked_ago: self.watched.acked_at.map(|at| now.wall.since(at)),
-            relay: stats.clone(),
+            relay: stats,
             rooms,
             tcp,
             saved,

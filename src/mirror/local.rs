@@ -99,7 +99,12 @@ impl Mirror {
             },
             Kind::Presence | Kind::Message => {}
         }
-        self.primary.handle_local(stanza, &from, &to, now)
+        let bytes = stanza.bytes().len() as u64;
+        let crosses = self.primary.handle_local(stanza, &from, &to, now);
+        if crosses.is_none() {
+            self.stats.caused_bytes += bytes;
+        }
+        crosses
     }
 
     fn is_session(&self, room: &str, session: &str) -> bool {

@@ -103,6 +103,8 @@ pub struct MirrorStats {
     pub refused: u64,
     pub splits: u64,
     pub heals: u64,
+    /// Bytes of stanzas that only came because the mirror has spoken to our server itself. Without it there would be none.
+    pub caused_bytes: u64,
     /// Sessions that the room turned out not to have any more.
     pub ghosts: u64,
     /// Rooms and sessions that pass as they are from then on, because a limit was reached.
@@ -152,6 +154,8 @@ pub struct Mirror {
     echo_last: u64,
     /// Makes ids of ours unlike any other's.
     epoch: Epoch,
+    /// Guests were shown as back when the link came up.
+    guests_back: bool,
     stats: MirrorStats,
     outputs: VecDeque<Output>,
 }
@@ -177,6 +181,7 @@ impl Mirror {
             rows: Rows::default(),
             echo_last: 0,
             epoch,
+            guests_back: false,
             stats: MirrorStats::default(),
             outputs: VecDeque::new(),
         };
@@ -322,7 +327,7 @@ impl Mirror {
             return;
         }
         self.link = Link::Resyncing;
-        self.primary.heal(now);
+        self.guests_back = self.primary.heal(now);
     }
 
     /// All that the peer had when the link came up is here.
@@ -332,7 +337,7 @@ impl Mirror {
         }
         self.link = Link::Live;
         let rooms: Vec<String> = self.rooms.keys().cloned().collect();
-        let mut healed = false;
+        let mut healed = std::mem::take(&mut self.guests_back);
         for name in rooms {
             healed |= self.show_truth(&name);
         }

@@ -325,10 +325,10 @@ impl Primary {
     }
 
     /// Puts back what the guests last said of themselves.
-    pub fn heal(&mut self, now: Now) {
+    pub fn heal(&mut self, now: Now) -> bool {
         self.speak_for(now, |guest| {
             std::mem::take(&mut guest.away).then(|| guest.presence.clone())
-        });
+        })
     }
 
     /// Has guests say something in their rooms.

@@ -598,6 +598,12 @@ fn far_occupants_are_away_during_a_split() {
         &["<show>chat</show>", "to='mess@conference.b.example/a1'"]
     ));
     assert!(!has(&seen.delivered, &["protocol/muc'"]));
+    // Who watches sees both, and what the room only said because of us.
+    let stats = site.mirror.stats();
+    assert_eq!(
+        (stats.splits, stats.heals, stats.caused_bytes),
+        (1, 1, reflected.len() as u64)
+    );
 }
 
 /// A room that has forgotten an occupant says so when asked, and the peer hears it as the room would have said it.
