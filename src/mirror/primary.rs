@@ -295,6 +295,8 @@ impl Primary {
                             self.remove(name, to, now);
                         }
                     }
+                    // It is inside all the same, and its client would take it for the end of that.
+                    Some("error") if self.tails.refused(name, to, now, &mut self.outputs) => return None,
                     Some("error") if guests.get(to).is_some_and(|guest| !guest.joined) => self.remove(name, to, now),
                     Some(_) => {}
                 }

@@ -263,6 +263,20 @@ impl Tails {
         }
     }
 
+    /// The room has refused something to a guest: says whether that was ours.
+    pub fn refused(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) -> bool {
+        let stage = self.checks.get(room).map(|check| &check.stage);
+        let (Some(Stage::Asked { guest: asked, entered }) | Some(Stage::Late { guest: asked, entered })) = stage else {
+            return false;
+        };
+        let is_ours = asked == guest && !entered;
+        if is_ours {
+            self.conclude(room, now, outputs);
+            self.checks.remove(room);
+        }
+        is_ours
+    }
+
     /// A guest is out, or enters by itself: it is told all it needs, and can be asked for nothing.
     pub fn left(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
         let Some(check) = self.checks.get_mut(room) else { return };

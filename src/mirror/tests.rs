@@ -1446,6 +1446,23 @@ fn words_do_not_wait_for_ever() {
     assert_eq!(site.mirror.stats().found, 0);
 }
 
+/// A room that does not let a guest enter again, who is inside, has refused us and not the guest.
+#[test]
+fn a_refusal_to_repeat_is_not_the_guests() {
+    let mut site = hosting_two();
+    site.room_says("one", "a1");
+    let asked = site.killed();
+    site.is_inside(&asked[0]);
+    assert!(site.room_says("two", "a1").is_empty());
+    let refusal = format!(
+        "<presence type='error' from='{MESS}/a1' to='a1@a.example/r'><error type='auth'><not-authorized xmlns='{}'/></error></presence>",
+        ns::STANZA_ERRORS
+    );
+    assert_eq!(words(&site.local(&refusal)), ["two>a1"]);
+    assert_eq!(site.local(&refusal).crossed.len(), 1);
+    assert_eq!(site.mirror.levels().guests, 2);
+}
+
 /// A guest that the room has forgotten does not enter again in this way: it is told, and another is asked about.
 #[test]
 fn who_is_out_does_not_enter_again() {

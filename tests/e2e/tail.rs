@@ -4,13 +4,13 @@ use std::{thread::sleep, time::Duration};
 
 use narrows_lab::{
     Ejabberd, Layout, Profile, Prosody, ServerSpec,
-    client::{Client, Failure, Outcome},
+    client::{Client, Failure, MUC_ADMIN, Outcome},
     load::is_expulsion,
     scenario::{Side, Stage, WorldStage},
 };
 
 use crate::{
-    cast::{enter, make_room, sign_in},
+    cast::{make_room, sign_in},
     faults::{held_pair, unthrottled},
     stage::{in_company, world},
 };
@@ -28,7 +28,7 @@ fn heard(client: &Client) -> Vec<String> {
 
 /// The sidecar beside the room stands still, the room speaks on, and the sidecar is killed: what it had been sent lies in its sockets and is
 /// gone. All of it comes all the same, once and in order, and before what is said next.
-fn words_are_found(name: &str, a: ServerSpec, b: ServerSpec) {
+fn words_are_found(name: &str, a: ServerSpec, b: ServerSpec, form: &str, password: Option<&str>) {
     const STOP: i32 = 19;
     let _company = in_company();
     let layout = Layout::Sidecar(held_pair());
@@ -38,10 +38,23 @@ fn words_are_found(name: &str, a: ServerSpec, b: ServerSpec) {
         let room = format!("deck@{}", stage.rooms(Side::A));
         let alice = sign_in(&stage, Side::A, "alice")?;
         make_room(&stage, &alice, &room)?;
+        let form = format!(
+            "<query xmlns='http://jabber.org/protocol/muc#owner'><x xmlns='jabber:x:data' type='submit'>\
+             <field var='FORM_TYPE'><value>http://jabber.org/protocol/muc#roomconfig</value></field>{form}</x></query>"
+        );
+        alice.ask("set", &room, &form, PATIENCE)?;
         let far = ["b1", "b2", "b3"].map(|user| sign_in(&stage, Side::B, user));
         let far = far.into_iter().collect::<Outcome<Vec<Client>>>()?;
         for client in &far {
-            enter(&stage, client, &room)?;
+            let member = format!(
+                "<query xmlns='{MUC_ADMIN}'><item affiliation='member' jid='{}'/></query>",
+                client.bare()
+            );
+            alice.ask("set", &room, &member, PATIENCE)?;
+            client.join(&room, client.user(), password, Some(0))?;
+            client.expect("that it is in", PATIENCE, |stanza| {
+                stanza.from() == format!("{room}/{}", client.user()) && stanza.has_status("110")
+            })?;
         }
         let hears = |client: &Client, body: &str| {
             let what = format!("{body:?}, for {}", client.user());
@@ -78,6 +91,9 @@ fn words_are_found(name: &str, a: ServerSpec, b: ServerSpec) {
             if let Some(out) = client.transcript().iter().find(|stanza| is_expulsion(stanza)) {
                 return Err(Failure(format!("{} is out: {}", client.user(), out.raw)));
             }
+            if let Some(error) = client.transcript().iter().find(|stanza| stanza.kind() == "error") {
+                return Err(Failure(format!("{} is told: {}", client.user(), error.raw)));
+            }
         }
         let found = world.a.sidecar().metrics()?.sum("narrows_mirror_found_total", &[]);
         if found != 2.0 {
@@ -91,18 +107,29 @@ fn words_are_found(name: &str, a: ServerSpec, b: ServerSpec) {
 /// The room on Prosody, far users on ejabberd.
 #[test]
 fn words_are_found_prosody_and_ejabberd() {
-    words_are_found("tpe", Prosody::stock(), Ejabberd::stock());
+    words_are_found("tpe", Prosody::stock(), Ejabberd::stock(), "", None);
 }
 
 /// The room on ejabberd, far users on Prosody.
 #[test]
 fn words_are_found_ejabberd_and_prosody() {
-    words_are_found("tep", Ejabberd::stock(), Prosody::stock());
+    words_are_found("tep", Ejabberd::stock(), Prosody::stock(), "", None);
 }
 
 /// Rooms that keep an archive stamp their messages, also those of the history.
 #[test]
 fn words_are_found_in_rooms_with_an_archive() {
-    words_are_found("tpm", Prosody::stock().mam(), Ejabberd::stock());
-    words_are_found("tem", Ejabberd::stock().mam(), Prosody::stock());
+    words_are_found("tpm", Prosody::stock().mam(), Ejabberd::stock(), "", None);
+    words_are_found("tem", Ejabberd::stock().mam(), Prosody::stock(), "", None);
+}
+
+/// A room for members who know the password lets those who are inside enter again without it.
+#[test]
+fn words_are_found_in_closed_rooms() {
+    let form = "<field var='muc#roomconfig_membersonly'><value>1</value></field>\
+                <field var='muc#roomconfig_moderatedroom'><value>1</value></field>\
+                <field var='muc#roomconfig_passwordprotectedroom'><value>1</value></field>\
+                <field var='muc#roomconfig_roomsecret'><value>sesame</value></field>";
+    words_are_found("tpc", Prosody::stock(), Ejabberd::stock(), form, Some("sesame"));
+    words_are_found("tec", Ejabberd::stock(), Prosody::stock(), form, Some("sesame"));
 }
