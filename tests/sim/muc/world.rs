@@ -21,6 +21,7 @@ use super::{
     client::{Act, Client, Question, a_nick},
     room::{Affiliation, Config, Room},
     server::{Flavour, Server},
+    xml,
 };
 use crate::{
     pair::{self, End, Event, Manner, Pair},
@@ -104,6 +105,8 @@ pub struct World {
     down_until: Vec<Mono>,
     numbers: u64,
     pub tally: Tally,
+    /// For whoever must find out what went wrong: what has this in it is printed as it happens.
+    traced: Option<String>,
 }
 
 const USERS: u64 = 5;
@@ -206,6 +209,7 @@ impl World {
             restarted: BTreeSet::new(),
             numbers: 0,
             tally: Tally::default(),
+            traced: std::env::var("NARROWS_SIM_TRACE").ok(),
         }
     }
 
@@ -302,7 +306,15 @@ impl World {
         }
     }
 
+    /// Prints what happened, if it is looked for.
+    fn trace(&self, at: (usize, usize), what: &str, detail: &str) {
+        if self.traced.as_ref().is_some_and(|text| detail.is_empty() || detail.contains(text)) {
+            eprintln!("{:>12?} {at:?} {what:>6} {detail}", self.now.mono.since(Mono::from_start(Duration::ZERO)));
+        }
+    }
+
     fn cut(&mut self, pair: usize) {
+        self.trace((pair, 2), "cut", "");
         self.tally.cuts += 1;
         self.pairs[pair].wire.cut();
         let seconds = match self.faults.flaps {
@@ -313,6 +325,7 @@ impl World {
     }
 
     fn kill(&mut self, pair: usize, end: usize) {
+        self.trace((pair, end), "kill", "");
         self.tally.kills += 1;
         self.pairs[pair].end_process(end, &mut self.random);
         self.notice(pair);
@@ -477,6 +490,7 @@ impl World {
         let Some(words) = self.servers[here].next_for(there, &mut self.random) else {
             return false;
         };
+        self.trace((pair, end), "says", xml::text(&words.bytes));
         let stanza = Stanza::parse(words.bytes.clone()).expect("servers write stanzas");
         let from = stanza.from().expect("servers say who sent it").into_owned();
         let domains = DomainPair {
@@ -505,6 +519,9 @@ impl World {
 
     fn take_up(&mut self, pair: usize, end: usize) -> bool {
         let done = self.pairs[pair].take_up(end, self.now);
+        if done {
+            self.trace((pair, end), "link", "");
+        }
         self.notice(pair);
         done
     }
@@ -530,6 +547,7 @@ impl World {
                     known.expect("accepted once, and only what was written");
                 }
                 Event::Heard(bytes) => {
+                    self.trace((pair, end), "hears", xml::text(&bytes));
                     self.ways[pair][1 - end].heard.push(bytes.clone());
                     let site = Self::site_at(pair, end);
                     self.servers[site].route(bytes, self.now.wall, &mut self.random);
