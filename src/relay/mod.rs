@@ -814,7 +814,9 @@ impl Relay {
 
     fn handle_hello(&mut self, received: Received, missing: u64, last: Seq, now: Now) {
         self.stats.missing += missing;
-        if missing > 0 || received != self.received {
+        // Before the first meeting nothing had come that could be in doubt: what our users asked meanwhile, is known.
+        let met_before = self.received != Received::default();
+        if missing > 0 || met_before && received != self.received {
             self.mirror.forget(now);
         }
         self.mirror.handle_link_up(now);

@@ -56,19 +56,21 @@ fn number(name: &str) -> Option<u64> {
     Some(text.parse().expect("a number"))
 }
 
-/// Runs every seed that was asked for; one that fails says how to replay it.
+/// Runs every seed that was asked for; each one that fails says how to replay it.
 fn for_each_seed(mut run: impl FnMut(u64)) {
     let seeds = match (number("NARROWS_SIM_SEED"), number("NARROWS_SIM_SEEDS")) {
         (Some(seed), _) => seed..seed + 1,
         (None, seeds) => 0..seeds.unwrap_or(SEEDS),
     };
+    let mut failed = Vec::new();
     for seed in seeds {
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run(seed)));
-        if let Err(panic) = result {
+        if result.is_err() {
             eprintln!("seed {seed} failed: NARROWS_SIM_SEED={seed} replays it");
-            std::panic::resume_unwind(panic);
+            failed.push(seed);
         }
     }
+    assert!(failed.is_empty(), "{} seeds failed: {failed:?}", failed.len());
 }
 
 fn live(seed: u64, faults: Faults) -> Tally {
