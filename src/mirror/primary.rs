@@ -53,8 +53,8 @@ pub struct Primary {
     epoch: Epoch,
     /// By room, then by full address.
     rooms: BTreeMap<String, BTreeMap<String, Guest>>,
-    /// Questions that the room has not answered, by id.
-    asked: BTreeMap<String, (String, String)>,
+    /// Questions that the room has not answered, by id: the room, who it was asked about, and by which nick.
+    asked: BTreeMap<String, (String, String, String)>,
     asked_last: u64,
     next_burst: Option<Mono>,
     /// No guest is to be asked about before: those in their rooms are many, and looked through only then.
@@ -411,7 +411,8 @@ impl Primary {
             .iter()
             .map(|(room, address, _)| (room.clone(), address.clone()))
             .collect();
-        self.asked.retain(|_, asked| !again.contains(asked));
+        self.asked
+            .retain(|_, (room, address, _)| !again.contains(&(room.clone(), address.clone())));
         for (room, address, nick) in due {
             self.asked_last += 1;
             let id = format!("{}{:x}", self.id_prefix(), self.asked_last);
@@ -422,7 +423,7 @@ impl Primary {
                 ns::PING
             );
             if let Ok(ping) = Stanza::parse(ping.into()) {
-                self.asked.insert(id, (room, address));
+                self.asked.insert(id, (room, address, nick));
                 self.outputs.push_back(Output::Ask(ping));
             }
         }
@@ -439,7 +440,7 @@ impl Primary {
 
     /// A room has answered a question of ours.
     fn answered(&mut self, id: &str, answer: &Stanza, from: &str, now: Now) {
-        let Some((room, address)) = self.asked.remove(id) else {
+        let Some((room, address, nick)) = self.asked.remove(id) else {
             return;
         };
         let Some(guest) = self.rooms.get(&room).and_then(|guests| guests.get(&address)) else {
@@ -451,7 +452,8 @@ impl Primary {
         if !answer.is_error() && self.tails.is_suspected(&room) {
             return self.enter_again(&room, &address);
         }
-        if !is_stranger(answer) {
+        // XEP-0410 §3.3: nobody has that nick, because its change was on its way when we asked. The next question is about the new one.
+        if guest.nick != nick || !is_stranger(answer) {
             return;
         }
         self.ghosts += 1;

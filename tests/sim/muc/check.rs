@@ -28,7 +28,8 @@ pub struct Declared {
     pub echo: bool,
     /// Self-pings, pings and disco are answered near by, and do not cross; and each end asks its own server.
     pub near: bool,
-    /// During a split what only the room can grant is refused near by, and does not cross.
+    /// During a split what only the room can grant is refused near by, and does not cross; nor do private messages between those who
+    /// are on one side of it: they have them without the room.
     pub refused: bool,
     /// A session that its room no longer has, because something was lost with a process, is told so by the mirror.
     pub truth: bool,
@@ -247,8 +248,12 @@ impl World {
     pub fn check(&mut self) {
         let declared = Declared::of(self.faults);
         let mut lost = Lost::new();
-        for way in self.ways.iter().flatten() {
-            check_way(way, declared, &mut lost);
+        for (way, back) in self.ways.iter().flat_map(|[a, b]| [(a, b), (b, a)]) {
+            let near = match declared.refused {
+                true => &whispers(way, back) | &whispers(back, way),
+                false => Whispers::new(),
+            };
+            check_way(way, declared, &near, &mut lost);
             check_real_addresses(way);
             for (what, form) in SAYINGS {
                 let is_said = || way.sent.iter().any(|sent| xml::text(&sent.bytes).contains(form));
@@ -406,20 +411,22 @@ struct Flow<'a> {
 }
 
 /// P1, P3, P4, §5 rule 4: each recipient reads what was written to it, all of it, in order, and nothing else; words are heard once.
-fn check_way(way: &Way, declared: Declared, lost: &mut Lost) {
+fn check_way(way: &Way, declared: Declared, near: &Whispers, lost: &mut Lost) {
     let key = |bytes: &Bytes| {
         let stanza = xml::text(bytes);
         let of = |name| attribute(stanza, name).unwrap_or_default();
         (bare(of("from")).to_owned(), recipient(of("to")))
     };
     let mut flows: BTreeMap<(String, String), Flow<'_>> = BTreeMap::new();
-    for sent in &way.sent {
+    let is_near = |bytes: &&Bytes| whisper(bytes).is_some_and(|words| near.contains(words));
+    for sent in way.sent.iter().filter(|sent| !is_near(&&sent.bytes)) {
         let written = (&sent.bytes, way.is_excused(sent));
         flows.entry(key(&sent.bytes)).or_default().written.push(written);
     }
-    for heard in &way.heard {
+    for heard in way.heard.iter().filter(|heard| !is_near(heard)) {
         flows.entry(key(heard)).or_default().read.push(heard);
     }
+    check_whispers(way, near);
     for ((from, to), Flow { written, read }) in flows {
         let missing = match matching(&written, &read, declared) {
             Some(missing) => missing,
@@ -434,6 +441,37 @@ fn check_way(way: &Way, declared: Declared, lost: &mut Lost) {
             }
         }
         check_words(&written, &read, declared);
+    }
+}
+
+/// The words of private messages that were given out beside their authors, because the room was out of reach. No two are the same.
+type Whispers = BTreeSet<String>;
+
+fn whisper(bytes: &Bytes) -> Option<&str> {
+    let stanza = xml::text(bytes);
+    (attribute(stanza, "type") == Some("chat")).then(|| child(stanza, "body"))?
+}
+
+/// What `there` was to bring to a room and did not, while `back` brought it from there though the room never said it.
+fn whispers(there: &Way, back: &Way) -> Whispers {
+    let heard = |way: &Way| -> Whispers { way.heard.iter().filter_map(whisper).map(str::to_owned).collect() };
+    let said = |way: &Way| -> Whispers {
+        let words = way.sent.iter().filter_map(|sent| whisper(&sent.bytes));
+        words.map(str::to_owned).collect()
+    };
+    &(&said(there) - &heard(there)) & &(&heard(back) - &said(back))
+}
+
+/// Each session hears a whisper once, from a room.
+fn check_whispers(way: &Way, near: &Whispers) {
+    let mut heard = BTreeSet::new();
+    for bytes in &way.heard {
+        if let Some(words) = whisper(bytes).filter(|words| near.contains(*words)) {
+            let stanza = xml::text(bytes);
+            let of = |name| attribute(stanza, name).unwrap_or_default();
+            assert!(domain_of(of("from")).starts_with("conference."), "{stanza}");
+            assert!(heard.insert((of("to"), words)), "heard twice: {stanza}");
+        }
     }
 }
 
