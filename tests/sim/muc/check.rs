@@ -28,8 +28,8 @@ pub struct Declared {
     pub echo: bool,
     /// Self-pings, pings and disco are answered near by, and do not cross; and each end asks its own server.
     pub near: bool,
-    /// During a split what only the room can grant is refused near by, and does not cross; nor do private messages between those who
-    /// are on one side of it: they have them without the room.
+    /// During a split what only the room can grant is refused near by, and does not cross; so is what a visitor says. Nor do private
+    /// messages between those who are on one side of it: they have them without the room.
     pub refused: bool,
     /// A session that its room no longer has, because something was lost with a process, is told so by the mirror.
     pub truth: bool,
@@ -108,6 +108,13 @@ fn is_old_words(stanza: &str) -> bool {
     let room = attribute(stanza, "from").map(bare);
     let is_old = child(stanza, "delay").is_some_and(|delay| attribute(delay, "from") == room);
     attribute(stanza, "type") == Some("groupchat") && child(stanza, "body").is_some() && is_old
+}
+
+/// What a mirror says in the name of a room: that it has not taken what was heard near by. A room's own words have no body.
+fn is_notice(stanza: &str) -> bool {
+    let from = attribute(stanza, "from").unwrap_or_default();
+    let is_room = domain_of(from).starts_with("conference.") && resource_of(from).is_none();
+    is_room && child(stanza, "body").is_some_and(|body| body.contains("was not accepted by the room"))
 }
 
 /// Who is there and how, as a room tells it or is told.
@@ -250,8 +257,8 @@ impl World {
         let mut lost = Lost::new();
         for (way, back) in self.ways.iter().flat_map(|[a, b]| [(a, b), (b, a)]) {
             let near = match declared.refused {
-                true => &whispers(way, back) | &whispers(back, way),
-                false => Whispers::new(),
+                true => Near::of(way, back),
+                false => Near::default(),
             };
             check_way(way, declared, &near, &mut lost);
             check_real_addresses(way);
@@ -411,22 +418,21 @@ struct Flow<'a> {
 }
 
 /// P1, P3, P4, §5 rule 4: each recipient reads what was written to it, all of it, in order, and nothing else; words are heard once.
-fn check_way(way: &Way, declared: Declared, near: &Whispers, lost: &mut Lost) {
+fn check_way(way: &Way, declared: Declared, near: &Near, lost: &mut Lost) {
     let key = |bytes: &Bytes| {
         let stanza = xml::text(bytes);
         let of = |name| attribute(stanza, name).unwrap_or_default();
         (bare(of("from")).to_owned(), recipient(of("to")))
     };
     let mut flows: BTreeMap<(String, String), Flow<'_>> = BTreeMap::new();
-    let is_near = |bytes: &&Bytes| whisper(bytes).is_some_and(|words| near.contains(words));
-    for sent in way.sent.iter().filter(|sent| !is_near(&&sent.bytes)) {
+    for sent in way.sent.iter().filter(|sent| !near.has_settled(&sent.bytes)) {
         let written = (&sent.bytes, way.is_excused(sent));
         flows.entry(key(&sent.bytes)).or_default().written.push(written);
     }
-    for heard in way.heard.iter().filter(|heard| !is_near(heard)) {
+    for heard in way.heard.iter().filter(|heard| !near.has_settled(heard)) {
         flows.entry(key(heard)).or_default().read.push(heard);
     }
-    check_whispers(way, near);
+    check_whispers(way, &near.whispers);
     for ((from, to), Flow { written, read }) in flows {
         let missing = match matching(&written, &read, declared) {
             Some(missing) => missing,
@@ -444,8 +450,28 @@ fn check_way(way: &Way, declared: Declared, near: &Whispers, lost: &mut Lost) {
     }
 }
 
-/// The words of private messages that were given out beside their authors, because the room was out of reach. No two are the same.
-type Whispers = BTreeSet<String>;
+/// What was settled beside its author, because the room was out of reach.
+#[derive(Default)]
+struct Near {
+    /// The words of private messages that were given out there. No two are the same.
+    whispers: BTreeSet<String>,
+    /// Who may not speak and was told so there, and under which id it was said.
+    refused: BTreeSet<(String, String)>,
+}
+
+impl Near {
+    fn of(way: &Way, back: &Way) -> Self {
+        Self {
+            whispers: &whispers(way, back) | &whispers(back, way),
+            refused: &refusals(back) - &brought(way),
+        }
+    }
+
+    fn has_settled(&self, bytes: &Bytes) -> bool {
+        whisper(bytes).is_some_and(|words| self.whispers.contains(words))
+            || speech(bytes).is_some_and(|said| self.refused.contains(&said))
+    }
+}
 
 fn whisper(bytes: &Bytes) -> Option<&str> {
     let stanza = xml::text(bytes);
@@ -453,17 +479,40 @@ fn whisper(bytes: &Bytes) -> Option<&str> {
 }
 
 /// What `there` was to bring to a room and did not, while `back` brought it from there though the room never said it.
-fn whispers(there: &Way, back: &Way) -> Whispers {
-    let heard = |way: &Way| -> Whispers { way.heard.iter().filter_map(whisper).map(str::to_owned).collect() };
-    let said = |way: &Way| -> Whispers {
+fn whispers(there: &Way, back: &Way) -> BTreeSet<String> {
+    let heard = |way: &Way| -> BTreeSet<String> { way.heard.iter().filter_map(whisper).map(str::to_owned).collect() };
+    let said = |way: &Way| -> BTreeSet<String> {
         let words = way.sent.iter().filter_map(|sent| whisper(&sent.bytes));
         words.map(str::to_owned).collect()
     };
     &(&said(there) - &heard(there)) & &(&heard(back) - &said(back))
 }
 
+/// The author of words to all in a room, and their id.
+fn speech(bytes: &Bytes) -> Option<(String, String)> {
+    let stanza = xml::text(bytes);
+    let of = |name| attribute(stanza, name).unwrap_or_default().to_owned();
+    let is_speech = of("type") == "groupchat" && domain_of(&of("to")).starts_with("conference.");
+    is_speech.then(|| (of("from"), of("id")))
+}
+
+fn brought(way: &Way) -> BTreeSet<(String, String)> {
+    way.heard.iter().filter_map(speech).collect()
+}
+
+/// Whom `back` told that they may not speak, though the room never said so.
+fn refusals(back: &Way) -> BTreeSet<(String, String)> {
+    let refused = |bytes: &Bytes| {
+        let stanza = xml::text(bytes);
+        let of = |name| attribute(stanza, name).unwrap_or_default().to_owned();
+        (name(stanza) == "message" && stanza.contains("<forbidden ")).then(|| (of("to"), of("id")))
+    };
+    let said: BTreeSet<_> = back.sent.iter().filter_map(|sent| refused(&sent.bytes)).collect();
+    &back.heard.iter().filter_map(refused).collect::<BTreeSet<_>>() - &said
+}
+
 /// Each session hears a whisper once, from a room.
-fn check_whispers(way: &Way, near: &Whispers) {
+fn check_whispers(way: &Way, near: &BTreeSet<String>) {
     let mut heard = BTreeSet::new();
     for bytes in &way.heard {
         if let Some(words) = whisper(bytes).filter(|words| near.contains(*words)) {
@@ -550,7 +599,7 @@ fn check_words(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) {
     let words = |bytes: &Bytes| {
         let stanza = xml::text(bytes);
         let room = attribute(stanza, "from").map(bare);
-        let body = child(stanza, "body")?.to_owned();
+        let body = child(stanza, "body").filter(|_| !is_notice(stanza))?.to_owned();
         let is_old = child(stanza, "delay").is_some_and(|delay| attribute(delay, "from") == room);
         let is_error = attribute(stanza, "type") == Some("error");
         Some((body, is_old, is_error))
