@@ -79,14 +79,22 @@ impl Mirror {
     }
 
     fn available(&mut self, cast: &Cast, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Withheld {
-        let withheld = self.withheld(muc, name, nick, addresses);
+        let mut withheld = self.withheld(muc, name, nick, addresses);
         let Some(room) = self.rooms.get_mut(name) else {
             return withheld;
         };
         // Who has left here is gone, whatever the room said before it knew; who has asked to enter again, is there again.
         let returned = room.sessions.values().any(|session| session.nick == nick);
         if let Some(told) = room.settled.get(nick).filter(|_| !returned) {
-            return told.clone();
+            withheld.extend(told.iter().cloned());
+            let others: Vec<String> = addresses
+                .iter()
+                .filter(|address| !told.contains(*address))
+                .cloned()
+                .collect();
+            room.show(nick, cast, &others);
+            self.write_occupant(name, nick);
+            return withheld;
         }
         let mut changed = room.settled.remove(nick).is_some();
         room.show(nick, cast, addresses);
@@ -165,7 +173,7 @@ impl Mirror {
         let Some(room) = self.rooms.get_mut(name).filter(hidden) else {
             return Withheld::new();
         };
-        if muc.is_self() {
+        if muc.is_self() || muc.is_own_leave() {
             return Withheld::new();
         }
         if room

@@ -112,8 +112,11 @@ impl Room {
 
     /// Whether what the room says of this occupant waits, for those who were told of the split.
     pub fn is_hidden(&self, nick: &str) -> bool {
-        let split = self.split.as_ref();
-        split.is_some_and(|split| split.hidden.contains(nick) || !self.is_ours(nick))
+        let Some(split) = &self.split else { return false };
+        // Who was one of ours when they were shown is gone on only if that is said, too.
+        let versions = || self.occupants.get(nick).into_iter().flatten();
+        let is_shown = || versions().any(|version| !version.shown_to.is_disjoint(&split.told));
+        split.hidden.contains(nick) || !self.is_ours(nick) && !is_shown()
     }
 
     /// Whether this session was told of the split.

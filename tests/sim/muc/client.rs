@@ -304,10 +304,14 @@ impl Client {
                 let payload = format!("<show>{show}</show><status>{number}</status>");
                 presence(format!("{room}/{nick}"), payload)
             }
-            26..=27 => Act {
-                stanza_type: Some("unavailable"),
-                ..presence(format!("{room}/{nick}"), "<status>bye</status>".to_owned())
-            },
+            26..=27 => {
+                // Who leaves waits no longer to be let in.
+                self.stays.get_mut(room)?.asked = None;
+                Act {
+                    stanza_type: Some("unavailable"),
+                    ..presence(format!("{room}/{nick}"), "<status>bye</status>".to_owned())
+                }
+            }
             28..=30 => return self.ping_self(room),
             31 => {
                 let what = random.pick(&["disco#info", "disco#items"]);

@@ -308,8 +308,15 @@ impl World {
 
     /// Prints what happened, if it is looked for.
     fn trace(&self, at: (usize, usize), what: &str, detail: &str) {
-        if self.traced.as_ref().is_some_and(|text| detail.is_empty() || detail.contains(text)) {
-            eprintln!("{:>12?} {at:?} {what:>6} {detail}", self.now.mono.since(Mono::from_start(Duration::ZERO)));
+        if self
+            .traced
+            .as_ref()
+            .is_some_and(|text| detail.is_empty() || detail.contains(text))
+        {
+            eprintln!(
+                "{:>12?} {at:?} {what:>6} {detail}",
+                self.now.mono.since(Mono::from_start(Duration::ZERO))
+            );
         }
     }
 
