@@ -90,22 +90,6 @@ fn queries_use_what_there_is() {
     }
 }
 
-/// What is measured is shown: each metric is in a panel or an alert.
-#[test]
-fn every_metric_is_shown() {
-    let shown: BTreeSet<&str> = expressions()
-        .iter()
-        .flat_map(|(_, expr)| names(expr))
-        .filter_map(|name| Some(metric(&name)?.name))
-        .collect();
-    let hidden: Vec<&str> = ALL
-        .iter()
-        .map(|metric| metric.name)
-        .filter(|name| !shown.contains(name))
-        .collect();
-    assert!(hidden.is_empty(), "nothing shows {hidden:?}");
-}
-
 /// Counters are read as rates or increases; as a sum they say nothing after a restart.
 #[test]
 fn counters_are_read_as_rates() {
