@@ -251,6 +251,29 @@ async fn dialback_asks_back() {
     assert_eq!(facing.stanza().await.1, 1);
 }
 
+/// A domain whose peer was removed has no owner: the next stanza for it cuts the stream, so that the server knows and tells its users. What came
+/// before is the old owner's, what comes on a new stream is a new owner's.
+#[tokio::test]
+async fn a_domain_without_an_owner_is_cut() {
+    let mut facing = Facing::start(Proof::Certificates, 64).await;
+    let lane = facing.lane(1);
+    facing.up().await;
+    hand(&lane, vec![message(1)]);
+    let (leg, n, _) = facing.stanza().await;
+    facing.committed.committed(leg, n);
+    facing.other.remove_owner(&[domain("b.example")]);
+    hand(&lane, vec![message(2)]);
+    facing.down().await;
+
+    let (owner, stanzas) = mpsc::channel(64);
+    facing.other.add_owner([domain("b.example")], &owner);
+    facing.stanzas = stanzas;
+    let lane = facing.lane(2);
+    facing.up().await;
+    hand(&lane, vec![message(3)]);
+    assert_eq!(facing.stanza().await.2.id().as_deref(), Some("3"));
+}
+
 /// An owner without room holds the stream back; nothing is lost, all comes in order.
 #[tokio::test]
 async fn a_slow_owner_holds_the_stream_back() {

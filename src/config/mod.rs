@@ -500,9 +500,9 @@ pub enum SplitFar {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Admin {
-    /// Where `/metrics`, `/healthz`, `/readyz` and `/status` are served over plain HTTP.
+    /// Where `/metrics`, `/healthz`, `/readyz` and `/status` are served over plain HTTP, and `POST /reload` has this file read again.
     ///
-    /// Default `127.0.0.1:9275`: there is no password, so it stays on the machine. `narrows status` asks here.
+    /// Default `127.0.0.1:9275`: there is no password, so it stays on the machine. `narrows status` and `narrows reload` ask here.
     pub listen: ListenAddress,
 }
 

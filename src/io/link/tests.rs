@@ -114,6 +114,31 @@ async fn unknown_key_is_refused() {
     assert_eq!(listener.counters().accepted.value(), 0);
 }
 
+/// A peer that is added may come in from then on and one that is removed no more; whoever is connected stays so meanwhile.
+#[tokio::test]
+async fn peers_come_and_go_while_others_talk() {
+    let (ship, shore, north) = (site(), site(), site());
+    let (listener, mut shore_link) = listen(&shore, &ship).await;
+    let at = listener.address().unwrap();
+    let (_ship, mut ship_link) = dialler(&ship, &shore.key, at).await;
+    ship_link.dial();
+    let (mut a, mut b) = tokio::join!(up(&mut ship_link), up(&mut shore_link));
+
+    let mut north_link = listener.add(&peer(&north.key, None)).unwrap();
+    let (_north, mut link) = dialler(&north, &shore.key, at).await;
+    link.dial();
+    let (c, d) = tokio::join!(up(&mut link), up(&mut north_link));
+    assert!(d.info.peer.is(&north.key.public()));
+    drop((c, d));
+
+    listener.remove(&north.key.public()).unwrap();
+    link.dial();
+    let error = up(&mut link).await.reader.read().await.unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
+    send(&mut a, b"still here").await;
+    assert_eq!(b.reader.read().await.unwrap().unwrap(), "still here");
+}
+
 /// A server that cannot prove the pinned key is not talked to.
 #[tokio::test]
 async fn impostor_is_not_talked_to() {
