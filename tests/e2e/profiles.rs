@@ -17,12 +17,8 @@ use crate::{cast::Cast, stage::stand};
 /// Fifteen round trips on the worst of these links, and what waits for its turn.
 const PATIENCE: Duration = Duration::from_secs(180);
 
-/// Messages that are said, and the pause between two of them: a talk, not a flood.
-const SAID: usize = 20;
+/// Between two messages: a talk, not a flood.
 const SAID_EVERY: Duration = Duration::from_secs(4);
-
-/// How long nobody says anything then.
-const IDLE: Duration = Duration::from_secs(60);
 
 /// Short wave: 2400 bit/s, 3 s one way.
 fn hf() -> Profile {
@@ -63,8 +59,8 @@ impl fmt::Display for Figures {
     }
 }
 
-/// Seven people in a room, five of them behind the link, of whom one types before each word.
-fn talk(name: &str, link: Profile, profile: Option<&str>) -> Outcome<Figures> {
+/// Seven people in a room, five of them behind the link; one types before each of so many words. Then nobody says anything for a while.
+fn talk(name: &str, link: Profile, profile: Option<&str>, words: usize, silence: Duration) -> Outcome<Figures> {
     let spec = SidecarSpec::new(env!("CARGO_BIN_EXE_narrows"));
     let spec = profile
         .into_iter()
@@ -84,7 +80,7 @@ fn talk(name: &str, link: Profile, profile: Option<&str>) -> Outcome<Figures> {
     let joins = capture.bytes();
 
     let capture = Capture::begin(&world.link);
-    for n in 0..SAID {
+    for n in 0..words {
         cast.alice.message(
             &cast.room,
             "groupchat",
@@ -98,7 +94,7 @@ fn talk(name: &str, link: Profile, profile: Option<&str>) -> Outcome<Figures> {
     let talk = capture.bytes();
 
     let capture = Capture::begin(&world.link);
-    sleep(IDLE);
+    sleep(silence);
     let idle = capture.bytes();
 
     let outcomes = cast.outcomes();
@@ -141,7 +137,8 @@ fn waits(cast: &Cast<'_>, listener: &Client) -> Vec<Duration> {
 /// outage.
 #[test]
 fn short_wave_carries_a_talk_on_one_connection() {
-    let figures = talk("hf", hf(), Some("hf")).unwrap_or_else(|failure| panic!("{failure}"));
+    let figures =
+        talk("hf", hf(), Some("hf"), 8, Duration::from_secs(10)).unwrap_or_else(|failure| panic!("{failure}"));
     println!("{figures}");
     assert_eq!(figures.connects, 2.0, "{figures}");
 }
@@ -157,7 +154,7 @@ fn profiles_beside_the_defaults() {
         ("hf", hf()),
     ] {
         for profile in [None, Some(name)] {
-            match talk(name, link, profile) {
+            match talk(name, link, profile, 20, Duration::from_secs(60)) {
                 Ok(figures) => println!("{name}, {}: {figures}", profile.unwrap_or("defaults")),
                 Err(failure) => println!("{name}, {}: {failure}", profile.unwrap_or("defaults")),
             }
