@@ -23,7 +23,7 @@ use super::{
     legs::{LegEvent, LegHandle},
     link::{LinkConnection, LinkEvent, LinkReader, LinkTimes, LinkWriter, PeerLink, Survivor, TcpStats, survivor},
     store::{Answer, Request, Store, StoreError},
-    watch::{Events, Look, Pace},
+    watch::{Events, Look, Pace, Run},
 };
 use crate::{
     codec::position::Seq,
@@ -189,8 +189,8 @@ struct Watched {
     acked: Seq,
     acked_at: Option<Wall>,
     mirror: MirrorStats,
-    refused: u64,
-    dropped: u64,
+    refused: Run,
+    dropped: Run,
     /// Since when users are without the far side.
     split_since: Option<Mono>,
 }
@@ -203,26 +203,14 @@ impl Watched {
             self.acked = relay.acked();
             self.acked_at = Some(now.wall);
         }
-        let refused = stats.refused;
-        // One event for a run of them.
-        if refused > self.refused {
-            self.events.note(
-                now,
-                format!("{} stanzas were refused: the queue is full", refused - self.refused),
-            );
+        if self.refused.begins(stats.refused, now.mono) {
+            self.events
+                .note(now, "stanzas are refused: the queue is full".to_owned());
         }
-        self.refused = refused;
-        let dropped = Dropped::ALL
-            .into_iter()
-            .map(|dropped| stats.dropped_total(dropped))
-            .sum();
-        if dropped > self.dropped {
-            self.events.note(
-                now,
-                format!("{} stanzas were dropped, see the log", dropped - self.dropped),
-            );
+        let dropped = Dropped::ALL.into_iter().map(|dropped| stats.dropped_total(dropped));
+        if self.dropped.begins(dropped.sum(), now.mono) {
+            self.events.note(now, "stanzas are dropped, see the log".to_owned());
         }
-        self.dropped = dropped;
         if mirror.splits > self.mirror.splits {
             self.split_since = Some(now.mono);
             self.events

@@ -101,6 +101,28 @@ impl Events {
     }
 }
 
+/// Tells when something that is counted begins to happen, once for as long as it goes on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Run {
+    count: u64,
+    last: Option<Mono>,
+}
+
+/// Without anything more for so long, it was over.
+const RUN_ENDS: Duration = Duration::from_secs(60);
+
+impl Run {
+    pub fn begins(&mut self, count: u64, now: Mono) -> bool {
+        let grows = count > self.count;
+        let begins = grows && self.last.is_none_or(|last| now.since(last) >= RUN_ENDS);
+        self.count = count;
+        if grows {
+            self.last = Some(now);
+        }
+        begins
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -183,6 +205,17 @@ mod tests {
         pace.note(Some(fast), 300, 3_000, at(0));
         pace.note(Some(fast), 300, 3_000, at(1));
         assert_eq!(pace.time_for(1_000_000), Some(Duration::from_millis(100)));
+    }
+
+    /// What goes on for an hour is one event; an hour later it is another.
+    #[test]
+    fn runs_begin_once() {
+        let mut run = Run::default();
+        let begun: Vec<u64> = (0..10_000)
+            .filter(|second| run.begins(second.min(&7_200) / 10, at(*second)))
+            .collect();
+        assert_eq!(begun, [10]);
+        assert!(!run.begins(720, at(20_000)) && run.begins(721, at(20_001)) && !run.begins(722, at(20_002)));
     }
 
     /// The oldest events make room.
