@@ -480,6 +480,13 @@ pub struct Split {
     ///
     /// Default `away`: it is the truth. In both cases they remain occupants, so what the room says waits for them.
     pub far: SplitFar,
+
+    /// What becomes of a user's wish to enter a far room meanwhile. `refuse`: it gets an error that clients take for "later".
+    /// `provisional`: who is in the room here lets the user in, if the room has said that it is open to all, and the nick is free as
+    /// far as is known; the room decides when the link is back, and who is refused then is told so.
+    ///
+    /// Default `refuse`: it is the truth. With `provisional` people may talk for hours whom the room does not let in after all.
+    pub join: SplitJoin,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
@@ -495,6 +502,13 @@ pub enum SplitNear {
 pub enum SplitFar {
     Away,
     Hold,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SplitJoin {
+    Refuse,
+    Provisional,
 }
 
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
@@ -737,6 +751,10 @@ impl Mirror {
                 SplitFar::Away => mirror::SplitFar::Away,
                 SplitFar::Hold => mirror::SplitFar::Hold,
             },
+            split_join: match self.split.join {
+                SplitJoin::Refuse => mirror::SplitJoin::Refuse,
+                SplitJoin::Provisional => mirror::SplitJoin::Provisional,
+            },
             disco_lifetime: self.disco_lifetime.period().unwrap_or_default(),
             delay_stamp_after: self.delay_stamp_after.0,
         }
@@ -773,6 +791,7 @@ impl Default for Split {
             hold: Period::from_secs(5 * 60),
             near: SplitNear::Leave,
             far: SplitFar::Away,
+            join: SplitJoin::Refuse,
         }
     }
 }

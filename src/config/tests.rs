@@ -376,6 +376,7 @@ fn mirror_is_read_as_written() {
         split_hold: Duration::from_secs(30),
         split_near: mirror::SplitNear::Away,
         split_far: mirror::SplitFar::Hold,
+        split_join: mirror::SplitJoin::Refuse,
         disco_lifetime: Duration::ZERO,
         delay_stamp_after: Duration::ZERO,
     };

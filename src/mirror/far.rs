@@ -80,6 +80,13 @@ impl Mirror {
 
     fn available(&mut self, cast: &Cast, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Withheld {
         let mut withheld = self.withheld(muc, name, nick, addresses);
+        for address in addresses.iter().filter(|_| muc.is_self()) {
+            let asked = self.rooms.get(name).and_then(|room| room.sessions.get(address));
+            // It has another nick there than it had here.
+            if asked.is_some_and(|session| session.nick != nick) {
+                self.withdraw(name, address, &[]);
+            }
+        }
         let Some(room) = self.rooms.get_mut(name) else {
             return withheld;
         };
@@ -100,9 +107,10 @@ impl Mirror {
         room.show(nick, cast, addresses);
         for address in addresses.iter().filter(|_| muc.is_self()) {
             if let Some(session) = room.sessions.get_mut(address)
-                && (!session.joined || session.nick != nick)
+                && (!session.joined || session.provisional.is_some() || session.nick != nick)
             {
                 session.joined = true;
+                session.provisional = None;
                 nick.clone_into(&mut session.nick);
                 changed = true;
             }
@@ -196,6 +204,11 @@ impl Mirror {
 
     /// The room has refused to let them in.
     fn not_let_in(&mut self, name: &str, addresses: &[String]) {
+        for address in addresses {
+            if self.is_provisional(name, address) {
+                self.refused_after_all(name, address);
+            }
+        }
         let Some(room) = self.rooms.get_mut(name) else { return };
         let before = room.sessions.len();
         room.sessions

@@ -9,7 +9,7 @@ use super::{
     muc::SELF_PRESENCE,
     near,
     room::{self, ECHOES_MAX, EchoState, Room, Version},
-    settings::Echo,
+    settings::{Echo, SplitJoin},
     words::{cast_to, has_body, lost_presence, node_of, occupant_id},
 };
 use crate::{
@@ -21,11 +21,12 @@ use crate::{
 /// Why something is not done now, as its sender is told.
 pub(super) type Refusal = (ErrorType, Condition, &'static str);
 
-const LINK_DOWN: Refusal = (
+pub(super) const LINK_DOWN: Refusal = (
     ErrorType::Wait,
     Condition::RemoteServerTimeout,
     "The link to this room is down.",
 );
+pub(super) const NICK_TAKEN: Refusal = (ErrorType::Cancel, Condition::Conflict, "The nick is taken.");
 const NICK_STAYS: Refusal = (
     ErrorType::Wait,
     Condition::NotAcceptable,
@@ -74,6 +75,7 @@ impl Mirror {
                         return None;
                     }
                 }
+                Some("unavailable") if self.is_provisional(name, &from) => self.leave_again(name, &from),
                 Some("unavailable") if self.is_detached() && self.is_session(name, &from) => {
                     self.leave_near(name, &from);
                 }
@@ -113,13 +115,21 @@ impl Mirror {
             .is_some_and(|room| room.sessions.contains_key(session))
     }
 
+    pub(super) fn is_provisional(&self, room: &str, session: &str) -> bool {
+        let session = self.rooms.get(room).and_then(|room| room.sessions.get(session));
+        session.is_some_and(|session| session.provisional.is_some())
+    }
+
     /// An available presence for an occupant's address: why it is refused near by, if it is.
     fn enter_or_change(&mut self, stanza: &Stanza, from: &str, to: &str) -> Option<Refusal> {
         let (name, nick) = (bare(to), resource_of(to)?);
         let known = self.rooms.get(name).and_then(|room| room.sessions.get(from));
         match known {
             None if !stanza.is_join() => None,
-            None if self.is_detached() => Some(LINK_DOWN),
+            None if self.is_detached() => match self.settings.split_join {
+                SplitJoin::Refuse => Some(LINK_DOWN),
+                SplitJoin::Provisional => self.enter_near(stanza, name, from, nick),
+            },
             None => {
                 let domain = Domain::new(domain_of(name)).ok();
                 if domain.is_some_and(|domain| self.far.contains(&domain)) {
@@ -314,7 +324,10 @@ impl Mirror {
         }
         let is_get = stanza.stanza_type().as_deref() == Some("get");
         if is_get && node.child(ns::PING, "ping").is_some() {
-            let own = session.is_some_and(|session| session.joined && resource_of(to) == Some(&session.nick));
+            let own = session.is_some_and(|session| {
+                session.joined && session.provisional.is_none() && resource_of(to) == Some(&session.nick)
+            });
+            let own = own || self.is_detached() && self.is_provisional(name, from);
             return match (own, self.link) {
                 // XEP-0410 §3.2: what comes back is the room's own answer to an occupant.
                 (true, Link::Live) => {

@@ -37,6 +37,7 @@ mod local;
 mod muc;
 mod near;
 mod primary;
+mod provisional;
 mod room;
 mod rows;
 mod settings;

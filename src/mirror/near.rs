@@ -170,6 +170,20 @@ impl Near {
         self.answers.insert(key, Answer { query, at: now.mono });
     }
 
+    /// Whether a room has said, to whomever, that everybody may enter (XEP-0045 §15.3).
+    pub fn is_open(&self, room: &str) -> bool {
+        let info = |key: &&Key| key.to == room && key.namespace == ns::DISCO_INFO && key.node.is_empty();
+        let said = self.order.iter().rev().find(info).and_then(|key| self.answers.get(key));
+        said.is_some_and(|answer| {
+            let has = |feature: &str| {
+                ["'", "\""]
+                    .iter()
+                    .any(|quote| answer.query.contains(&format!("{quote}{feature}{quote}")))
+            };
+            has("muc_open") && !has("muc_passwordprotected")
+        })
+    }
+
     /// A room has said that its configuration changed, or is gone.
     pub fn forget_room(&mut self, room: &str) {
         self.answers.retain(|key, _| key.to != room);

@@ -31,8 +31,10 @@ const ROW_VERSION: u8 = 1;
 pub struct Session {
     /// The one that was asked for, until the room has said which it gave.
     pub nick: String,
-    /// The room has let it in.
+    /// The room has let it in, or those beside it have.
     pub joined: bool,
+    /// The room has not: what was shown of it near by, as a template.
+    pub provisional: Option<Bytes>,
     /// Stands for it in the rows of occupants, which would be mostly addresses otherwise. Given once in a room's life here.
     pub number: u32,
 }
@@ -134,6 +136,7 @@ impl Room {
         let session = Session {
             nick: nick.to_owned(),
             joined: false,
+            provisional: None,
             number: self.last,
         };
         self.sessions.insert(address.to_owned(), session);
@@ -261,8 +264,11 @@ impl Room {
         for (address, session) in &self.sessions {
             put_prefixed(&mut out, address.as_bytes());
             put_prefixed(&mut out, session.nick.as_bytes());
-            out.push(u8::from(session.joined));
+            out.push(u8::from(session.joined) | u8::from(session.provisional.is_some()) << 1);
             put_len(&mut out, session.number as usize);
+            if let Some(shown) = &session.provisional {
+                put_prefixed(&mut out, shown);
+            }
         }
         put_len(&mut out, self.settled.len());
         for (nick, sessions) in &self.settled {
@@ -286,10 +292,18 @@ impl Room {
         room.last = number(&mut reader)?;
         for _ in 0..reader.len_upto(SESSIONS_MAX + 1).ok()? {
             let address = text(&mut reader)?;
+            let nick = text(&mut reader)?;
+            let flags = reader.byte().ok()?;
+            let number = number(&mut reader)?;
+            let provisional = match flags & 2 != 0 {
+                true => Some(Bytes::copy_from_slice(reader.prefixed(PART_MAX).ok()?)),
+                false => None,
+            };
             let session = Session {
-                nick: text(&mut reader)?,
-                joined: reader.byte().ok()? != 0,
-                number: number(&mut reader)?,
+                nick,
+                joined: flags & 1 != 0,
+                provisional,
+                number,
             };
             room.sessions.insert(address, session);
         }

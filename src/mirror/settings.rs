@@ -37,6 +37,15 @@ pub enum SplitFar {
     Hold,
 }
 
+/// What becomes of a wish to enter a far room while the link is down.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum SplitJoin {
+    /// It is refused, for now.
+    Refuse,
+    /// Those who are beside each other let it in, if the room is open; the room decides when the link is back.
+    Provisional,
+}
+
 /// An echo for some rooms.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct RoomRule {
@@ -59,6 +68,7 @@ pub struct MirrorSettings {
     pub split_hold: Duration,
     pub split_near: SplitNear,
     pub split_far: SplitFar,
+    pub split_join: SplitJoin,
     /// How long answers of service discovery are given again; zero: never.
     pub disco_lifetime: Duration,
     /// What has waited longer is delivered with the time at which it was sent (XEP-0203).
@@ -83,6 +93,7 @@ impl Default for MirrorSettings {
             split_hold: Duration::from_secs(5 * 60),
             split_near: SplitNear::Leave,
             split_far: SplitFar::Away,
+            split_join: SplitJoin::Refuse,
             disco_lifetime: Duration::from_secs(10 * 60),
             delay_stamp_after: Duration::from_secs(5),
         }

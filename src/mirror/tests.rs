@@ -1113,6 +1113,15 @@ fn every_setting_is_obeyed() {
     for site in new(|settings| settings.split_far = SplitFar::Hold) {
         assert_eq!(hosting_with(site).split().delivered.len(), 0);
     }
+    for (mut site, joined) in populated(|settings| settings.split_join = SplitJoin::Provisional)
+        .into_iter()
+        .map(|site| (site, true))
+        .chain([(Site::populated(MirrorSettings::default()), false)])
+    {
+        site.is_open();
+        site.split();
+        assert_eq!(site.join("b3").crossed.len() == 1, joined);
+    }
     for mut site in populated(|settings| settings.disco_lifetime = Duration::from_secs(77)) {
         let question = "<iq type='get' id='d' from='b1@b.example/r' to='conference.a.example'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>";
         let answer = "<iq type='result' id='d' from='conference.a.example'><query xmlns='http://jabber.org/protocol/disco#info'/></iq>";
@@ -1480,4 +1489,170 @@ fn who_is_out_does_not_enter_again() {
     let asked = site.pass(0).asked;
     assert!(asked.len() == 1 && has(&asked, &["from='a2@", "<ping"]), "{asked:?}");
     assert!(has(&site.is_inside(&asked[0]), &["from='a2@", "<history"]));
+}
+
+impl Site {
+    /// Somebody has asked what the room is: open to all.
+    fn is_open(&mut self) {
+        self.local(&format!(
+            "<iq type='get' id='i' from='b1@b.example/r' to='{ROOM}'><query xmlns='{}'/></iq>",
+            ns::DISCO_INFO
+        ));
+        let features = ["muc_open", "muc_unsecured", "muc_unmoderated"].map(|var| format!("<feature var='{var}'/>"));
+        self.far(
+            &format!(
+                "<iq type='result' id='i' from='{ROOM}'><query xmlns='{}'>{}</query></iq>",
+                ns::DISCO_INFO,
+                features.concat()
+            ),
+            &["b1@b.example/r"],
+        );
+    }
+
+    /// `b3` has entered an open room during a split, as those beside it see it.
+    fn with_a_provisional_guest() -> (Self, Seen) {
+        let mut site = Self::populated(MirrorSettings {
+            split_join: SplitJoin::Provisional,
+            ..MirrorSettings::default()
+        });
+        site.is_open();
+        let nobody = format!(
+            "<presence from='{ROOM}/b2'><x xmlns='{}'><item affiliation='none' role='participant'/></x></presence>",
+            ns::MUC_USER
+        );
+        site.far(&nobody, &["b1@b.example/r"]);
+        site.split();
+        let seen = site.join("b3");
+        (site, seen)
+    }
+
+    fn refuses(&mut self, user: &str, condition: &str) -> Seen {
+        self.far(
+            &format!(
+                "<presence from='{ROOM}/{user}' type='error'><error type='cancel'><{condition} xmlns='{}'/></error></presence>",
+                ns::STANZA_ERRORS
+            ),
+            &[&format!("{user}@b.example/r")],
+        )
+    }
+}
+
+/// `split.join: provisional`: who enters an open room during a split is let in by those beside it, in XEP-0045's order, and talks with them.
+/// The room is asked, and tells it the rest.
+#[test]
+fn who_enters_during_a_split_is_let_in_near_by() {
+    let (mut site, seen) = Site::with_a_provisional_guest();
+    assert_eq!(seen.crossed.len(), 1);
+    let own: Vec<&String> = seen.delivered.iter().filter(|text| text.contains("to='b3@")).collect();
+    let order = ["/b1'", "/b2'", "code='110'", "<subject/>"];
+    assert_eq!(own.len(), order.len(), "{own:?}");
+    for (text, part) in own.iter().zip(order) {
+        assert!(text.contains(part), "{text}");
+    }
+    for user in ["b1", "b2"] {
+        assert!(has(
+            &seen.delivered,
+            &["/b3'", &format!("to='{user}@"), "role='participant'"]
+        ));
+    }
+    assert!(!has(&seen.delivered, &["alice"]));
+    assert_eq!(site.local(&say("b3", "m1")).delivered.len(), 3);
+    assert!(has(
+        &site.local(&ping("b3", "b3")).delivered,
+        &["remote-server-timeout"]
+    ));
+    // A process that is killed knows it.
+    site.mirror = Site::mirror(&site.settings, &site.rows, site.now);
+
+    site.up();
+    assert_eq!(site.local(&ping("b3", "b3")).crossed.len(), 1);
+    assert_eq!(site.presence("alice", "", &["b3@b.example/r"]).delivered.len(), 1);
+    let both = ["b1@b.example/r", "b2@b.example/r"];
+    assert_eq!(site.presence("b3", "", &both).delivered.len(), 2);
+    assert_eq!(site.self_presence("b3", "b3@b.example/r").delivered.len(), 1);
+    assert_eq!(site.local(&ping("b3", "b3")).delivered.len(), 1);
+    let reflection = format!("<message from='{ROOM}/b3' type='groupchat' id='m1'><body>hello</body></message>");
+    assert_eq!(
+        site.far(&reflection, &["b1@b.example/r", "b3@b.example/r"])
+            .delivered
+            .len(),
+        0
+    );
+}
+
+/// The room refuses it when the link is back: it is told that it is out, those beside it see it go, and who heard it is told that the room
+/// has not. Whoever has taken the nick meanwhile has it.
+#[test]
+fn who_is_refused_after_all_is_out() {
+    for taken in [false, true] {
+        let (mut site, _) = Site::with_a_provisional_guest();
+        site.local(&say("b3", "m1"));
+        site.mirror.handle_link_up(site.now);
+        site.drain();
+        let both = ["b1@b.example/r", "b2@b.example/r"];
+        if taken {
+            assert_eq!(site.presence("b3", "<show>xa</show>", &both).delivered.len(), 2);
+        }
+        let seen = site.refuses("b3", "conflict");
+        assert!(has(&seen.delivered, &["conflict", "to='b3@"]));
+        assert!(has(
+            &seen.delivered,
+            &["to='b3@", "unavailable", "code='110'", "code='333'"]
+        ));
+        for user in ["b1", "b2"] {
+            let gone = ["/b3'", "unavailable", &format!("to='{user}@")];
+            assert_eq!(has(&seen.delivered, &gone), !taken);
+        }
+        let error = format!(
+            "<message from='{ROOM}' type='error' id='m1'><error type='modify'><not-acceptable xmlns='{}'/></error></message>",
+            ns::STANZA_ERRORS
+        );
+        assert!(has(
+            &site.far(&error, &["b3@b.example/r"]).delivered,
+            &["not accepted", "to='b1@"]
+        ));
+        site.mirror.handle_caught_up();
+        site.drain();
+        assert_eq!(site.mirror.levels().sessions, 2);
+        assert_eq!(site.mirror.rooms[ROOM].occupants.contains_key("b3"), taken);
+    }
+}
+
+/// Nobody is let in near by under a nick that another has, nor where it is not known that the room is open.
+#[test]
+fn nobody_is_let_in_near_by_in_doubt() {
+    let (mut site, _) = Site::with_a_provisional_guest();
+    for nick in ["alice", "b1", "b3"] {
+        let seen = site.local(&format!(
+            "<presence from='b4@b.example/r' to='{ROOM}/{nick}'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+        ));
+        assert!(
+            seen.crossed.is_empty() && has(&seen.delivered, &["<conflict ", "to='b4@"]),
+            "{nick}"
+        );
+    }
+    // Nor does anybody have a voice there whom the room may not give one.
+    let mut moderated = Site::populated(MirrorSettings {
+        split_join: SplitJoin::Provisional,
+        ..MirrorSettings::default()
+    });
+    moderated.is_open();
+    moderated.split();
+    assert!(has(&moderated.join("b3").delivered, &["/b3'", "role='visitor'"]));
+    let seen = moderated.local(&say("b3", "m1"));
+    assert!(seen.crossed.is_empty() && has(&seen.delivered, &["<forbidden ", "to='b3@"]));
+    let mut closed = Site::populated(MirrorSettings {
+        split_join: SplitJoin::Provisional,
+        ..MirrorSettings::default()
+    });
+    closed.split();
+    assert!(has(&closed.join("b3").delivered, &["remote-server-timeout", "to='b3@"]));
+    // It leaves as it came: those beside it see it, and the room hears both.
+    let seen = site.local(&format!(
+        "<presence from='b3@b.example/r' to='{ROOM}/b3' type='unavailable'/>"
+    ));
+    assert_eq!(seen.crossed.len(), 1);
+    assert!(has(&seen.delivered, &["/b3'", "unavailable", "to='b1@"]));
+    assert!(has(&seen.delivered, &["unavailable", "to='b3@", "code='110'"]) && !has(&seen.delivered, &["333"]));
+    assert_eq!(site.mirror.levels().sessions, 2);
 }

@@ -17,6 +17,7 @@ pub enum Condition {
     ServiceUnavailable,
     NotAcceptable,
     Forbidden,
+    Conflict,
 }
 
 impl Condition {
@@ -29,6 +30,7 @@ impl Condition {
             Self::ServiceUnavailable => "service-unavailable",
             Self::NotAcceptable => "not-acceptable",
             Self::Forbidden => "forbidden",
+            Self::Conflict => "conflict",
         }
     }
 
@@ -37,7 +39,11 @@ impl Condition {
     fn expels(self) -> bool {
         match self {
             Self::RemoteServerTimeout | Self::ServiceUnavailable => true,
-            Self::ResourceConstraint | Self::PolicyViolation | Self::NotAcceptable | Self::Forbidden => false,
+            Self::ResourceConstraint
+            | Self::PolicyViolation
+            | Self::NotAcceptable
+            | Self::Forbidden
+            | Self::Conflict => false,
         }
     }
 }

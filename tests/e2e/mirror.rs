@@ -277,6 +277,95 @@ fn split_and_heal(name: &str, a: ServerSpec, b: ServerSpec, blow: Blow) {
     play().unwrap_or_else(|failure| panic!("{name}: {failure}"));
 }
 
+/// `split.join: provisional`: users enter the room while it is out of reach, one under a nick that is taken there meanwhile. They talk; when the
+/// link is back, the one is inside and what it said is heard, and the other is told that it is out.
+fn entering_while_away(name: &str, a: ServerSpec, b: ServerSpec) {
+    let _company = in_company();
+    let split = format!("split: {{ hold: {}s, join: provisional }}", HOLD.as_secs());
+    let layout = Layout::Sidecar(held_pair().yaml("mirror", &split));
+    let world = &world(name, Profile::lan(), unthrottled(a), unthrottled(b), 0, layout);
+    let play = || -> Outcome {
+        let stage = WorldStage::new(world);
+        let room = format!("deck@{}", stage.rooms(Side::A));
+        let nick = |nick: &str| format!("{room}/{nick}");
+        let alice = sign_in(&stage, Side::A, "alice")?;
+        make_room(&stage, &alice, &room)?;
+        let adam = sign_in(&stage, Side::A, "adam")?;
+        let far = ["b1", "b2", "b3"].map(|user| sign_in(&stage, Side::B, user));
+        let far = far.into_iter().collect::<Outcome<Vec<Client>>>()?;
+        let [b1, b2, b3] = &far[..] else {
+            return Err(Failure("there are three".to_owned()));
+        };
+        enter(&stage, b1, &room)?;
+        let info = b1.ask(
+            "get",
+            &room,
+            "<query xmlns='http://jabber.org/protocol/disco#info'/>",
+            PATIENCE,
+        )?;
+        if !info.raw.contains("muc_open") {
+            return Err(Failure(format!("the room is not open: {}", info.raw)));
+        }
+        world.link.down();
+        // A link on which nothing waits is found to be down later.
+        b1.groupchat(&room, "anybody?")?;
+        presence_of(b1, "that alice is gone", &nick("alice"), "unavailable", HOLD + PATIENCE)?;
+        enter(&stage, b2, &room)?;
+        b3.join(&room, "jack", None, Some(0))?;
+        presence_of(b3, "that it is in", &nick("jack"), "", PATIENCE)?;
+        presence_of(b1, "that b2 is there", &nick("b2"), "", PATIENCE)?;
+        b2.groupchat(&room, "from b2")?;
+        b3.groupchat(&room, "from b3")?;
+        for client in [b1, b2, b3] {
+            hears(client, "from b2")?;
+            hears(client, "from b3")?;
+        }
+        adam.join(&room, "jack", None, Some(0))?;
+        presence_of(&adam, "that it is in", &nick("jack"), "", PATIENCE)?;
+
+        world.link.up();
+        hears(&alice, "from b2")?;
+        let out = presence_of(b3, "that it is out", &nick("jack"), "unavailable", PATIENCE)?;
+        if !(out.has_status("110") && out.has_status("333")) {
+            return Err(Failure(format!("b3 is told: {}", out.raw)));
+        }
+        presence_of(b3, "why", &nick("jack"), "error", PATIENCE)?;
+        alice.groupchat(&room, "welcome")?;
+        for client in [b1, b2, &adam] {
+            hears(client, "welcome")?;
+        }
+        let everybody = BTreeSet::from(["alice", "b1", "b2", "jack"].map(str::to_owned));
+        for client in [&alice, &adam, b1, b2] {
+            sees(client, &room, &everybody)?;
+        }
+        for (client, body, times) in [
+            (b1, "from b2", 1),
+            (b2, "from b2", 1),
+            (&alice, "from b2", 1),
+            (&alice, "from b3", 0),
+        ] {
+            let heard = heard_times(client, body);
+            if heard != times {
+                return Err(Failure(format!("{} heard {body:?} {heard} times", client.user())));
+            }
+        }
+        Ok(())
+    };
+    play().unwrap_or_else(|failure| panic!("{name}: {failure}"));
+}
+
+/// The room on Prosody.
+#[test]
+fn entering_while_away_prosody_and_ejabberd() {
+    entering_while_away("jpe", Prosody::stock(), Ejabberd::stock());
+}
+
+/// The room on ejabberd.
+#[test]
+fn entering_while_away_ejabberd_and_prosody() {
+    entering_while_away("jep", Ejabberd::stock(), Prosody::stock());
+}
+
 /// The room on Prosody, its far users on ejabberd.
 #[test]
 fn split_prosody_and_ejabberd() {

@@ -526,6 +526,13 @@ const KEYS: &[Key] = &[
         "src/mirror/tests.rs every_setting_is_obeyed",
     ),
     key(
+        "mirror.split.join",
+        "mirror: {split: {join: provisional}}",
+        mirror,
+        "split_join: Provisional",
+        "src/mirror/tests.rs every_setting_is_obeyed",
+    ),
+    key(
         "mirror.disco_lifetime",
         "mirror: {disco_lifetime: 77s}",
         mirror,
