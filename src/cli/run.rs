@@ -670,6 +670,7 @@ fn settings(config: &Config, peer: &config::Peer) -> Settings {
         collapse_window: config.queue.collapse_window.0,
         queue_bytes_max: config.queue.bytes_max.0,
         queue_entries_max: config.queue.entries_max,
+        classes: config.queue.classes.settings(),
         rules: config.queue.rules_for(&peer.name),
         lanes_per_pair: config.legs.lanes,
         lane_retry_max: config.legs.reconnect_max.0,

@@ -32,6 +32,7 @@ use std::{
 
 use bytes::Bytes;
 
+use super::place::is_of_archive;
 use crate::{
     codec::{
         entry::{self, Cast, ENTRY_BYTES_MAX},
@@ -224,6 +225,10 @@ impl Collapse {
         // A client's presence to a room names the nick that it wants. Two that differ in nothing else must stay in order, and a cast
         // has none. What a room or an account says to everybody is to be told by its payload, or goes to bare addresses.
         if stanza.kind() == Kind::Presence && resource_of(&to).is_some() && !stanza.has_muc_user() {
+            spread = Spread::One;
+        }
+        // Pages of an archive are for who asked, and wait beside those for others.
+        if spread == Spread::Some && is_of_archive(stanza) {
             spread = Spread::One;
         }
         let to: Address = to.into();

@@ -1,11 +1,16 @@
 //! Which entry, and how much of it, crosses next.
 //!
-//! The scheduler holds the part of the spool that is in memory: slots in the order of their numbers, sorted into flows.
-//! Within a flow nothing overtakes; flows take turns, and an entry too large for one frame crosses piece by piece, one piece
+//! The scheduler holds the part of the spool that is in memory: slots in the order of their numbers, sorted into tracks
+//! ([`super::place`]). Classes share the link by their weights; who has been quiet does not wait for a round of the others, but goes next.
+//! Within a class tracks take turns, and an entry too large for one frame crosses piece by piece, one piece
 //! a turn, so that a chat line waits for one piece at most. What is small goes on in the same turn until it has taken about half of
 //! that: what the link knows from before takes next to nothing as long as it comes in the same order. What keeps it honest:
 //!
 //! - Only a slot that is sealed *and* on disk is offered: after a crash the peer never knows more of our numbering than we do.
+//! - What came later from the same sender for the same recipient does not overtake. Only what is volatile may be overtaken, and it overtakes
+//!   nothing itself. It is given up when a later one says all that it says, to all that it is for: a void takes its place, which
+//!   crosses before everything else, so that it is not remembered again after a crash when the later one has crossed.
+//! - Nothing starves: a class with a weight has its share, and what the most have overtaken gets every other turn.
 //! - Memory is bounded by [`Scheduler::has_room`]; the rest of the spool stays on disk until it is asked for.
 //! - What the link does not take now stays in its place.
 
@@ -13,10 +18,16 @@ use std::collections::{BTreeMap, VecDeque};
 
 use bytes::Bytes;
 
-use super::collapse::Flow;
+use super::{
+    class::{Class, Classes},
+    place::{Line, Place, Sort, Track},
+};
 use crate::{
-    codec::{entry::Entry, position::Seq},
-    time::Mono,
+    codec::{
+        entry::{Cast, Entry},
+        position::{Received, Seq},
+    },
+    time::{Mono, Now},
 };
 
 /// What is offered to the link.
@@ -36,9 +47,30 @@ pub enum Offer<'a> {
     },
 }
 
-/// After so many bytes it is another flow's turn: half a piece of what goes in parts (see
+impl Offer<'_> {
+    pub fn seq(&self) -> Seq {
+        match self {
+            Self::Whole { seq, .. } | Self::Part { seq, .. } => *seq,
+        }
+    }
+}
+
+/// After so many bytes it is another track's turn: half a piece of what goes in parts (see
 /// [`SessionConfig::fragment_bytes_max`](crate::link::session::SessionConfig::fragment_bytes_max)), since the last entry comes on top.
 const TURN_BYTES: usize = 512;
+
+/// When so many have overtaken one, it gets every other turn. The link takes [`Received::BEYOND_MAX`] beyond a gap, and then nothing but
+/// what closes it.
+const OVERTAKEN_MAX: usize = Received::BEYOND_MAX / 4;
+
+/// What a slot takes beside its entry: its place, its handles, and its share of the tables.
+const SLOT_BYTES: usize = 400;
+
+/// Senders that are remembered before it is asked whether anything of theirs still waits.
+const SENDERS_MIN: usize = 1024;
+
+/// A class's account is kept in bytes times this, divided by its weight.
+const SCALE: u64 = 1 << 10;
 
 /// What the link does with an offer.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -47,15 +79,27 @@ pub enum Answer {
     Takes(usize),
     /// It does not take the entry whole: offer it in parts.
     InParts,
-    /// Not this one now; perhaps another flow's.
+    /// Not this one now; perhaps another track's.
     Blocked,
     /// Nothing more now.
     Full,
 }
 
 #[derive(Debug)]
-enum Slot {
-    /// Still growing: it holds its place in the flow.
+struct Slot {
+    seq: Seq,
+    class: Class,
+    from: u64,
+    sort: Sort,
+    expiry: Option<std::time::Duration>,
+    /// Of other tracks: up to these numbers they cross first.
+    after: Vec<(Track, Seq)>,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Still growing: it holds its place in the track.
     Open,
     Ready {
         entry: Entry,
@@ -71,14 +115,57 @@ enum Slot {
     },
 }
 
+#[derive(Debug, Default)]
+struct Ring {
+    /// Tracks in the order of their turns.
+    turns: VecDeque<Track>,
+    /// What the first of them has taken since its turn began.
+    turn_bytes: usize,
+    /// What the class has had, by its weight.
+    account: u64,
+}
+
+/// Something that was given up.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct GivenUp {
+    pub seq: Seq,
+    pub class: Class,
+    pub accepted: Mono,
+}
+
+/// Something that has waited too long.
+#[derive(Debug)]
+pub struct Expired {
+    pub seq: Seq,
+    pub class: Class,
+    pub is_volatile: bool,
+    pub accepted: Mono,
+    pub entry: Entry,
+}
+
 #[derive(Debug)]
 pub struct Scheduler {
     bytes_max: usize,
-    flows: BTreeMap<Flow, VecDeque<(Seq, Slot)>>,
-    /// Flows in the order of their turns.
-    turns: VecDeque<Flow>,
-    /// What the first of them has taken since its turn began.
-    turn_bytes: usize,
+    classes: Classes,
+    tracks: BTreeMap<Track, VecDeque<Slot>>,
+    rings: [Ring; Class::COUNT],
+    /// The account of the class that was served last: who comes new begins there.
+    account: u64,
+    /// The first of each track.
+    fronts: BTreeMap<Seq, Track>,
+    /// What has crossed since the lowest number became the lowest, and whether that had the last turn.
+    overtaken: usize,
+    lowest: Seq,
+    lowest_was_served: bool,
+    /// By sender, the last durable number on each track. Also what has crossed, until it is looked at.
+    last: BTreeMap<u64, Vec<(Track, Seq)>>,
+    prune_at: usize,
+    /// By sender, what is volatile. As above.
+    fleeting: BTreeMap<u64, Vec<(Track, Seq)>>,
+    /// Numbers without an entry, with the batch that they wait for. They go first.
+    voids: BTreeMap<Seq, u64>,
+    deadlines: BTreeMap<(Mono, Seq), Track>,
+    given_up: Vec<GivenUp>,
     /// Numbers up to this one are here, were given out, or are done with.
     upto: Seq,
     bytes: usize,
@@ -86,20 +173,35 @@ pub struct Scheduler {
 
 impl Scheduler {
     /// `bytes_max` is what may be in memory.
-    pub fn new(bytes_max: usize) -> Self {
+    pub fn new(bytes_max: usize, classes: Classes) -> Self {
         Self {
             bytes_max,
-            flows: BTreeMap::new(),
-            turns: VecDeque::new(),
-            turn_bytes: 0,
+            classes,
+            tracks: BTreeMap::new(),
+            rings: Default::default(),
+            account: 0,
+            fronts: BTreeMap::new(),
+            overtaken: 0,
+            lowest: Seq(0),
+            lowest_was_served: false,
+            last: BTreeMap::new(),
+            prune_at: SENDERS_MIN,
+            fleeting: BTreeMap::new(),
+            voids: BTreeMap::new(),
+            deadlines: BTreeMap::new(),
+            given_up: Vec::new(),
             upto: Seq(0),
             bytes: 0,
         }
     }
 
-    /// Forgets everything and starts after `upto`: the peer has told what it holds.
+    pub fn set_classes(&mut self, classes: Classes) {
+        self.classes = classes;
+    }
+
+    /// Forgets everything and starts after `upto`.
     pub fn restart(&mut self, upto: Seq) {
-        *self = Self::new(self.bytes_max);
+        *self = Self::new(self.bytes_max, self.classes);
         self.upto = upto;
     }
 
@@ -118,118 +220,462 @@ impl Scheduler {
         self.upto = seq;
     }
 
-    /// Takes the wanted number's place in its flow, to be filled when its group is sealed.
-    pub fn reserve(&mut self, flow: Flow, seq: Seq) {
-        self.push(flow, seq, Slot::Open);
+    /// Takes the wanted number's place in its track, to be filled when its group is sealed.
+    pub fn reserve(&mut self, place: &Place, seq: Seq) {
+        self.push(place, seq, State::Open);
     }
 
     /// Fills a reserved place. Without one the entry stays on disk for now.
-    pub fn fill(&mut self, flow: &Flow, seq: Seq, entry: Entry, batch: u64, accepted: Mono) {
-        let Some(slots) = self.flows.get_mut(flow) else { return };
-        // A flow's slots ascend, and a room's backlog may be long.
-        if let Ok(at) = slots.binary_search_by_key(&seq, |(at, _)| *at) {
-            self.bytes += size(&entry);
-            slots[at].1 = Slot::Ready { entry, batch, accepted };
-        }
+    pub fn fill(&mut self, track: &Track, seq: Seq, entry: Entry, batch: u64, accepted: Mono) {
+        let Some(slot) = find(&mut self.tracks, track, seq) else {
+            return;
+        };
+        self.bytes += size(&entry);
+        slot.state = State::Ready { entry, batch, accepted };
+        self.make_ready(track, seq);
     }
 
     /// Takes in the wanted number as read back from the disk. `batch` is the one with its last write.
-    pub fn load(&mut self, flow: Flow, seq: Seq, entry: Entry, batch: u64, accepted: Mono) {
+    pub fn load(&mut self, place: &Place, seq: Seq, entry: Entry, batch: u64, accepted: Mono) {
+        if entry == Entry::Void {
+            debug_assert_eq!(seq, self.wants());
+            self.upto = seq;
+            self.voids.insert(seq, batch);
+            return;
+        }
         self.bytes += size(&entry);
-        self.push(flow, seq, Slot::Ready { entry, batch, accepted });
+        self.push(place, seq, State::Ready { entry, batch, accepted });
+        self.make_ready(&place.track, seq);
     }
 
-    fn push(&mut self, flow: Flow, seq: Seq, slot: Slot) {
+    /// Something has been given up, for good as soon as this batch is on disk: a void takes its number.
+    pub fn put_void(&mut self, seq: Seq, batch: u64) {
+        self.voids.insert(seq, batch);
+    }
+
+    /// What a later entry has taken the place of.
+    pub fn take_given_up(&mut self) -> Vec<GivenUp> {
+        std::mem::take(&mut self.given_up)
+    }
+
+    /// When something has waited too long.
+    pub fn poll_timeout(&self) -> Option<Mono> {
+        self.deadlines.first_key_value().map(|((at, _), _)| *at)
+    }
+
+    /// What has waited too long, and is not in doubt: taken out, so that the caller puts a void in its place.
+    pub fn take_expired(&mut self, now: Now, in_doubt: impl Fn(Seq) -> bool) -> Option<Expired> {
+        while let Some(first) = self.deadlines.first_entry()
+            && first.key().0 <= now.mono
+        {
+            let ((_, seq), track) = first.remove_entry();
+            // What has begun to cross goes on; what may have crossed is asked about when the link is back.
+            let ready =
+                find(&mut self.tracks, &track, seq).is_some_and(|slot| matches!(slot.state, State::Ready { .. }));
+            if !ready || in_doubt(seq) {
+                continue;
+            }
+            if let Some((slot, entry, _, accepted)) = self.remove(&track, seq) {
+                return Some(Expired {
+                    seq,
+                    class: slot.class,
+                    is_volatile: track.line.is_volatile(),
+                    accepted,
+                    entry,
+                });
+            }
+        }
+        None
+    }
+
+    fn push(&mut self, place: &Place, seq: Seq, state: State) {
         debug_assert_eq!(seq, self.wants());
         self.upto = seq;
-        let slots = self.flows.entry(flow.clone()).or_default();
-        if slots.is_empty() {
-            self.turns.push_back(flow);
+        let Place {
+            class,
+            track,
+            from,
+            sort,
+            expiry,
+        } = place;
+        let after = self.predecessors(track, *from);
+        let log = if track.line.is_volatile() {
+            &mut self.fleeting
+        } else {
+            &mut self.last
+        };
+        let of_sender = log.entry(*from).or_default();
+        match of_sender.iter_mut().find(|(known, _)| known == track) {
+            Some(last) if !track.line.is_volatile() => last.1 = seq,
+            _ => of_sender.push((track.clone(), seq)),
         }
-        slots.push_back((seq, slot));
+        let slots = self.tracks.entry(track.clone()).or_default();
+        let is_first = slots.is_empty();
+        slots.push_back(Slot {
+            seq,
+            class: *class,
+            from: *from,
+            sort: *sort,
+            expiry: *expiry,
+            after,
+            state,
+        });
+        if is_first {
+            self.enter(track.clone(), seq, *class);
+        }
+        self.prune();
     }
 
-    /// Offers flows' next pieces in turn, given that batches up to `committed` are on disk, until one is taken. `false` if
-    /// none was.
-    pub fn offer(&mut self, committed: u64, mut offer: impl FnMut(Offer<'_>) -> Answer) -> bool {
-        for _ in 0..self.turns.len() {
-            let Some(flow) = self.turns.pop_front() else {
+    /// What of other tracks a new entry must not overtake.
+    fn predecessors(&mut self, track: &Track, from: u64) -> Vec<(Track, Seq)> {
+        let mut after = Vec::new();
+        if let Some(last) = self.last.get_mut(&from) {
+            let tracks = &self.tracks;
+            last.retain(|(track, seq)| is_pending(tracks, track, *seq));
+            // What goes to one address and what goes to another have no recipient in common.
+            let concerns =
+                |other: &Track| other != track && !matches!((&other.line, &track.line), (Line::Pair(_), Line::Pair(_)));
+            after.extend(last.iter().filter(|(other, _)| concerns(other)).cloned());
+        }
+        // What may be overtaken overtakes nothing: a status, neither the newcomer nor the history before it.
+        if track.line.is_volatile() {
+            let room = Track {
+                sender: track.sender.clone(),
+                line: Line::Room,
+            };
+            if let Some(slot) = self.tracks.get(&room).and_then(VecDeque::back) {
+                let seq = slot.seq;
+                after.retain(|(other, _)| *other != room);
+                after.push((room, seq));
+            }
+        }
+        after
+    }
+
+    /// A slot's entry is known: what it takes the place of goes, what it only follows goes first.
+    fn make_ready(&mut self, track: &Track, seq: Seq) {
+        let Some(slot) = find(&mut self.tracks, track, seq) else {
+            return;
+        };
+        let State::Ready {
+            entry: Entry::Cast(cast),
+            batch,
+            accepted,
+        } = &slot.state
+        else {
+            return;
+        };
+        let (from, sort, cast, batch) = (slot.from, slot.sort, cast.clone(), *batch);
+        if let Some(expiry) = slot.expiry {
+            self.deadlines.insert((*accepted + expiry, seq), track.clone());
+        }
+        let Some(mut fleeting) = self.fleeting.remove(&from) else {
+            return;
+        };
+        let mut after = Vec::new();
+        fleeting.retain(|(earlier, number)| {
+            let Some(slot) = find(&mut self.tracks, earlier, *number) else {
                 return false;
             };
-            let Some(slots) = self.flows.get_mut(&flow) else {
-                continue;
+            let concerns = match &earlier.line {
+                Line::Presence => sort == Sort::Presence,
+                Line::State => matches!(sort, Sort::State | Sort::Message | Sort::Presence),
+                Line::Room | Line::Pair(_) | Line::Many => false,
             };
-            let answer = offer_first(slots, &mut self.bytes, committed, &mut offer);
-            let goes_on = match answer {
-                Answer::Takes(bytes) => {
-                    self.turn_bytes += bytes;
-                    self.turn_bytes < TURN_BYTES
+            if *number >= seq || !concerns {
+                return true;
+            }
+            let overlap = match &slot.state {
+                State::Ready {
+                    entry: Entry::Cast(earlier),
+                    ..
+                } => overlap(&earlier.recipients, &cast.recipients),
+                State::Ready { .. } | State::Open | State::Split { .. } => Overlap::Some,
+            };
+            match overlap {
+                Overlap::None => true,
+                Overlap::All => {
+                    if let Some((slot, _, before, accepted)) = self.remove(earlier, *number) {
+                        self.voids.insert(*number, before.max(batch));
+                        self.given_up.push(GivenUp {
+                            seq: *number,
+                            class: slot.class,
+                            accepted,
+                        });
+                    }
+                    false
                 }
-                Answer::Full => true,
-                Answer::Blocked | Answer::InParts => false,
+                Overlap::Some => {
+                    if earlier != track {
+                        after.push((earlier.clone(), *number));
+                    }
+                    true
+                }
+            }
+        });
+        if !fleeting.is_empty() {
+            self.fleeting.insert(from, fleeting);
+        }
+        if let Some(slot) = find(&mut self.tracks, track, seq) {
+            slot.after.extend(after);
+        }
+    }
+
+    /// Takes a slot that is ready out of its track.
+    fn remove(&mut self, track: &Track, seq: Seq) -> Option<(Slot, Entry, u64, Mono)> {
+        let slots = self.tracks.get_mut(track)?;
+        let index = slots.binary_search_by_key(&seq, |slot| slot.seq).ok()?;
+        if !matches!(slots[index].state, State::Ready { .. }) {
+            return None;
+        }
+        let class = slots.front()?.class;
+        let mut slot = slots.remove(index)?;
+        if index == 0 {
+            self.leave(track, seq, class);
+        }
+        let State::Ready { entry, batch, accepted } = std::mem::replace(&mut slot.state, State::Open) else {
+            return None;
+        };
+        self.bytes -= size(&entry);
+        if let Some(expiry) = slot.expiry {
+            self.deadlines.remove(&(accepted + expiry, seq));
+        }
+        Some((slot, entry, batch, accepted))
+    }
+
+    /// A track has a first entry.
+    fn enter(&mut self, track: Track, seq: Seq, class: Class) {
+        let ring = &mut self.rings[class as usize];
+        if ring.turns.is_empty() {
+            ring.account = ring.account.max(self.account);
+        }
+        ring.turns.push_back(track.clone());
+        self.fronts.insert(seq, track);
+    }
+
+    /// A track's first entry, of this number and class, is gone; the track goes on if there is another.
+    fn leave(&mut self, track: &Track, seq: Seq, class: Class) {
+        self.fronts.remove(&seq);
+        let next = self.tracks.get(track).and_then(|slots| slots.front());
+        let next = next.map(|slot| (slot.seq, slot.class));
+        let ring = &mut self.rings[class as usize];
+        if let Some((seq, next)) = next
+            && next == class
+        {
+            self.fronts.insert(seq, track.clone());
+            return;
+        }
+        if ring.turns.front() == Some(track) {
+            ring.turns.pop_front();
+            ring.turn_bytes = 0;
+        } else {
+            ring.turns.retain(|other| other != track);
+        }
+        match next {
+            Some((seq, class)) => self.enter(track.clone(), seq, class),
+            None => {
+                self.tracks.remove(track);
+            }
+        }
+    }
+
+    /// Senders of whom nothing waits any more are forgotten.
+    fn prune(&mut self) {
+        if self.last.len() + self.fleeting.len() < self.prune_at {
+            return;
+        }
+        let tracks = &self.tracks;
+        for log in [&mut self.last, &mut self.fleeting] {
+            log.retain(|_, waiting| {
+                waiting.retain(|(track, seq)| is_pending(tracks, track, *seq));
+                !waiting.is_empty()
+            });
+        }
+        self.prune_at = (2 * (self.last.len() + self.fleeting.len())).max(SENDERS_MIN);
+    }
+
+    /// Offers what may cross next, given that batches up to `committed` are on disk, until something is taken. `false` if
+    /// nothing was.
+    pub fn offer(&mut self, committed: u64, mut offer: impl FnMut(Offer<'_>) -> Answer) -> bool {
+        if let Some((&seq, _)) = self.voids.iter().find(|(_, batch)| **batch <= committed) {
+            let whole = Offer::Whole {
+                seq,
+                entry: &Entry::Void,
+                accepted: Mono::default(),
             };
-            if !goes_on || slots.is_empty() {
-                self.turn_bytes = 0;
-            }
-            if slots.is_empty() {
-                self.flows.remove(&flow);
-            } else if goes_on {
-                self.turns.push_front(flow);
-            } else {
-                self.turns.push_back(flow);
-            }
-            match answer {
-                Answer::Takes(_) => return true,
+            match offer(whole) {
+                Answer::Takes(_) => {
+                    self.voids.remove(&seq);
+                    return true;
+                }
                 Answer::Full => return false,
                 Answer::Blocked | Answer::InParts => {}
             }
         }
+        let lowest = self.fronts.first_key_value().map(|(seq, track)| (*seq, track.clone()));
+        let Some((lowest, lowest_track)) = lowest else {
+            return false;
+        };
+        if lowest != self.lowest {
+            (self.lowest, self.overtaken) = (lowest, 0);
+        }
+        if self.overtaken >= OVERTAKEN_MAX && !self.lowest_was_served {
+            match self.serve(&lowest_track, committed, &mut offer) {
+                Answer::Takes(_) => {
+                    self.lowest_was_served = true;
+                    return true;
+                }
+                Answer::Full => return false,
+                Answer::Blocked | Answer::InParts => {}
+            }
+        }
+        let mut order = Class::ALL;
+        order.sort_by_key(|class| (self.rings[*class as usize].account, *class));
+        for class in order {
+            for _ in 0..self.rings[class as usize].turns.len() {
+                let Some(track) = self.rings[class as usize].turns.front().cloned() else {
+                    break;
+                };
+                match self.serve(&track, committed, &mut offer) {
+                    Answer::Takes(_) => {
+                        self.overtaken += 1;
+                        self.lowest_was_served = false;
+                        return true;
+                    }
+                    Answer::Full => return false,
+                    Answer::Blocked | Answer::InParts => self.end_turn(class, &track),
+                }
+            }
+        }
         false
+    }
+
+    /// Offers what stands first in a track, and counts what was taken.
+    fn serve(&mut self, track: &Track, committed: u64, offer: &mut impl FnMut(Offer<'_>) -> Answer) -> Answer {
+        let waits = |slot: &Slot| {
+            slot.after
+                .iter()
+                .any(|(track, seq)| is_pending(&self.tracks, track, *seq))
+        };
+        let Some(first) = self.tracks.get(track).and_then(|slots| slots.front()) else {
+            return Answer::Blocked;
+        };
+        if waits(first) {
+            return Answer::Blocked;
+        }
+        let (seq, class) = (first.seq, first.class);
+        let Some(slots) = self.tracks.get_mut(track) else {
+            return Answer::Blocked;
+        };
+        let (answer, done) = offer_first(slots, &mut self.bytes, &mut self.deadlines, committed, offer);
+        if let Answer::Takes(bytes) = answer {
+            let weight = u64::from(self.classes[class].weight.max(1));
+            let ring = &mut self.rings[class as usize];
+            self.account = self.account.max(ring.account);
+            ring.account += bytes as u64 * SCALE / weight;
+            if ring.turns.front() == Some(track) {
+                ring.turn_bytes += bytes;
+            }
+            if done {
+                self.leave(track, seq, class);
+            }
+            let ring = &mut self.rings[class as usize];
+            if ring.turn_bytes >= TURN_BYTES {
+                self.end_turn(class, track);
+            }
+        }
+        answer
+    }
+
+    fn end_turn(&mut self, class: Class, track: &Track) {
+        let ring = &mut self.rings[class as usize];
+        if ring.turns.front() == Some(track) {
+            ring.turn_bytes = 0;
+            ring.turns.rotate_left(1);
+        }
     }
 }
 
-/// Offers what stands first in a flow.
+fn find<'a>(tracks: &'a mut BTreeMap<Track, VecDeque<Slot>>, track: &Track, seq: Seq) -> Option<&'a mut Slot> {
+    let slots = tracks.get_mut(track)?;
+    // A track's slots ascend, and a room's backlog may be long.
+    let index = slots.binary_search_by_key(&seq, |slot| slot.seq).ok()?;
+    slots.get_mut(index)
+}
+
+/// Whether a track has not yet come past this number.
+fn is_pending(tracks: &BTreeMap<Track, VecDeque<Slot>>, track: &Track, seq: Seq) -> bool {
+    let front = tracks.get(track).and_then(VecDeque::front);
+    front.is_some_and(|slot| slot.seq <= seq)
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Overlap {
+    None,
+    Some,
+    All,
+}
+
+/// Of these, how many are among the others. Both ascend.
+fn overlap(these: &[Bytes], others: &[Bytes]) -> Overlap {
+    let found = these.iter().filter(|to| others.binary_search(to).is_ok()).count();
+    if found == 0 {
+        Overlap::None
+    } else if found == these.len() {
+        Overlap::All
+    } else {
+        Overlap::Some
+    }
+}
+
+/// Offers what stands first in a track. The flag says that it is through, and gone.
 fn offer_first(
-    slots: &mut VecDeque<(Seq, Slot)>,
+    slots: &mut VecDeque<Slot>,
     held_bytes: &mut usize,
+    deadlines: &mut BTreeMap<(Mono, Seq), Track>,
     committed: u64,
     offer: &mut impl FnMut(Offer<'_>) -> Answer,
-) -> Answer {
-    let Some((seq, slot)) = slots.front_mut() else {
-        return Answer::Blocked;
+) -> (Answer, bool) {
+    let Some(slot) = slots.front_mut() else {
+        return (Answer::Blocked, false);
     };
-    let seq = *seq;
-    if let Slot::Ready { entry, batch, accepted } = slot {
+    let (seq, expiry) = (slot.seq, slot.expiry);
+    if let State::Ready { entry, batch, accepted } = &slot.state {
         let accepted = *accepted;
         if *batch > committed {
-            return Answer::Blocked;
+            return (Answer::Blocked, false);
         }
-        match offer(Offer::Whole { seq, entry, accepted }) {
-            Answer::Takes(bytes) => {
-                *held_bytes -= size(entry);
+        let answer = offer(Offer::Whole { seq, entry, accepted });
+        if matches!(answer, Answer::Takes(_) | Answer::InParts) {
+            *held_bytes -= size(entry);
+            if let Some(expiry) = expiry {
+                deadlines.remove(&(accepted + expiry, seq));
+            }
+        }
+        match answer {
+            Answer::Takes(_) => {
                 slots.pop_front();
-                return Answer::Takes(bytes);
+                return (answer, true);
             }
             Answer::InParts => {
-                *held_bytes -= size(entry);
                 let encoded = entry.encode();
                 *held_bytes += encoded.len();
-                *slot = Slot::Split {
+                slot.state = State::Split {
                     encoded,
                     offset: 0,
                     accepted,
                 };
             }
-            answer @ (Answer::Blocked | Answer::Full) => return answer,
+            Answer::Blocked | Answer::Full => return (answer, false),
         }
     }
-    let Slot::Split {
+    let State::Split {
         encoded,
         offset,
         accepted,
-    } = slot
+    } = &mut slot.state
     else {
-        return Answer::Blocked;
+        return (Answer::Blocked, false);
     };
     let answer = offer(Offer::Part {
         seq,
@@ -242,24 +688,26 @@ fn offer_first(
         if *offset >= encoded.len() {
             *held_bytes -= encoded.len();
             slots.pop_front();
+            return (answer, true);
         }
     }
-    answer
+    (answer, false)
 }
 
-/// What an entry costs in memory, and about what its encoding will.
+/// What an entry costs in memory.
 fn size(entry: &Entry) -> usize {
-    match entry {
-        Entry::Cast(cast) => cast.template.len() + cast.recipients.iter().map(|to| to.len() + 2).sum::<usize>(),
-        // Its place in the queue.
-        Entry::Void => size_of::<(Seq, Slot)>(),
-    }
+    SLOT_BYTES
+        + match entry {
+            Entry::Cast(Cast {
+                template, recipients, ..
+            }) => template.len() + recipients.iter().map(|to| to.len() + size_of::<Bytes>()).sum::<usize>(),
+            Entry::Void => 0,
+        }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::entry::Cast;
 
     fn entry(bytes: usize) -> Entry {
         Entry::Cast(Cast {
@@ -270,17 +718,39 @@ mod tests {
     }
 
     fn scheduler() -> Scheduler {
-        Scheduler::new(1 << 20)
+        Scheduler::new(1 << 20, Classes::default())
+    }
+
+    /// What a room says, in one class, as if by one sender.
+    fn place(name: &str) -> Place {
+        place_in(name, Class::Message, Line::Room)
+    }
+
+    fn place_in(name: &str, class: Class, line: Line) -> Place {
+        Place {
+            class,
+            track: Track {
+                sender: name.into(),
+                line,
+            },
+            from: crate::queue::place::hash(name),
+            sort: match class {
+                Class::Presence => Sort::Presence,
+                Class::State => Sort::State,
+                _ => Sort::Message,
+            },
+            expiry: None,
+        }
     }
 
     /// A link that takes 1,000 bytes at a time.
     fn seqs(scheduler: &mut Scheduler, committed: u64) -> Vec<u64> {
         let mut seqs = Vec::new();
         while scheduler.offer(committed, |offer| match offer {
-            Offer::Whole { entry, .. } if size(entry) > 1000 => Answer::InParts,
+            Offer::Whole { entry, .. } if size(entry) - SLOT_BYTES > 1000 + 80 => Answer::InParts,
             Offer::Whole { seq, entry, .. } => {
                 seqs.push(seq.0);
-                Answer::Takes(size(entry))
+                Answer::Takes(size(entry) - SLOT_BYTES)
             }
             Offer::Part {
                 seq, encoded, offset, ..
@@ -296,9 +766,9 @@ mod tests {
     #[test]
     fn a_large_entry_does_not_hold_up_another_flow() {
         let mut scheduler = scheduler();
-        scheduler.load("big".into(), Seq(1), entry(2500), 0, Mono::default());
+        scheduler.load(&place("big"), Seq(1), entry(2500), 0, Mono::default());
         for seq in 2..=4 {
-            scheduler.load("room".into(), Seq(seq), entry(TURN_BYTES), 0, Mono::default());
+            scheduler.load(&place("room"), Seq(seq), entry(TURN_BYTES), 0, Mono::default());
         }
         assert_eq!(seqs(&mut scheduler, 0), [1, 2, 1, 3, 1, 4]);
     }
@@ -313,7 +783,7 @@ mod tests {
             } else {
                 ("two", TURN_BYTES / 2)
             };
-            scheduler.load(flow.into(), Seq(seq), entry(bytes), 0, Mono::default());
+            scheduler.load(&place(flow), Seq(seq), entry(bytes), 0, Mono::default());
         }
         assert_eq!(seqs(&mut scheduler, 0), [1, 3, 2, 4, 6, 8, 5, 7]);
     }
@@ -322,8 +792,8 @@ mod tests {
     #[test]
     fn nothing_overtakes_within_a_flow() {
         let mut scheduler = scheduler();
-        scheduler.load("room".into(), Seq(1), entry(2500), 0, Mono::default());
-        scheduler.load("room".into(), Seq(2), entry(10), 0, Mono::default());
+        scheduler.load(&place("room"), Seq(1), entry(2500), 0, Mono::default());
+        scheduler.load(&place("room"), Seq(2), entry(10), 0, Mono::default());
         assert_eq!(seqs(&mut scheduler, 0), [1, 1, 1, 2]);
     }
 
@@ -331,11 +801,11 @@ mod tests {
     #[test]
     fn offers_only_what_is_sealed_and_on_disk() {
         let mut scheduler = scheduler();
-        let room: Flow = "room".into();
-        scheduler.reserve(room.clone(), Seq(1));
-        scheduler.load("other".into(), Seq(2), entry(10), 0, Mono::default());
+        let room = place("room");
+        scheduler.reserve(&room, Seq(1));
+        scheduler.load(&place("other"), Seq(2), entry(10), 0, Mono::default());
         assert_eq!(seqs(&mut scheduler, 0), [2]);
-        scheduler.fill(&room, Seq(1), entry(10), 7, Mono::default());
+        scheduler.fill(&room.track, Seq(1), entry(10), 7, Mono::default());
         assert!(seqs(&mut scheduler, 6).is_empty());
         assert_eq!(seqs(&mut scheduler, 7), [1]);
     }
@@ -344,8 +814,8 @@ mod tests {
     #[test]
     fn a_refused_offer_stays_in_its_place() {
         let mut scheduler = scheduler();
-        scheduler.load("one".into(), Seq(1), entry(10), 0, Mono::default());
-        scheduler.load("two".into(), Seq(2), entry(10), 0, Mono::default());
+        scheduler.load(&place("one"), Seq(1), entry(10), 0, Mono::default());
+        scheduler.load(&place("two"), Seq(2), entry(10), 0, Mono::default());
         assert!(!scheduler.offer(0, |_| Answer::Full));
         let mut offered = Vec::new();
         assert!(scheduler.offer(0, |offer| match offer {
@@ -362,10 +832,10 @@ mod tests {
     /// Memory is given back with the last byte of what crossed.
     #[test]
     fn memory_is_counted() {
-        let mut scheduler = Scheduler::new(3000);
-        scheduler.load("one".into(), Seq(1), entry(2000), 0, Mono::default());
+        let mut scheduler = Scheduler::new(3000, Classes::default());
+        scheduler.load(&place("one"), Seq(1), entry(2000), 0, Mono::default());
         assert!(scheduler.has_room());
-        scheduler.load("two".into(), Seq(2), entry(2000), 0, Mono::default());
+        scheduler.load(&place("two"), Seq(2), entry(2000), 0, Mono::default());
         assert!(!scheduler.has_room());
         seqs(&mut scheduler, 0);
         assert_eq!(scheduler.bytes, 0);

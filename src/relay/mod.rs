@@ -28,7 +28,11 @@ use std::{
 
 use bytes::Bytes;
 
-use self::{inward::Inward, outward::Outward, plain::Plain};
+use self::{
+    inward::Inward,
+    outward::{Outward, Refused},
+    plain::Plain,
+};
 use crate::{
     codec::{
         compress,
@@ -39,13 +43,15 @@ use crate::{
     link::session::{self, LinkError, LinkSession, Sent, SessionConfig},
     mirror::{self, Mirror, MirrorSettings},
     queue::{
-        collapse::{Placed, Refusal},
+        class::{Class, Classes},
+        collapse::Placed,
         journal::{
             Batch, Change, Levels, Opening, STATE_BYTES_MAX, STATE_KEY_BYTES_MAX, STATE_VALUE_BYTES_MAX, Slot,
             state_bytes,
         },
+        ledger::Level,
         rules::{Direction, Fate, Rule, Rules},
-        scheduler::{Answer, Offer},
+        scheduler::{Answer, Expired, Offer},
     },
     stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bounce, domain_of},
     time::{Deadline, Now},
@@ -149,6 +155,10 @@ pub struct RelayStats {
     /// the same cast that were known to be delivered are among them: the disk does not tell them apart.
     pub in_doubt: u64,
     pub link_ups: u64,
+    /// By class: what waited too long, what a later one took the place of, and what was refused because there was too much of its class.
+    pub expired: [u64; Class::COUNT],
+    pub superseded: [u64; Class::COUNT],
+    pub class_full: [u64; Class::COUNT],
     dropped: BTreeMap<Drop, u64>,
 }
 
@@ -173,6 +183,8 @@ pub struct Settings {
     /// closed until there is room again.
     pub queue_bytes_max: u64,
     pub queue_entries_max: u64,
+    /// How what waits for the peer is treated.
+    pub classes: Classes,
     /// What the operator has decided about certain stanzas.
     pub rules: Vec<Rule>,
     pub lanes_per_pair: u8,
@@ -370,7 +382,13 @@ impl Relay {
     pub fn new(settings: Settings, opening: &Opening, now: Now) -> Self {
         let mut relay = Self {
             epoch: opening.epoch,
-            outward: Outward::new(opening, settings.collapse_window, settings.memory_bytes, now),
+            outward: Outward::new(
+                opening,
+                settings.collapse_window,
+                settings.memory_bytes,
+                settings.classes,
+                now,
+            ),
             inward: Inward::new(
                 settings.local.clone(),
                 settings.far.clone(),
@@ -417,7 +435,7 @@ impl Relay {
         match input {
             Input::Stanza { leg, n, pair, stanza } => self.handle_stanza(leg, n, pair, stanza, now),
             Input::Committed { batch, levels } => self.handle_committed(batch, levels, now),
-            Input::SpoolRead { slots, end } => self.outward.handle_read(slots, end, now, &mut self.stats),
+            Input::SpoolRead { slots, end } => self.outward.handle_read(slots, end, &self.rules, now, &mut self.stats),
             Input::InboxRead { slots, end } => self.inward.handle_read(slots, end, &mut self.stats),
             Input::LaneUp {
                 lane,
@@ -464,6 +482,7 @@ impl Relay {
     fn reconfigure(&mut self, new: Settings) {
         self.rules.replace(new.rules.clone());
         self.outward.set_window(new.collapse_window);
+        self.outward.set_classes(new.classes);
         self.mirror.reconfigure(new.mirror.clone());
         let old = &self.settings;
         self.settings = Settings {
@@ -486,9 +505,15 @@ impl Relay {
         let session = self.link.session()?;
         let stats = &mut self.stats;
         let mut over_limit = Vec::new();
-        while session.batch_bytes() < self.settings.batch_bytes
+        // A piece of what is large ends a batch: what comes now waits for this one piece, not for more of them.
+        let mut part = false;
+        while !part
+            && session.batch_bytes() < self.settings.batch_bytes
             && self.outward.offer(self.committed, |offer| {
-                answer(session, stats, &mut over_limit, offer, now)
+                let is_part = matches!(offer, Offer::Part { .. });
+                let answer = answer(session, stats, &mut over_limit, offer, now);
+                part |= is_part && matches!(answer, Answer::Takes(_));
+                answer
             })
         {}
         let transmit = session.poll_transmit(now);
@@ -537,6 +562,11 @@ impl Relay {
     /// Up to where the peer has everything of ours.
     pub fn acked(&self) -> Seq {
         self.outward.acked()
+    }
+
+    /// How much of a class waits for the peer.
+    pub fn level(&self, class: Class) -> Level {
+        self.outward.level(class)
     }
 
     pub fn rules(&self) -> &Rules {
@@ -641,8 +671,18 @@ impl Relay {
             }
             Ok(_) => {}
             // The streams let nothing through without both addresses.
-            Err(Refusal::NoAddress) => self.stats.dropped(Drop::Malformed),
-            Err(Refusal::TooLarge) => {
+            Err(Refused::NoAddress) => self.stats.dropped(Drop::Malformed),
+            Err(Refused::ClassFull(class)) => {
+                self.stats.class_full[class as usize] += 1;
+                let text = "Too much of this kind waits for this destination. Try again later.";
+                // What is volatile goes without a word.
+                if !self.settings.classes[class].volatile
+                    && let Some(answer) = bounce(stanza, ErrorType::Wait, Condition::ResourceConstraint, text)
+                {
+                    self.inward.send_own(pair, answer, &mut self.stats);
+                }
+            }
+            Err(Refused::TooLarge) => {
                 self.stats.dropped(Drop::OverPeerLimit);
                 self.tell_too_long(pair, stanza);
             }
@@ -678,10 +718,49 @@ impl Relay {
         }
     }
 
+    /// What has waited too long goes, and its senders are told, if they may be: in one batch, so that a kill makes it neither twice nor never.
+    fn expire(&mut self, now: Now) {
+        while let Some(expired) = self.outward.take_expired(self.batch.number, now, &mut self.stats) {
+            if let Expired {
+                entry: Entry::Cast(cast),
+                is_volatile: false,
+                ..
+            } = &expired
+            {
+                self.tell_expired(cast);
+            }
+        }
+    }
+
+    fn tell_expired(&mut self, cast: &Cast) {
+        let text = "There was no connection to the destination for too long.";
+        for index in 0..cast.recipients.len() {
+            let stanza = cast.copy(index).and_then(|copy| Stanza::parse(copy).ok());
+            let answer =
+                stanza.and_then(|stanza| bounce(&stanza, ErrorType::Wait, Condition::RemoteServerTimeout, text));
+            // As above: where one has no answer, the others have none either.
+            let Some(answer) = answer.and_then(|answer| Stanza::parse(answer).ok()) else {
+                return;
+            };
+            if let (Some(pair), Some((template, to_at, attribute))) = (pair_of(&answer), answer.split_to()) {
+                let to_at = to_at as u32;
+                let recipients = vec![attribute];
+                self.put_inbox(
+                    &pair,
+                    Cast {
+                        template,
+                        to_at,
+                        recipients,
+                    },
+                );
+            }
+        }
+    }
+
     /// Gives a stanza its place in the spool.
-    fn take_in(&mut self, stanza: &Stanza, now: Now) -> Result<Placed, Refusal> {
+    fn take_in(&mut self, stanza: &Stanza, now: Now) -> Result<Placed, Refused> {
         let (batch, stats) = (self.batch.number, &mut self.stats);
-        let placed = self.outward.handle_stanza(stanza, batch, now, stats)?;
+        let placed = self.outward.handle_stanza(stanza, &self.rules, batch, now, stats)?;
         stats.crossing_bytes += stanza.bytes().len() as u64;
         let uncommitted = self.uncommitted();
         uncommitted.spool_entries += u64::from(placed.new);
@@ -858,6 +937,7 @@ impl Relay {
             Ok(Some((pair, cast))) => {
                 self.stats.shared_received += u64::from(cast.recipients.len() > 1);
                 for cast in self.judge_received(&pair, cast, now) {
+                    self.note_joins(&cast);
                     if let Some(cast) = self.mirror.handle_far(cast, held, now) {
                         self.put_inbox(&pair, cast);
                     }
@@ -873,6 +953,16 @@ impl Relay {
         self.drain_mirror(now);
         if self.is_inbox_full() {
             self.close_link(LinkClose::InboxFull, now);
+        }
+    }
+
+    /// Who enters a room of ours is told all again.
+    fn note_joins(&mut self, cast: &Cast) {
+        if cast.template.starts_with(b"<presence")
+            && let Some(stanza) = cast.copy(0).and_then(|copy| Stanza::parse(copy).ok())
+            && stanza.is_join()
+        {
+            self.outward.handle_join(&stanza);
         }
     }
 
@@ -974,11 +1064,13 @@ impl Relay {
     /// Carries on whatever the last input made possible.
     fn settle(&mut self, now: Now) {
         self.drain_mirror(now);
+        self.expire(now);
         self.inward.advance(now, &mut self.stats);
         let mut reads = Vec::new();
         self.gather(&mut reads, now);
         // After everything has its number: what this reads is looked at with that in mind.
         self.outward.advance();
+        self.outward.settle(now, &mut self.stats);
         self.gather(&mut reads, now);
         // A batch is only ever given away here, when everything that belongs together is in it: a position without its
         // entries would lose them. A read must see what was written before it.

@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
     time::Duration,
 };
 
@@ -18,16 +19,24 @@ use crate::{
         position::{Received, Seq},
     },
     queue::{
-        collapse::{self, Collapse, Flow, Placed, Refusal},
+        class::{Class, Classes},
+        collapse::{self, Collapse, Placed, Refusal},
         journal::{Change, Opening, Slot},
-        scheduler::{Answer, Offer, Scheduler},
+        ledger::{Ledger, Level},
+        news::News,
+        place::{Line, Place, Sort},
+        rules::Rules,
+        scheduler::{Answer, Expired, Offer, Scheduler},
     },
-    stanza::{Stanza, bare},
+    stanza::Stanza,
     time::{Deadline, Mono, Now, Wall},
 };
 
 /// Slots asked for in one read.
 const READ_ENTRIES_MAX: usize = 512;
+
+/// Rooms that are remembered. Forgetting them puts what they say to one beside what they say to all.
+const ROOMS_MAX: usize = 10_000;
 
 /// How exactly the age of what waits is known.
 const AGE_STEP: Duration = Duration::from_secs(1);
@@ -43,6 +52,23 @@ pub enum Output {
         entries_max: usize,
         bytes_max: usize,
     },
+}
+
+/// Why a stanza is not taken in.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Refused {
+    NoAddress,
+    TooLarge,
+    ClassFull(Class),
+}
+
+impl From<Refusal> for Refused {
+    fn from(refusal: Refusal) -> Self {
+        match refusal {
+            Refusal::NoAddress => Self::NoAddress,
+            Refusal::TooLarge => Self::TooLarge,
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -61,12 +87,13 @@ struct Open {
     batch: u64,
     /// What was last written.
     bytes: u64,
+    place: Place,
 }
 
 /// A cast that was sealed while a read was under way.
 #[derive(Debug)]
 struct Sealed {
-    flow: Flow,
+    place: Place,
     cast: Cast,
     /// The batch with its last write.
     batch: u64,
@@ -78,8 +105,19 @@ pub struct Outward {
     memory_bytes: usize,
     collapse: Collapse,
     scheduler: Scheduler,
-    /// Whether entries may cross.
+    classes: Classes,
+    news: News,
+    /// Who has spoken as a room does. What else it says is in order with that.
+    rooms: BTreeSet<Arc<str>>,
+    ledger: Ledger,
+    /// Whether entries may cross. They are taken into memory before, so that what is of no use any more is found while the link is down.
     open: bool,
+    /// What has been given to the present connection and is not acknowledged.
+    given: BTreeSet<Seq>,
+    /// The same of earlier ones, until the peer says what it has. It may have any of it, so nobody is told that it was not delivered.
+    in_doubt: BTreeSet<Seq>,
+    /// Until then that holds for everything that an earlier process has written.
+    inherited_in_doubt: bool,
     acked: Seq,
     /// Beyond `acked`, these are with the peer too, and not on our disk any more.
     beyond: BTreeSet<Seq>,
@@ -101,7 +139,7 @@ pub struct Outward {
 }
 
 impl Outward {
-    pub fn new(opening: &Opening, window: Duration, memory_bytes: usize, now: Now) -> Self {
+    pub fn new(opening: &Opening, window: Duration, memory_bytes: usize, classes: Classes, now: Now) -> Self {
         let last = opening.spool_last;
         let mut ages = BTreeMap::new();
         if let Some(first) = opening.spool_first {
@@ -109,12 +147,22 @@ impl Outward {
             let since = opening.spool_since.map_or(now.mono, |accepted| on_mono(accepted, now));
             ages.insert(first, since);
         }
+        let acked = opening.spool_first.map_or(last, |first| Seq(first.0 - 1));
+        let mut scheduler = Scheduler::new(memory_bytes, classes);
+        scheduler.restart(acked);
         Self {
             memory_bytes,
             collapse: Collapse::new(last, window),
-            scheduler: Scheduler::new(memory_bytes),
+            scheduler,
+            classes,
+            news: News::default(),
+            rooms: BTreeSet::new(),
+            ledger: Ledger::new(acked, last),
             open: false,
-            acked: opening.spool_first.map_or(last, |first| Seq(first.0 - 1)),
+            given: BTreeSet::new(),
+            in_doubt: BTreeSet::new(),
+            inherited_in_doubt: true,
+            acked,
             beyond: BTreeSet::new(),
             inherited: last,
             written: last,
@@ -132,6 +180,22 @@ impl Outward {
         self.collapse.set_window(window);
     }
 
+    /// For what is placed from now on.
+    pub fn set_classes(&mut self, classes: Classes) {
+        self.classes = classes;
+        self.scheduler.set_classes(classes);
+    }
+
+    /// How much of a class waits.
+    pub fn level(&self, class: Class) -> Level {
+        self.ledger.level(class)
+    }
+
+    /// A far session enters one of our rooms.
+    pub fn handle_join(&mut self, join: &Stanza) {
+        self.news.handle_join(join);
+    }
+
     pub fn acked(&self) -> Seq {
         self.acked
     }
@@ -144,20 +208,30 @@ impl Outward {
     pub fn handle_stanza(
         &mut self,
         stanza: &Stanza,
+        rules: &Rules,
         batch: u64,
         now: Now,
         stats: &mut RelayStats,
-    ) -> Result<Placed, Refusal> {
+    ) -> Result<Placed, Refused> {
+        let class = self.news.class_of(stanza);
+        let place = self.place(stanza, class, rules).ok_or(Refusal::NoAddress)?;
+        if self.ledger.is_full(place.class, &self.classes) {
+            return Err(Refused::ClassFull(place.class));
+        }
         let placed = self.collapse.handle_stanza(stanza, now)?;
         if placed.new {
             self.note_age(placed.seq, now.mono);
+            self.ledger.set(placed.seq, place.class, placed.bytes);
             let open = Open {
                 accepted: now,
                 batch,
                 bytes: 0,
+                place,
             };
             self.open_groups.insert(placed.seq, open);
             self.take_in_open();
+        } else {
+            self.ledger.add(placed.seq, placed.bytes);
         }
         self.drain_collapse(batch, now, stats);
         Ok(placed)
@@ -182,9 +256,7 @@ impl Outward {
 
     /// The link is up. Until the peer has said what it holds, we go by what it last acknowledged.
     pub fn greet(&mut self) {
-        self.scheduler.restart(self.acked);
         self.open = true;
-        self.take_in_open();
     }
 
     /// The peer holds what `received` says. All is offered from there on: the session knows what has gone early.
@@ -197,6 +269,8 @@ impl Outward {
             .copied()
             .filter(|seq| *seq > self.acked)
             .collect();
+        self.in_doubt.clear();
+        self.inherited_in_doubt = false;
         self.scheduler.restart(self.acked);
         self.open = true;
         self.take_in_open();
@@ -204,7 +278,9 @@ impl Outward {
 
     pub fn link_down(&mut self) {
         self.open = false;
+        self.in_doubt.append(&mut self.given);
         self.scheduler.restart(self.acked);
+        self.take_in_open();
     }
 
     /// The peer has these on its disk.
@@ -216,6 +292,12 @@ impl Outward {
         self.acked = self.acked.max(upto);
         self.beyond.extend(beyond.iter().copied());
         self.beyond = self.beyond.split_off(&Seq(self.acked.0 + 1));
+        self.ledger.advance_to(self.acked);
+        self.given = self.given.split_off(&Seq(self.acked.0 + 1));
+        for seq in beyond {
+            self.ledger.clear(*seq);
+            self.given.remove(seq);
+        }
         while let Some(age) = self.ages.first_entry()
             && *age.key() <= self.acked
         {
@@ -229,13 +311,13 @@ impl Outward {
     }
 
     /// Takes in what was read; `end` says that nothing followed it.
-    pub fn handle_read(&mut self, slots: Vec<Slot>, end: bool, now: Now, stats: &mut RelayStats) {
+    pub fn handle_read(&mut self, slots: Vec<Slot>, end: bool, rules: &Rules, now: Now, stats: &mut RelayStats) {
         let sealed = std::mem::take(&mut self.sealed_while_reading);
         let Some(Reading { from, upto }) = self.reading.take() else {
             return;
         };
         // The link may have begun anew since, further back: what lies before this read would be passed over.
-        if !self.open || self.scheduler.wants() < from {
+        if self.scheduler.wants() < from {
             return;
         }
         for slot in slots {
@@ -252,14 +334,14 @@ impl Outward {
                 self.scheduler.skip(slot.seq);
                 continue;
             }
-            let (flow, entry, batch) = match sealed.get(&slot.seq) {
-                Some(sealed) => (sealed.flow.clone(), Entry::Cast(sealed.cast.clone()), sealed.batch),
-                None => match flow_of(&slot.entry) {
-                    Some((flow, entry)) => (flow, entry, 0),
+            let (place, entry, batch) = match sealed.get(&slot.seq) {
+                Some(sealed) => (sealed.place.clone(), Entry::Cast(sealed.cast.clone()), sealed.batch),
+                None => match self.place_of(slot.seq, &slot.entry, rules) {
+                    Some((place, entry)) => (place, entry, 0),
                     None => {
                         // Our own disk gave us something that we did not write. The peer counts it, so it crosses as void.
                         stats.dropped(Drop::Malformed);
-                        (Flow::from(""), Entry::Void, 0)
+                        (Place::unknown(), Entry::Void, 0)
                     }
                 },
             };
@@ -268,7 +350,7 @@ impl Outward {
                 Some(_) | None => self.accepted_at(slot.seq),
             };
             self.note_age(slot.seq, accepted);
-            self.scheduler.load(flow, slot.seq, entry, batch, accepted);
+            self.scheduler.load(&place, slot.seq, entry, batch, accepted);
         }
         if end {
             self.pass_missing(Seq(upto.0 + 1), now);
@@ -288,7 +370,7 @@ impl Outward {
             if self.beyond.contains(&wants) {
                 self.scheduler.skip(wants);
             } else if self.scheduler.has_room() {
-                self.scheduler.load(Flow::from(""), wants, Entry::Void, 0, now.mono);
+                self.scheduler.load(&Place::unknown(), wants, Entry::Void, 0, now.mono);
             } else {
                 return;
             }
@@ -298,12 +380,12 @@ impl Outward {
     /// Asks the disk for what comes next, if there is room for it. The batch that gathers goes to the disk before the read does.
     pub fn advance(&mut self) {
         self.take_in_open();
-        while self.open && self.beyond.contains(&self.scheduler.wants()) {
+        while self.beyond.contains(&self.scheduler.wants()) {
             self.scheduler.skip(self.scheduler.wants());
             self.take_in_open();
         }
         let wants = self.scheduler.wants();
-        if self.open && self.reading.is_none() && self.scheduler.has_room() && wants <= self.written {
+        if self.reading.is_none() && self.scheduler.has_room() && wants <= self.written {
             self.reading = Some(Reading {
                 from: wants,
                 upto: self.collapse.last(),
@@ -317,8 +399,47 @@ impl Outward {
     }
 
     /// Offers what may cross next, given the batches that are on disk. `false` if nothing was taken.
-    pub fn offer(&mut self, committed: u64, offer: impl FnMut(Offer<'_>) -> Answer) -> bool {
-        self.open && self.scheduler.offer(committed, offer)
+    pub fn offer(&mut self, committed: u64, mut offer: impl FnMut(Offer<'_>) -> Answer) -> bool {
+        let given = &mut self.given;
+        self.open
+            && self.scheduler.offer(committed, |offered| {
+                let seq = offered.seq();
+                let answer = offer(offered);
+                if let Answer::Takes(_) = answer {
+                    given.insert(seq);
+                }
+                answer
+            })
+    }
+
+    /// Writes voids in the place of what later entries have made needless.
+    pub fn settle(&mut self, now: Now, stats: &mut RelayStats) {
+        for given_up in self.scheduler.take_given_up() {
+            stats.superseded[given_up.class as usize] += 1;
+            self.write_void(given_up.seq, given_up.accepted, now);
+        }
+    }
+
+    /// What has waited for as long as its class may. A void takes its place in this batch, so whoever is told is told in it too.
+    pub fn take_expired(&mut self, batch: u64, now: Now, stats: &mut RelayStats) -> Option<Expired> {
+        let inherited = self.inherited_in_doubt.then_some(self.inherited);
+        let (given, in_doubt) = (&self.given, &self.in_doubt);
+        let expired = self.scheduler.take_expired(now, |seq| {
+            given.contains(&seq) || in_doubt.contains(&seq) || inherited.is_some_and(|inherited| seq <= inherited)
+        })?;
+        stats.expired[expired.class as usize] += 1;
+        self.scheduler.put_void(expired.seq, batch);
+        self.write_void(expired.seq, expired.accepted, now);
+        Some(expired)
+    }
+
+    fn write_void(&mut self, seq: Seq, accepted: Mono, now: Now) {
+        let waited = now.mono.since(accepted).as_millis();
+        let accepted = Wall(now.wall.0.saturating_sub(u64::try_from(waited).unwrap_or(u64::MAX)));
+        self.ledger.set(seq, Class::Control, 0);
+        let entry = Entry::Void.encode();
+        self.outputs
+            .push_back(Output::Change(Change::PutSpool { seq, accepted, entry }));
     }
 
     pub fn poll_output(&mut self) -> Option<Output> {
@@ -326,7 +447,8 @@ impl Outward {
     }
 
     pub fn poll_timeout(&self) -> Option<Deadline> {
-        self.collapse.poll_timeout()
+        let expiry = self.scheduler.poll_timeout().map(|at| Deadline { at, why: "expiry" });
+        Deadline::earlier(self.collapse.poll_timeout(), expiry)
     }
 
     /// How long entries took until the peer acknowledged them: one a second is watched.
@@ -351,11 +473,10 @@ impl Outward {
 
     /// Takes the wanted number from its open group, if it has one.
     fn take_in_open(&mut self) {
-        while self.open
-            && self.scheduler.has_room()
-            && let Some(flow) = self.collapse.open_flow(self.scheduler.wants())
+        while self.scheduler.has_room()
+            && let Some(open) = self.open_groups.get(&self.scheduler.wants())
         {
-            self.scheduler.reserve(flow, self.scheduler.wants());
+            self.scheduler.reserve(&open.place, self.scheduler.wants());
         }
     }
 
@@ -372,35 +493,78 @@ impl Outward {
                 self.written = self.written.max(seq);
                 let entry = Entry::Cast(cast).encode();
                 let bytes = entry.len() as u64;
-                let open = self.open_groups.entry(seq).or_insert(Open {
-                    accepted: now,
-                    batch,
-                    bytes,
+                let open = self.open_groups.get_mut(&seq);
+                let accepted = open.map_or(now.wall, |open| {
+                    (open.batch, open.bytes) = (batch, bytes);
+                    open.accepted.wall
                 });
-                (open.batch, open.bytes) = (batch, bytes);
-                let accepted = open.accepted.wall;
                 let put = Change::PutSpool { seq, accepted, entry };
                 self.outputs.push_back(Output::Change(put));
             }
-            collapse::Output::Sealed { seq, flow, cast } => {
+            collapse::Output::Sealed { seq, cast, .. } => {
                 stats.shared += u64::from(cast.recipients.len() > 1);
-                let open = self.open_groups.remove(&seq);
-                let Open { accepted, batch, bytes } = open.unwrap_or(Open {
-                    accepted: now,
+                // A group is noted when it is opened.
+                let Some(open) = self.open_groups.remove(&seq) else {
+                    return;
+                };
+                let Open {
+                    accepted,
                     batch,
-                    bytes: 0,
-                });
+                    bytes,
+                    place,
+                } = open;
                 stats.entry_bytes += bytes;
                 if self.reading.as_ref().is_some_and(|reading| seq <= reading.upto) {
-                    let (flow, cast) = (flow.clone(), cast.clone());
-                    self.sealed_while_reading.insert(seq, Sealed { flow, cast, batch });
+                    let (place, cast) = (place.clone(), cast.clone());
+                    self.sealed_while_reading.insert(seq, Sealed { place, cast, batch });
                 }
-                if self.open && self.scheduler.wants() == seq && self.scheduler.has_room() {
-                    self.scheduler.reserve(flow.clone(), seq);
+                if self.scheduler.wants() == seq && self.scheduler.has_room() {
+                    self.scheduler.reserve(&place, seq);
                 }
-                self.scheduler.fill(&flow, seq, Entry::Cast(cast), batch, accepted.mono);
+                self.scheduler
+                    .fill(&place.track, seq, Entry::Cast(cast), batch, accepted.mono);
             }
         }
+    }
+
+    fn place(&mut self, stanza: &Stanza, class: Class, rules: &Rules) -> Option<Place> {
+        let mut place = Place::of(stanza, class, rules.place(stanza), &self.classes)?;
+        let track = &mut place.track;
+        match track.line {
+            Line::Room if !self.rooms.contains(&track.sender) => {
+                if self.rooms.len() >= ROOMS_MAX {
+                    self.rooms.clear();
+                }
+                self.rooms.insert(track.sender.clone());
+            }
+            // But what it answers, and what it gives out of an archive, is for one.
+            Line::Pair(_) | Line::Many
+                if place.sort != Sort::Iq && place.class != Class::Bulk && self.rooms.contains(&track.sender) =>
+            {
+                track.line = Line::Room;
+            }
+            Line::Room | Line::Pair(_) | Line::Many | Line::Presence | Line::State => {}
+        }
+        Some(place)
+    }
+
+    /// Where an entry belongs that was read back from the disk. What an earlier process has written may tell of a newcomer, as far as is known.
+    fn place_of(&mut self, seq: Seq, encoded: &Bytes, rules: &Rules) -> Option<(Place, Entry)> {
+        let entry = Entry::decode(encoded).ok()?;
+        let Entry::Cast(cast) = &entry else {
+            self.ledger.set(seq, Class::Control, 0);
+            return Some((Place::unknown(), entry));
+        };
+        let stanza = Stanza::parse(cast.copy(0)?).ok()?;
+        let class = self.ledger.class(seq);
+        let mut place = self.place(&stanza, class.unwrap_or_else(|| Class::of(&stanza)), rules)?;
+        if let Some(class) = class {
+            // As it was counted.
+            place.class = class;
+        } else {
+            self.ledger.set(seq, place.class, encoded.len());
+        }
+        Some((place, entry))
     }
 
     fn note_age(&mut self, seq: Seq, at: Mono) {
@@ -416,17 +580,4 @@ impl Outward {
 /// By the calendar, because the other clock does not outlive a process. It may have been put back since: then it was just now.
 fn on_mono(accepted: Wall, now: Now) -> Mono {
     now.mono - now.wall.since(accepted)
-}
-
-/// Whose entry this is, as read back from the disk.
-fn flow_of(encoded: &Bytes) -> Option<(Flow, Entry)> {
-    let entry = Entry::decode(encoded).ok()?;
-    let flow = match &entry {
-        Entry::Void => Flow::from(""),
-        Entry::Cast(cast) => {
-            let stanza = Stanza::parse(cast.copy(0)?).ok()?;
-            bare(&stanza.from()?).into()
-        }
-    };
-    Some((flow, entry))
 }

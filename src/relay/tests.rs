@@ -38,7 +38,13 @@ struct Half {
 impl Half {
     fn new(memory_bytes: usize) -> Self {
         Self {
-            outward: Outward::new(&Opening::default(), Duration::from_millis(50), memory_bytes, at(0)),
+            outward: Outward::new(
+                &Opening::default(),
+                Duration::from_millis(50),
+                memory_bytes,
+                Classes::default(),
+                at(0),
+            ),
             disk: Model::new(Epoch(1)),
             batch: 1,
             stats: RelayStats::default(),
@@ -47,7 +53,13 @@ impl Half {
 
     fn say(&mut self, user: u32, body: &str, now: u64) {
         self.outward
-            .handle_stanza(&copy(user, body), self.batch, at(now), &mut self.stats)
+            .handle_stanza(
+                &copy(user, body),
+                &Rules::default(),
+                self.batch,
+                at(now),
+                &mut self.stats,
+            )
             .unwrap();
         self.write(now);
     }
@@ -73,7 +85,8 @@ impl Half {
 
     fn read(&mut self, from: u64, entries_max: usize, now: u64) {
         let (slots, end) = self.disk.read_spool(Seq(from), entries_max, usize::MAX);
-        self.outward.handle_read(slots, end, at(now), &mut self.stats);
+        self.outward
+            .handle_read(slots, end, &Rules::default(), at(now), &mut self.stats);
     }
 
     /// What crosses: numbers, and to how many. Void is to nobody.
@@ -244,10 +257,10 @@ fn held_after_restart(disk: &Model, noted: bool, now: Now) -> (Outward, Vec<u64>
         opening.spool_since = None;
         slots.iter_mut().for_each(|slot| slot.accepted = None);
     }
-    let mut outward = Outward::new(&opening, Duration::from_millis(50), 1 << 20, now);
+    let mut outward = Outward::new(&opening, Duration::from_millis(50), 1 << 20, Classes::default(), now);
     outward.link_up(&Received::default());
     outward.advance();
-    outward.handle_read(slots, end, now, &mut RelayStats::default());
+    outward.handle_read(slots, end, &Rules::default(), now, &mut RelayStats::default());
     let mut held = Vec::new();
     while outward.offer(0, |offer| match offer {
         Offer::Whole { accepted, .. } => {
@@ -418,6 +431,7 @@ fn settings() -> Settings {
         collapse_window: Duration::ZERO,
         queue_bytes_max: 1 << 30,
         queue_entries_max: 1 << 30,
+        classes: Classes::default(),
         rules: Vec::new(),
         lanes_per_pair: 1,
         lane_retry_max: Duration::from_secs(15),

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use narrows::relay::Drop;
 
 use crate::{
-    said::{self, Copy},
+    said::{self, Copy, What},
     world::{Faults, Site, World},
 };
 
@@ -33,10 +33,11 @@ pub struct Tally {
     pub in_doubt_lost: u64,
     pub disk_lost: u64,
     pub disk_doubled: u64,
+    pub superseded: u64,
 }
 
 impl Tally {
-    fn fields(&mut self) -> [&mut u64; 21] {
+    fn fields(&mut self) -> [&mut u64; 22] {
         [
             &mut self.said,
             &mut self.copies,
@@ -59,6 +60,7 @@ impl Tally {
             &mut self.in_doubt_lost,
             &mut self.disk_lost,
             &mut self.disk_doubled,
+            &mut self.superseded,
         ]
     }
 
@@ -157,6 +159,13 @@ fn check_copies(from: &Site, to: &Site, tally: &mut Tally) {
             tally.in_doubt_lost += 1;
         } else if to.gone_with_disk.contains(copy) {
             tally.disk_lost += 1;
+        } else if from
+            .accepted
+            .iter()
+            .chain(counts.keys().copied())
+            .any(|later| copy.gives_way_to(later))
+        {
+            tally.superseded += 1;
         } else {
             panic!("lost: {copy:?}");
         }
@@ -211,13 +220,31 @@ fn check_answers(from: &Site, to: &Site, faults: Faults, tally: &mut Tally) {
     }
 }
 
-/// P4: each sender's stanzas reach each recipient in order. What is told again is compared by its first time.
+/// P4: each sender's stanzas reach each recipient in order, and a room's talk does, whoever speaks. A presence may be overtaken by words,
+/// and overtakes none. What is told again is compared by its first time.
 fn check_order(to: &Site) {
-    let mut last: BTreeMap<(&str, &str), u64> = BTreeMap::new();
+    let mut last: BTreeMap<(&str, u64, &str), u64> = BTreeMap::new();
+    let mut talk: BTreeMap<(&str, &str), u64> = BTreeMap::new();
+    let mut status: BTreeMap<(&str, u64, &str), u64> = BTreeMap::new();
     let mut seen = BTreeSet::new();
     for copy in to.heard.iter().filter(|copy| !copy.error && seen.insert(*copy)) {
-        if let Some(before) = last.insert((&copy.flow, &copy.to), copy.number) {
-            assert!(before < copy.number, "{copy:?} came after {before}");
+        let Copy { flow, to, number, .. } = copy;
+        let after = |before: Option<u64>| {
+            assert!(
+                before.is_none_or(|before| before < *number),
+                "{copy:?} came after {before:?}"
+            );
+        };
+        let sender = (flow.as_str(), copy.sender(), to.as_str());
+        if copy.kind() == What::RoomPresence {
+            after(status.insert(sender, *number));
+            let newest = talk.entry((flow, to)).or_default();
+            *newest = (*newest).max(*number);
+            continue;
+        }
+        after(last.insert(sender, *number));
+        if copy.kind() == What::RoomMessage {
+            after(talk.insert((flow, to), *number));
         }
     }
 }

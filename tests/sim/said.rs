@@ -38,6 +38,23 @@ impl Copy {
         What::of(self.number)
     }
 
+    /// Which of those who share a bare address has said it.
+    pub fn sender(&self) -> u64 {
+        match self.kind() {
+            What::RoomPresence | What::RoomMessage | What::Iq => self.number % 5,
+            What::Chat => 0,
+        }
+    }
+
+    /// Whether this need not be heard, because of what was said later.
+    pub fn gives_way_to(&self, later: &Self) -> bool {
+        let presence = |copy: &Self| copy.kind() == What::RoomPresence && !copy.error;
+        presence(self)
+            && presence(later)
+            && later.number > self.number
+            && (&later.flow, later.sender(), &later.to) == (&self.flow, self.sender(), &self.to)
+    }
+
     pub fn is_poison(&self) -> bool {
         is_poison(&self.bytes)
     }

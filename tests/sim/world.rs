@@ -10,7 +10,10 @@ use narrows::{
     codec::position::{Epoch, Seq},
     link::session::{LinkError, SessionConfig},
     mirror::MirrorSettings,
-    queue::journal::{Batch, Change, Levels, Model},
+    queue::{
+        class::{Class, Classes},
+        journal::{Batch, Change, Levels, Model},
+    },
     relay::{Drop, Input, LegId, LinkClose, RelayStats, Settings},
     stanza::{Domain, DomainPair, Stanza, domain_of},
     time::{Mono, Now, Wall},
@@ -97,6 +100,15 @@ fn domain(text: &str) -> Domain {
     Domain::new(text).expect("a domain")
 }
 
+/// Nobody gives up: what is lost is lost by mistake. Only what is volatile gives way to the newest.
+fn patient() -> Classes {
+    let mut classes = Classes::default();
+    for class in Class::ALL {
+        classes[class].expiry = None;
+    }
+    classes
+}
+
 fn settings(name: char, other: char, faults: Faults, random: &mut Random) -> Settings {
     let (queue_bytes_max, queue_entries_max) = match faults.small_queues {
         // One large stanza does not fill it.
@@ -115,6 +127,7 @@ fn settings(name: char, other: char, faults: Faults, random: &mut Random) -> Set
         collapse_window: Duration::from_millis(random.pick(&[50, 50, 50, 10, 0])),
         queue_bytes_max,
         queue_entries_max,
+        classes: patient(),
         rules: Vec::new(),
         lanes_per_pair: random.pick(&[1, 2, 3]),
         lane_retry_max: Duration::from_secs(15),

@@ -428,7 +428,12 @@ fn check_way(way: &Way, declared: Declared, near: &Near, lost: &mut Lost) {
     let key = |bytes: &Bytes| {
         let stanza = xml::text(bytes);
         let of = |name| attribute(stanza, name).unwrap_or_default();
-        (bare(of("from")).to_owned(), recipient(of("to")))
+        // A room's talk is in order, whoever speaks; what it answers comes in the order of its answers.
+        let sender = match stanza.starts_with("<iq") {
+            true => format!("iq of {}", of("from")),
+            false => bare(of("from")).to_owned(),
+        };
+        (sender, recipient(of("to")))
     };
     let mut flows: BTreeMap<(String, String), Flow<'_>> = BTreeMap::new();
     for sent in way.sent.iter().filter(|sent| !near.has_settled(&sent.bytes)) {

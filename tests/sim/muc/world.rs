@@ -10,7 +10,11 @@ use narrows::{
     codec::position::Epoch,
     link::session::{LinkError, SessionConfig},
     mirror::MirrorSettings,
-    queue::journal::Model,
+    queue::rules::{Action, Conditions, Direction, Placement, Rule, Type},
+    queue::{
+        class::{Class, Classes},
+        journal::Model,
+    },
     relay::{LegId, LinkClose, Settings},
     stanza::{Domain, DomainPair, Kind, Stanza, bare, domain_of},
     time::{Mono, Now, Wall},
@@ -118,6 +122,33 @@ const STEPS: usize = 700;
 const REST_MAX: Duration = Duration::from_secs(60);
 const REDIAL: Duration = Duration::from_secs(10);
 
+/// Here every presence is compared, so none may be overtaken or replaced. What gives way to a newer one is seen in the other worlds.
+fn every_presence_counts() -> Rule {
+    Rule {
+        name: "every presence counts".into(),
+        direction: Direction::Sent,
+        when: Conditions {
+            kind: Some(Kind::Presence),
+            types: vec![Type::Available, Type::Unavailable],
+            ..Conditions::default()
+        },
+        then: Action::Place(Placement {
+            class: Some(Class::Message),
+            expiry: None,
+        }),
+        observe: false,
+    }
+}
+
+/// Nobody gives up: what is lost is lost by mistake. Only what is volatile gives way to the newest.
+fn patient() -> Classes {
+    let mut classes = Classes::default();
+    for class in Class::ALL {
+        classes[class].expiry = None;
+    }
+    classes
+}
+
 fn settings(here: &Server, there: &Server, faults: Faults, random: &mut Random) -> Settings {
     let mirror = match faults.mirror {
         true => MirrorSettings {
@@ -138,7 +169,8 @@ fn settings(here: &Server, there: &Server, faults: Faults, random: &mut Random) 
         collapse_window: Duration::from_millis(random.pick(&[50, 50, 50, 10])),
         queue_bytes_max: 1 << 30,
         queue_entries_max: 1 << 30,
-        rules: Vec::new(),
+        classes: patient(),
+        rules: vec![every_presence_counts()],
         lanes_per_pair: random.pick(&[1, 1, 2, 3]),
         lane_retry_max: Duration::from_secs(15),
         memory_bytes: random.pick(&[300, 10_000, 1 << 20]),
