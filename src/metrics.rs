@@ -308,8 +308,8 @@ words! {
     Verified, "verdict": Valid = "valid", Invalid = "invalid", Error = "error",
 }
 reasons! {
-    /// Why a stanza from our server was refused. Its sender was told, where that does no harm.
-    Refused: "queue_full", "other",
+    /// Why a stanza from our server was refused, or given up before it crossed. Its sender was told, where that does no harm.
+    Refused: "queue_full", "class_full", "expired", "other",
 }
 reasons! {
     /// What is wrong with a store: `Fault::as_label` of `io::store`.
@@ -458,7 +458,7 @@ declare! {
         "Bytes that plain S2S would have sent over the link and that did not cross, by what saved them. What the peer saves, the peer counts.";
     SAMPLE: Counter<Peer, Squeezed> = "narrows_sample_bytes_total",
         "A sample of what plain S2S would have sent, and what it becomes in a stream compressor with a memory (as XEP-0138 or a tunnel has).";
-    REFUSED: Counter<Peer, Refused> = "narrows_refused_total", "Stanzas of the local server that were refused, by reason.";
+    REFUSED: Counter<Peer, Refused> = "narrows_refused_total", "Stanzas of the local server that were refused, by reason; expired: entries that waited longer than their class may.";
     RULE_STANZAS: Counter<Peer, Rule, RuleMode> = "narrows_rule_stanzas_total",
         "Stanzas that a rule (queue.rules) matched, each recipient's counted; observed: it only watches.";
     RULE_SAVED: Counter<Peer, Rule, RuleMode> = "narrows_rule_saved_bytes_total",

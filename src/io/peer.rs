@@ -744,6 +744,8 @@ impl Owner {
             }
         }
         m::REFUSED.follow((peer, "queue_full"), stats.refused);
+        m::REFUSED.follow((peer, "class_full"), stats.class_full.iter().sum());
+        m::REFUSED.follow((peer, "expired"), stats.expired.iter().sum());
         m::SPOOL_ENTRIES.set(peer, levels.spool_entries as f64);
         m::SPOOL_BYTES.set(peer, levels.spool_bytes as f64);
         m::SPOOL_OLDEST.set(peer, oldest.as_secs_f64());

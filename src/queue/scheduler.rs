@@ -840,4 +840,121 @@ mod tests {
         seqs(&mut scheduler, 0);
         assert_eq!(scheduler.bytes, 0);
     }
+
+    /// A link that takes what it is offered, one at a time.
+    fn next(scheduler: &mut Scheduler) -> Option<u64> {
+        let mut next = None;
+        scheduler.offer(u64::MAX, |offer| {
+            next = Some(offer.seq().0);
+            match offer {
+                Offer::Whole { entry, .. } if size(entry) > 1000 + SLOT_BYTES + 80 => Answer::InParts,
+                Offer::Whole { entry, .. } => Answer::Takes(size(entry) - SLOT_BYTES),
+                Offer::Part { encoded, offset, .. } => Answer::Takes((encoded.len() - offset).min(1000)),
+            }
+        });
+        next
+    }
+
+    /// While bulk crosses, a chat line waits for one piece of it; a backlog of lines leaves bulk its share.
+    #[test]
+    fn who_comes_new_goes_next_and_nobody_starves() {
+        let mut scheduler = scheduler();
+        let load = |scheduler: &mut Scheduler, place: &Place, bytes| {
+            let seq = scheduler.wants();
+            scheduler.load(place, seq, entry(bytes), 0, Mono::default());
+        };
+        load(&mut scheduler, &place_in("avatar", Class::Bulk, Line::Many), 100_000);
+        assert_eq!(next(&mut scheduler), Some(1));
+        assert_eq!(next(&mut scheduler), Some(1));
+        load(&mut scheduler, &place("room"), 300);
+        assert_eq!(next(&mut scheduler), Some(2));
+        assert_eq!(next(&mut scheduler), Some(1));
+        for _ in 0..200 {
+            load(&mut scheduler, &place("room"), 300);
+        }
+        let turns: Vec<_> = (0..100).map(|_| next(&mut scheduler) == Some(1)).collect();
+        let bulk = turns.iter().filter(|bulk| **bulk).count();
+        // An eighth of the bytes, and more once it has been overtaken often.
+        assert!((3..40).contains(&bulk), "{bulk} of 100");
+        assert!(!turns[..3].iter().all(|bulk| *bulk));
+    }
+
+    /// A later presence takes the place of one that has not crossed if it is for all its recipients, and follows it otherwise. A void, which
+    /// waits for both to be on disk, keeps the number.
+    #[test]
+    fn the_newest_presence_takes_the_place_of_the_others() {
+        let to = |recipients: &[&'static str]| {
+            Entry::Cast(Cast {
+                template: Bytes::from_static(b"<presence/>"),
+                to_at: 9,
+                recipients: recipients.iter().map(|to| Bytes::from_static(to.as_bytes())).collect(),
+            })
+        };
+        let status = place_in("room", Class::Presence, Line::Presence);
+        let left = Place {
+            sort: Sort::Presence,
+            ..place("room")
+        };
+        let mut scheduler = scheduler();
+        scheduler.load(&status, Seq(1), to(&["a", "b"]), 1, Mono::default());
+        scheduler.load(&status, Seq(2), to(&["a"]), 2, Mono::default());
+        scheduler.load(&status, Seq(3), to(&["a", "b", "c"]), 3, Mono::default());
+        let given_up: Vec<_> = scheduler.take_given_up().iter().map(|given_up| given_up.seq).collect();
+        assert_eq!(given_up, [Seq(1), Seq(2)]);
+        assert!(!scheduler.offer(2, |offer| panic!("{offer:?}")));
+        // It leaves, as two of three are told: the third sees its status first.
+        scheduler.load(&left, Seq(4), to(&["a", "b"]), 4, Mono::default());
+        let order: Vec<_> = std::iter::from_fn(|| next(&mut scheduler)).collect();
+        assert_eq!(order, [1, 2, 3, 4]);
+    }
+
+    /// What the same sender says to the same recipient is in order, whatever its class; what it says to others is not held up.
+    #[test]
+    fn a_sender_is_not_overtaken_by_itself() {
+        let mut scheduler = scheduler();
+        let pair = |to: &str| Line::Pair(to.into());
+        scheduler.load(
+            &place_in("r", Class::Bulk, pair("u")),
+            Seq(1),
+            entry(5000),
+            0,
+            Mono::default(),
+        );
+        scheduler.load(
+            &place_in("r", Class::Urgent, pair("u")),
+            Seq(2),
+            entry(10),
+            0,
+            Mono::default(),
+        );
+        scheduler.load(
+            &place_in("r", Class::Urgent, pair("v")),
+            Seq(3),
+            entry(10),
+            0,
+            Mono::default(),
+        );
+        scheduler.load(
+            &place_in("r", Class::Message, Line::Room),
+            Seq(4),
+            entry(10),
+            0,
+            Mono::default(),
+        );
+        let occupant = Place {
+            from: 7,
+            ..place_in("r", Class::Message, Line::Room)
+        };
+        let order: Vec<_> = std::iter::from_fn(|| next(&mut scheduler)).collect();
+        assert_eq!(order, [3, 1, 1, 1, 1, 1, 1, 2, 4]);
+        scheduler.load(
+            &place_in("r", Class::Bulk, pair("u")),
+            Seq(5),
+            entry(5000),
+            0,
+            Mono::default(),
+        );
+        scheduler.load(&occupant, Seq(6), entry(10), 0, Mono::default());
+        assert_eq!(next(&mut scheduler), Some(6));
+    }
 }

@@ -735,3 +735,98 @@ fn settings_change_while_all_goes_on() {
     assert_eq!(hello_of(&mut whole).ack_delay_ms, 7000);
     assert_eq!(whole.relay.settings.far, settings().far);
 }
+
+/// What waits too long is given up, and whoever may be told is told, once: a question after a minute, words after half a day; a room never,
+/// and nobody of a chat state. The number stays, so that the peer can count on; a process that starts later knows nothing of it.
+#[test]
+fn what_waits_too_long_is_told_to_who_asked() {
+    let mut whole = Whole::new(settings());
+    let pair = DomainPair {
+        local: domain("a.example"),
+        far: domain("b.example"),
+    };
+    let state = "<composing xmlns='http://jabber.org/protocol/chatstates'/>";
+    for (n, text) in [
+        "<iq type='get' id='1' from='u@a.example/r' to='v@b.example/r'><q xmlns='q'/></iq>".to_owned(),
+        "<message type='groupchat' id='2' from='r@a.example/n' to='v@b.example/r'><body>x</body></message>".to_owned(),
+        format!("<message type='chat' id='3' from='u@a.example/r' to='v@b.example/r'>{state}</message>"),
+        "<message type='chat' id='4' from='w@a.example/r' to='v@b.example/r'><body>x</body></message>".to_owned(),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        whole.handle(Input::Stanza {
+            leg: LegId(1),
+            n: n as u64 + 1,
+            pair: pair.clone(),
+            stanza: Stanza::parse(text.into()).unwrap(),
+        });
+    }
+    let pass = |whole: &mut Whole, seconds: u64| {
+        whole.relay.handle(Input::Timeout, at(seconds * 1000));
+        whole.finish();
+        let (slots, _) = whole.disk.read_spool(Seq(1), 9, usize::MAX);
+        let waits: Vec<u64> = slots
+            .iter()
+            .filter(|slot| Entry::decode(&slot.entry) != Ok(Entry::Void))
+            .map(|slot| slot.seq.0)
+            .collect();
+        assert_eq!(slots.len(), 4);
+        let told: Vec<String> = whole
+            .read
+            .drain(..)
+            .map(|bytes| Stanza::parse(bytes).unwrap())
+            .map(|stanza| {
+                assert!(stanza.is_error());
+                stanza.id().unwrap().into_owned()
+            })
+            .collect();
+        (waits, told.join(" "))
+    };
+    assert_eq!(pass(&mut whole, 4), (vec![1, 2, 3, 4], String::new()));
+    assert_eq!(pass(&mut whole, 6), (vec![1, 2, 4], String::new()));
+    assert_eq!(pass(&mut whole, 61), (vec![2, 4], "1".to_owned()));
+    assert_eq!(pass(&mut whole, 62), (vec![2, 4], String::new()));
+    assert_eq!(pass(&mut whole, 13 * 3600), (vec![], "4".to_owned()));
+    assert_eq!(whole.relay.stats().expired.iter().sum::<u64>(), 4);
+    assert!(
+        Class::ALL
+            .iter()
+            .all(|class| *class == Class::Control || whole.relay.level(*class).entries == 0)
+    );
+}
+
+/// Too many questions for one destination: one more is answered at once, words go on.
+#[test]
+fn a_full_class_refuses_the_newest() {
+    let mut settings = settings();
+    settings.classes[Class::Iq].entries_max = 1;
+    let mut whole = Whole::new(settings);
+    let pair = DomainPair {
+        local: domain("a.example"),
+        far: domain("b.example"),
+    };
+    for (n, text) in [
+        "<iq type='get' id='1' from='u@a.example/r' to='v@b.example/r'><q xmlns='q'/></iq>",
+        "<iq type='get' id='2' from='u@a.example/r' to='v@b.example/r'><q xmlns='q'/></iq>",
+        "<message id='3' from='u@a.example/r' to='v@b.example/r'><body>x</body></message>",
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        whole.handle(Input::Stanza {
+            leg: LegId(1),
+            n: n as u64 + 1,
+            pair: pair.clone(),
+            stanza: Stanza::parse(text.into()).unwrap(),
+        });
+    }
+    let told: Vec<Stanza> = whole
+        .read
+        .iter()
+        .map(|bytes| Stanza::parse(bytes.clone()).unwrap())
+        .collect();
+    assert_eq!(told.len(), 1);
+    assert_eq!(told[0].id().as_deref(), Some("2"));
+    assert_eq!(whole.disk.opening().levels.spool_entries, 2);
+}
