@@ -15,6 +15,9 @@ use crate::codec::frame;
 
 /// Raw content: the likelier a string, the nearer to the end it stands. A line is an entry; `{to}`, `{id}` and others stand for
 /// what [`frame`] puts there.
+///
+/// Lines of plain words are for what people say: of each of the first forty lines of a connection they save three to four bytes, of
+/// each of the first four hundred one to two, in four recorded rooms that they were not taken from.
 static DICTIONARY: LazyLock<Vec<u8>> = LazyLock::new(|| frame::pack_dictionary(include_str!("dictionary.txt")));
 
 /// What one connection remembers: larger windows gained 1–2 %.
