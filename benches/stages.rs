@@ -12,6 +12,7 @@ use narrows::codec::frame::FrameWriter;
 use narrows::codec::position::Seq;
 use narrows::codec::xml::{Limits, StreamItem, StreamReader};
 use narrows::queue::collapse::{Collapse, Output};
+use narrows::queue::rules::Placement;
 use narrows::stanza::Stanza;
 use narrows::time::{Mono, Now};
 
@@ -77,7 +78,9 @@ fn collapse(stanzas: &[Stanza]) -> Vec<Cast> {
             ..Now::default()
         };
         collapse.handle_timeout(now);
-        collapse.handle_stanza(stanza, now).expect("addressed and small");
+        collapse
+            .handle_stanza(stanza, Placement::default(), now)
+            .expect("addressed and small");
         while let Some(output) = collapse.poll_output() {
             if let Output::Sealed { cast, .. } = output {
                 casts.push(cast);

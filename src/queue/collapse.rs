@@ -4,7 +4,7 @@
 //! spool at once and adds the recipients of the copies that follow, so the first copy can be on disk before the last one
 //! has come. What it keeps true:
 //!
-//! 1. Two stanzas share a cast only if all their bytes outside `to` are equal. Never an id alone.
+//! 1. Two stanzas share a cast only if all their bytes outside `to` are equal, and an operator's rules have them wait alike. Never an id alone.
 //! 2. Per recipient, the order of the numbers is the order in which the stanzas came: a recipient joins an open group only
 //!    if it stands in no group of the same sender that was opened later. Otherwise a new group begins.
 //! 3. A recipient that comes twice closes the group: a room that says the same thing twice is heard twice.
@@ -32,7 +32,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::place::is_of_archive;
+use super::{place::is_of_archive, rules::Placement};
 use crate::{
     codec::{
         entry::{self, Cast, ENTRY_BYTES_MAX},
@@ -103,6 +103,7 @@ struct Key {
     template: Bytes,
     to_at: usize,
     to_domain: String,
+    placement: Placement,
 }
 
 /// The sender's full address, the kind and the id, if there is one: the copies of one event share them, whatever their variant.
@@ -190,8 +191,8 @@ impl Collapse {
         self.groups.get(&seq).map(|group| group.flow.clone())
     }
 
-    /// Takes in a stanza, which must have `from` and `to`.
-    pub fn handle_stanza(&mut self, stanza: &Stanza, now: Now) -> Result<Placed, Refusal> {
+    /// Takes in a stanza, which must have `from` and `to`. `placement` is what rules say of how it waits, which may differ by recipient.
+    pub fn handle_stanza(&mut self, stanza: &Stanza, placement: Placement, now: Now) -> Result<Placed, Refusal> {
         let (Some((template, to_at, to_attribute)), Some(from), Some(to)) =
             (stanza.split_to(), stanza.from(), stanza.to())
         else {
@@ -210,6 +211,7 @@ impl Collapse {
             template,
             to_at,
             to_domain: domain_of(&to).to_owned(),
+            placement,
         };
         let stanza_type = stanza.stanza_type();
         let mut spread = Spread::of(
@@ -578,7 +580,7 @@ mod tests {
         let mut collapse = Collapse::new(Seq(0), WINDOW);
         for n in 0..5 {
             let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), "hi");
-            collapse.handle_stanza(&copy, at(n)).unwrap();
+            collapse.handle_stanza(&copy, Placement::default(), at(n)).unwrap();
         }
         assert_eq!(sealed(&mut collapse), []);
         collapse.handle_timeout(at(49));
@@ -595,7 +597,7 @@ mod tests {
         let say = |collapse: &mut Collapse, users: std::ops::Range<u32>, body: &str, now| {
             for n in users {
                 let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), body);
-                collapse.handle_stanza(&copy, at(now)).unwrap();
+                collapse.handle_stanza(&copy, Placement::default(), at(now)).unwrap();
             }
         };
         say(&mut collapse, 0..3, "who is there?", 0);
@@ -605,7 +607,9 @@ mod tests {
         assert_eq!(sealed(&mut collapse), [(2, 3)]);
         // One more comes in: it is waited for at once.
         let presence = own_presence("r@c.example", "b3@b.example/r");
-        collapse.handle_stanza(&presence, at(300)).unwrap();
+        collapse
+            .handle_stanza(&presence, Placement::default(), at(300))
+            .unwrap();
         collapse.handle_timeout(at(400));
         assert_eq!(sealed(&mut collapse), [(3, 1)]);
         say(&mut collapse, 0..3, "welcome", 500);
@@ -620,7 +624,7 @@ mod tests {
     fn an_entrance_waits_for_no_window() {
         let mut collapse = Collapse::new(Seq(0), WINDOW);
         let take_in = |collapse: &mut Collapse, stanza: &Stanza| {
-            collapse.handle_stanza(stanza, at(0)).unwrap();
+            collapse.handle_stanza(stanza, Placement::default(), at(0)).unwrap();
         };
         let wish = "<presence from='b1@b.example/r' to='r@c.example/b1'><x xmlns='http://jabber.org/protocol/muc'/></presence>";
         take_in(&mut collapse, &stanza(wish));
@@ -654,7 +658,7 @@ mod tests {
         for playback in playback {
             let mut collapse = Collapse::new(Seq(0), WINDOW);
             let take_in = |collapse: &mut Collapse, stanza: &Stanza, now| {
-                collapse.handle_stanza(stanza, at(now)).unwrap();
+                collapse.handle_stanza(stanza, Placement::default(), at(now)).unwrap();
             };
             for n in 0..3 {
                 let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), "one");
@@ -681,7 +685,7 @@ mod tests {
             collapse.handle_timeout(at(now));
             for n in users {
                 let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), body);
-                collapse.handle_stanza(&copy, at(now)).unwrap();
+                collapse.handle_stanza(&copy, Placement::default(), at(now)).unwrap();
             }
         };
         say(&mut collapse, &[0, 1], "slow", 0);
@@ -712,12 +716,14 @@ mod tests {
                 let text = format!(
                     "<presence from='r@c.example/n' to='b{n}@b.example/r' id='{id}'><x xmlns='http://jabber.org/protocol/muc#user'/></presence>"
                 );
-                collapse.handle_stanza(&stanza(&text), at(now)).unwrap();
+                collapse
+                    .handle_stanza(&stanza(&text), Placement::default(), at(now))
+                    .unwrap();
             }
         };
         for n in 0..4 {
             let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), "who is there?");
-            collapse.handle_stanza(&copy, at(0)).unwrap();
+            collapse.handle_stanza(&copy, Placement::default(), at(0)).unwrap();
         }
         // The server is slow: the first presence is cut in two by its window.
         presence(&mut collapse, "p1", &[0, 1], 10);
@@ -736,7 +742,7 @@ mod tests {
     fn a_room_that_was_seen_in_part_is_known_by_its_next_presence() {
         let mut collapse = Collapse::new(Seq(0), WINDOW);
         let rest = message("r@c.example/n", "b0@b.example/r", "the rest");
-        collapse.handle_stanza(&rest, at(0)).unwrap();
+        collapse.handle_stanza(&rest, Placement::default(), at(0)).unwrap();
         collapse.handle_timeout(at(50));
         assert_eq!(sealed(&mut collapse), [(1, 1)]);
         for (id, casts) in [(1, [(2, 1), (3, 2)].as_slice()), (2, &[(4, 3)]), (3, &[(5, 3)])] {
@@ -744,7 +750,9 @@ mod tests {
                 let text = format!(
                     "<presence from='r@c.example/n' to='b{n}@b.example/r' id='{id}'><x xmlns='http://jabber.org/protocol/muc#user'/></presence>"
                 );
-                collapse.handle_stanza(&stanza(&text), at(100 * id)).unwrap();
+                collapse
+                    .handle_stanza(&stanza(&text), Placement::default(), at(100 * id))
+                    .unwrap();
             }
             collapse.handle_timeout(at(100 * id + 50));
             assert_eq!(sealed(&mut collapse), casts);
@@ -758,7 +766,13 @@ mod tests {
         let seqs: Vec<u64> = ["b1", "b2", "b1", "b2"]
             .iter()
             .map(|user| message("r@c.example/n", &format!("{user}@b.example/r"), "ok"))
-            .map(|stanza| collapse.handle_stanza(&stanza, at(0)).unwrap().seq.0)
+            .map(|stanza| {
+                collapse
+                    .handle_stanza(&stanza, Placement::default(), at(0))
+                    .unwrap()
+                    .seq
+                    .0
+            })
             .collect();
         assert_eq!(seqs, [1, 1, 2, 2]);
     }
@@ -771,13 +785,26 @@ mod tests {
         for user in ["b1", "b2"] {
             for body in ["one", "two"] {
                 let copy = message("r@c.example/n", &format!("{user}@b.example/r"), body);
-                seqs.push(collapse.handle_stanza(&copy, at(0)).unwrap().seq.0);
+                seqs.push(
+                    collapse
+                        .handle_stanza(&copy, Placement::default(), at(0))
+                        .unwrap()
+                        .seq
+                        .0,
+                );
             }
         }
         assert_eq!(seqs, [1, 2, 1, 2]);
         // Now b2 gets "one" again after "two": it must not join a group before its "two".
         let again = message("r@c.example/n", "b2@b.example/r", "one");
-        assert_eq!(collapse.handle_stanza(&again, at(0)).unwrap().seq.0, 3);
+        assert_eq!(
+            collapse
+                .handle_stanza(&again, Placement::default(), at(0))
+                .unwrap()
+                .seq
+                .0,
+            3
+        );
     }
 
     /// A client that wants one nick and then another ends up with the second: a room hears both in order, each in a cast of its own.
@@ -786,13 +813,17 @@ mod tests {
         let mut collapse = Collapse::new(Seq(0), WINDOW);
         for nick in ["z", "a"] {
             let wish = format!("<presence from='u@a.example/r' to='room@c.example/{nick}'/>");
-            collapse.handle_stanza(&stanza(&wish), at(0)).unwrap();
+            collapse
+                .handle_stanza(&stanza(&wish), Placement::default(), at(0))
+                .unwrap();
         }
         assert_eq!(sealed(&mut collapse), [(1, 1), (2, 1)]);
         // An account's presence goes to the accounts of its contacts, and is one cast.
         for contact in ["b1", "b2"] {
             let presence = format!("<presence from='u@a.example/r' to='{contact}@b.example'/>");
-            collapse.handle_stanza(&stanza(&presence), at(0)).unwrap();
+            collapse
+                .handle_stanza(&stanza(&presence), Placement::default(), at(0))
+                .unwrap();
         }
         collapse.handle_timeout(at(50));
         assert_eq!(sealed(&mut collapse), [(3, 2)]);
@@ -807,7 +838,9 @@ mod tests {
             "<message type='groupchat' from='a@a.example/x' to='room@b.example'/>",
             "<iq type='get' id='1' from='a@a.example/x' to='b.example'/>",
         ] {
-            collapse.handle_stanza(&stanza(text), at(0)).unwrap();
+            collapse
+                .handle_stanza(&stanza(text), Placement::default(), at(0))
+                .unwrap();
         }
         assert_eq!(sealed(&mut collapse), [(8, 1), (9, 1), (10, 1)]);
     }
@@ -822,7 +855,7 @@ mod tests {
             for n in 0..40 {
                 let to = format!("b{n}@b.example/{}", "r".repeat(18_000));
                 collapse
-                    .handle_stanza(&message("r@c.example/n", &to, &body), at(0))
+                    .handle_stanza(&message("r@c.example/n", &to, &body), Placement::default(), at(0))
                     .unwrap();
             }
             collapse.seal_all();
@@ -837,10 +870,20 @@ mod tests {
         }
         let mut collapse = Collapse::new(Seq(0), WINDOW);
         let padded = |spaces: usize| stanza(&format!("<message from='r@c/n'{}to='b@b/r'/>", " ".repeat(spaces)));
-        assert!(collapse.handle_stanza(&padded(18_000), at(0)).is_ok());
-        assert_eq!(collapse.handle_stanza(&padded(20_000), at(0)), Err(Refusal::TooLarge));
+        assert!(
+            collapse
+                .handle_stanza(&padded(18_000), Placement::default(), at(0))
+                .is_ok()
+        );
+        assert_eq!(
+            collapse.handle_stanza(&padded(20_000), Placement::default(), at(0)),
+            Err(Refusal::TooLarge)
+        );
         let huge = message("r@c/n", "b@b/r", &"x".repeat(ENTRY_BYTES_MAX));
-        assert_eq!(collapse.handle_stanza(&huge, at(0)), Err(Refusal::TooLarge));
+        assert_eq!(
+            collapse.handle_stanza(&huge, Placement::default(), at(0)),
+            Err(Refusal::TooLarge)
+        );
         assert_eq!(collapse.last(), Seq(1));
     }
 
@@ -851,7 +894,7 @@ mod tests {
         for n in 0..20_000 {
             let copy = message("r@c.example/n", &format!("b{n}@b.example/r"), &n.to_string());
             collapse.handle_timeout(at(n));
-            collapse.handle_stanza(&copy, at(n)).unwrap();
+            collapse.handle_stanza(&copy, Placement::default(), at(n)).unwrap();
         }
         assert!(collapse.flows["r@c.example"].latest.len() <= 2 * LATEST_MIN);
     }
@@ -862,7 +905,7 @@ mod tests {
         let mut collapse = Collapse::new(Seq(0), WINDOW);
         for n in 0..=OPEN_MAX {
             let copy = message(&format!("r{n}@c.example/n"), "b@b.example/r", "hi");
-            collapse.handle_stanza(&copy, at(0)).unwrap();
+            collapse.handle_stanza(&copy, Placement::default(), at(0)).unwrap();
         }
         assert_eq!(sealed(&mut collapse), [(1, 1)]);
     }
@@ -899,7 +942,7 @@ mod tests {
                 let (from, to) = (format!("r{room}@c.example/n"), format!("b{user}@b.example/r"));
                 let stanza = if presence { own_presence(&format!("r{room}@c.example"), &to) } else { message(&from, &to, &body.to_string()) };
                 sent.entry((format!("r{room}"), to)).or_default().push(stanza.bytes().clone());
-                collapse.handle_stanza(&stanza, at(now)).unwrap();
+                collapse.handle_stanza(&stanza, Placement::default(), at(now)).unwrap();
                 drain(&mut collapse);
             }
             collapse.seal_all();

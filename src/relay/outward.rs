@@ -25,7 +25,7 @@ use crate::{
         ledger::{Ledger, Level},
         news::News,
         place::{Line, Place, Sort},
-        rules::Rules,
+        rules::{Placement, Rules},
         scheduler::{Answer, Expired, Offer, Scheduler},
     },
     stanza::Stanza,
@@ -214,11 +214,12 @@ impl Outward {
         stats: &mut RelayStats,
     ) -> Result<Placed, Refused> {
         let class = self.news.class_of(stanza);
-        let place = self.place(stanza, class, rules).ok_or(Refusal::NoAddress)?;
+        let rule = rules.place(stanza);
+        let place = self.place(stanza, class, rule).ok_or(Refusal::NoAddress)?;
         if self.ledger.is_full(place.class, &self.classes) {
             return Err(Refused::ClassFull(place.class));
         }
-        let placed = self.collapse.handle_stanza(stanza, now)?;
+        let placed = self.collapse.handle_stanza(stanza, rule, now)?;
         if placed.new {
             self.note_age(placed.seq, now.mono);
             self.ledger.set(placed.seq, place.class, placed.bytes);
@@ -527,8 +528,8 @@ impl Outward {
         }
     }
 
-    fn place(&mut self, stanza: &Stanza, class: Class, rules: &Rules) -> Option<Place> {
-        let mut place = Place::of(stanza, class, rules.place(stanza), &self.classes)?;
+    fn place(&mut self, stanza: &Stanza, class: Class, rule: Placement) -> Option<Place> {
+        let mut place = Place::of(stanza, class, rule, &self.classes)?;
         let track = &mut place.track;
         match track.line {
             Line::Room if !self.rooms.contains(&track.sender) => {
@@ -557,7 +558,11 @@ impl Outward {
         };
         let stanza = Stanza::parse(cast.copy(0)?).ok()?;
         let class = self.ledger.class(seq);
-        let mut place = self.place(&stanza, class.unwrap_or_else(|| Class::of(&stanza)), rules)?;
+        let mut place = self.place(
+            &stanza,
+            class.unwrap_or_else(|| Class::of(&stanza)),
+            rules.place(&stanza),
+        )?;
         if let Some(class) = class {
             // As it was counted.
             place.class = class;

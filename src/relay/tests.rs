@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     queue::{
         journal::Model,
-        rules::{Action, Conditions, Pattern, Payload},
+        rules::{Action, Conditions, Pattern, Payload, Placement},
     },
     time::{Mono, Wall},
 };
@@ -655,8 +655,8 @@ fn rules_judge_what_comes_from_the_peer() {
     assert_eq!(relay.stats().casts, 1);
 }
 
-/// What a relay says when the link comes up.
-fn hello_of(whole: &mut Whole) -> Hello {
+/// The other end of a link that comes up, and what it is told first.
+fn linked(whole: &mut Whole) -> (LinkSession, Hello) {
     let hello = Hello {
         version: frame::VERSION,
         capabilities: 0,
@@ -677,7 +677,12 @@ fn hello_of(whole: &mut Whole) -> Hello {
         session::Output::PeerHello { hello, .. } => Some(hello),
         _ => None,
     });
-    heard.expect("it is said in the first batch")
+    (peer, heard.expect("it is said in the first batch"))
+}
+
+/// What a relay says when the link comes up.
+fn hello_of(whole: &mut Whole) -> Hello {
+    linked(whole).1
 }
 
 /// A dictionary is named in the hello if what crosses is to be compressed, and none if not: then the peer does not compress either.
@@ -829,4 +834,159 @@ fn a_full_class_refuses_the_newest() {
     assert_eq!(told.len(), 1);
     assert_eq!(told[0].id().as_deref(), Some("2"));
     assert_eq!(whole.disk.opening().levels.spool_entries, 2);
+}
+
+/// Copies of which rules say that they wait differently cross as casts of their own, each in its class, and expire each in its time.
+#[test]
+fn rules_place_each_copy_by_itself() {
+    let mut whole = Whole::new(Settings {
+        collapse_window: Duration::from_millis(50),
+        rules: vec![Rule {
+            name: "slow".into(),
+            direction: Direction::Sent,
+            when: Conditions {
+                to: Some(Pattern::new("u2@b.example")),
+                ..Conditions::default()
+            },
+            then: Action::Place(Placement {
+                class: Some(Class::Bulk),
+                expiry: Some(Some(Duration::from_secs(30))),
+            }),
+            observe: false,
+        }],
+        ..settings()
+    });
+    let pair = DomainPair {
+        local: domain("a.example"),
+        far: domain("b.example"),
+    };
+    let room = (1..=3).map(|user| copy(user, "to all"));
+    let users = (1..=2).map(|user| {
+        let text = format!(
+            "<message type='chat' id='{user}' from='v@a.example/r' to='u{user}@b.example/r'><body>x</body></message>"
+        );
+        Stanza::parse(Bytes::from(text)).unwrap()
+    });
+    for (n, stanza) in room.chain(users).enumerate() {
+        whole.handle(Input::Stanza {
+            leg: LegId(1),
+            n: n as u64 + 1,
+            pair: pair.clone(),
+            stanza,
+        });
+    }
+    let entries = |whole: &Whole| [Class::Message, Class::Bulk].map(|class| whole.relay.level(class).entries);
+    assert_eq!(entries(&whole), [2, 2]);
+    for (seconds, left) in [(29, [2, 2]), (31, [2, 0])] {
+        whole.relay.handle(Input::Timeout, at(seconds * 1000));
+        whole.finish();
+        assert_eq!(entries(&whole), left, "{seconds}");
+    }
+    let told: Vec<Stanza> = whole
+        .read
+        .iter()
+        .map(|bytes| Stanza::parse(bytes.clone()).unwrap())
+        .collect();
+    assert_eq!(told.len(), 1, "the room is told nothing: {told:?}");
+    assert!(told[0].is_error() && told[0].id().as_deref() == Some("2"));
+}
+
+/// What is set for a class is what happens to it: its share of the link, how long it waits, and how much of it.
+#[test]
+fn every_setting_of_a_class_is_obeyed() {
+    // Odd ones are bulk.
+    let message = |n: u64| {
+        let text = format!(
+            "<message type='chat' id='{n}' from='v{n}@a.example/r' to='u{}@b.example/r'><body>{n:0100}</body></message>",
+            n % 2
+        );
+        Stanza::parse(Bytes::from(text)).unwrap()
+    };
+    let whole = |change: fn(&mut Classes)| {
+        let bulk = Rule {
+            name: "odd".into(),
+            direction: Direction::Sent,
+            when: Conditions {
+                to: Some(Pattern::new("u1@b.example")),
+                ..Conditions::default()
+            },
+            then: Action::Place(Placement {
+                class: Some(Class::Bulk),
+                expiry: None,
+            }),
+            observe: false,
+        };
+        let mut settings = Settings {
+            rules: vec![bulk],
+            ..settings()
+        };
+        change(&mut settings.classes);
+        let pair = DomainPair {
+            local: domain("a.example"),
+            far: domain("b.example"),
+        };
+        let mut whole = Whole::new(settings);
+        for n in 0..60 {
+            whole.handle(Input::Stanza {
+                leg: LegId(1),
+                n: n + 1,
+                pair: pair.clone(),
+                stanza: message(n),
+            });
+        }
+        whole
+    };
+    let entries = |whole: &Whole| [Class::Message, Class::Bulk].map(|class| whole.relay.level(class).entries);
+
+    // Of the first that cross, how many are bulk.
+    let share = |mut whole: Whole| {
+        let (mut peer, _) = linked(&mut whole);
+        while let Some(bytes) = peer.poll_transmit(at(0)) {
+            whole.handle(Input::LinkBytes(bytes));
+        }
+        let mut crossed = Vec::new();
+        while let Some(bytes) = whole.relay.poll_transmit(at(0)) {
+            whole.finish();
+            peer.handle(session::Input::Bytes(bytes), at(0)).unwrap();
+            while let Some(output) = peer.poll_output() {
+                if let session::Output::Received { seq, .. } = output {
+                    crossed.push(seq.0);
+                }
+            }
+        }
+        assert_eq!(crossed.len(), 60);
+        crossed.iter().take(30).filter(|seq| *seq % 2 == 0).count()
+    };
+    let rare = share(whole(|classes| {
+        (classes[Class::Message].weight, classes[Class::Bulk].weight) = (20, 1)
+    }));
+    let even = share(whole(|classes| {
+        (classes[Class::Message].weight, classes[Class::Bulk].weight) = (5, 5)
+    }));
+    let often = share(whole(|classes| {
+        (classes[Class::Message].weight, classes[Class::Bulk].weight) = (1, 20)
+    }));
+    assert!(
+        rare <= 6 && (10..=20).contains(&even) && often >= 24,
+        "{rare} {even} {often}"
+    );
+
+    assert_eq!(entries(&whole(|_| {})), [30, 30]);
+    assert_eq!(entries(&whole(|classes| classes[Class::Bulk].entries_max = 7)), [30, 7]);
+    let few = whole(|classes| classes[Class::Bulk].bytes_max = 1000);
+    assert!(entries(&few)[1] < 10, "{:?}", entries(&few));
+    assert_eq!(
+        few.relay.stats().class_full[Class::Bulk as usize],
+        30 - entries(&few)[1]
+    );
+    assert!(!few.read.is_empty(), "who is refused is told");
+
+    let mut short = whole(|classes| classes[Class::Bulk].expiry = Some(Duration::from_secs(77)));
+    for (seconds, left) in [(76, [30, 30]), (78, [30, 0])] {
+        short.relay.handle(Input::Timeout, at(seconds * 1000));
+        short.finish();
+        assert_eq!(entries(&short), left, "{seconds}");
+    }
+    assert_eq!(short.relay.stats().expired[Class::Bulk as usize], 30);
+    assert!(!short.read.is_empty(), "whose words expire is told");
 }

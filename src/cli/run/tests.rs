@@ -78,7 +78,7 @@ fn explained(config: &Config) -> String {
 }
 
 fn classes(config: &Config) -> String {
-    let classes = config.queue.classes.settings();
+    let classes = relay(config).classes;
     Class::ALL
         .map(|class| format!("{}: {:?}", class.as_label(), classes[class]))
         .join("\n")
@@ -439,14 +439,14 @@ const KEYS: &[Key] = &[
         "queue: {rules: [{name: r, class: bulk}]}",
         explained,
         "class bulk (by itself message), weight 1",
-        "src/queue/rules.rs stanzas_are_placed_by_the_first_rule",
+        "src/relay/tests.rs rules_place_each_copy_by_itself",
     ),
     key(
         "queue.rules.expiry",
         "queue: {rules: [{name: r, expiry: 77m}]}",
         explained,
         "expires after 1h17m",
-        "src/queue/rules.rs stanzas_are_placed_by_the_first_rule",
+        "src/relay/tests.rs rules_place_each_copy_by_itself",
     ),
     key(
         "queue.rules.strip",
@@ -582,25 +582,25 @@ const CLASS_KEYS: &[(&str, &str, &str, &str)] = &[
         "weight",
         "77",
         "weight: 77",
-        "src/queue/class.rs settings_are_found_by_class",
+        "src/relay/tests.rs every_setting_of_a_class_is_obeyed",
     ),
     (
         "expiry",
         "77s",
         "expiry: Some(77s)",
-        "src/queue/class.rs settings_are_found_by_class",
+        "src/relay/tests.rs every_setting_of_a_class_is_obeyed",
     ),
     (
         "entries_max",
         "77",
         "entries_max: 77",
-        "src/queue/class.rs settings_are_found_by_class",
+        "src/relay/tests.rs every_setting_of_a_class_is_obeyed",
     ),
     (
         "bytes_max",
         "77KiB",
         "bytes_max: 78848",
-        "src/queue/class.rs settings_are_found_by_class",
+        "src/relay/tests.rs every_setting_of_a_class_is_obeyed",
     ),
 ];
 
