@@ -268,6 +268,10 @@ impl Primary {
                 match stanza.stanza_type().as_deref() {
                     None => {
                         let node = node_of(&stanza);
+                        let is_self = MucUser::of(&node).is_some_and(|muc| muc.is_self());
+                        if is_self && guests.contains_key(to) {
+                            self.tails.entered(name, to, now);
+                        }
                         // Our own word about a guest: those beyond the link know better.
                         if node
                             .child(ns::SERVER, "status")
@@ -277,16 +281,14 @@ impl Primary {
                             return None;
                         }
                         if let Some(guest) = guests.get_mut(to)
-                            && MucUser::of(&node).is_some_and(|muc| muc.is_self())
+                            && is_self
+                            && (!guest.joined || guest.nick != nick)
                         {
-                            self.tails.entered(name, to, now);
-                            if !guest.joined || guest.nick != nick {
-                                guest.joined = true;
-                                nick.clone_into(&mut guest.nick);
-                                let verify_at = guest.verify_at;
-                                self.wake_by(verify_at);
-                                self.write(name, to, now);
-                            }
+                            guest.joined = true;
+                            nick.clone_into(&mut guest.nick);
+                            let verify_at = guest.verify_at;
+                            self.wake_by(verify_at);
+                            self.write(name, to, now);
                         }
                     }
                     Some("unavailable") if guests.contains_key(to) => {

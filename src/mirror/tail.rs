@@ -347,6 +347,8 @@ impl Tails {
                 }
                 None
             }
+            // What the process before had asked for, or a guest that has not entered anew.
+            (Word::Line { .. }, Some(check)) if check.waits() && check.inside.contains(to) => None,
             (Word::Line { mark, .. }, _) => {
                 if tail.served.is_none() {
                     tail.push(mark);

@@ -1455,6 +1455,32 @@ fn words_do_not_wait_for_ever() {
     assert_eq!(site.mirror.stats().found, 0);
 }
 
+/// A guest that is marked as away enters again as that; and a process that is killed before the room has answered is given an answer that the
+/// next one has not asked for. In neither case the guest hears again what it has heard.
+#[test]
+fn what_is_repeated_is_not_for_the_guest() {
+    let mut site = hosting_two();
+    site.room_says("one", "a1");
+    site.room_says("one", "a2");
+    site.split();
+    let asked = site.killed();
+    let join = site.is_inside(&asked[0]);
+    assert!(has(&join, &["<show>away</show>", "<history"]), "{join:?}");
+    let reflected = format!(
+        "<presence from='{MESS}/a1' to='a1@a.example/r'><show>away</show><status>The link to this user&apos;s server is \
+         down.</status><x xmlns='{}'><item affiliation='none' role='participant'/><status code='110'/></x></presence>",
+        ns::MUC_USER
+    );
+    assert_eq!(site.local(&reflected), Seen::default());
+    site.killed();
+    assert!(site.room_remembers("one", "a1").is_empty());
+    let asked = site.killed();
+    site.is_inside(&asked[0]);
+    site.local(&reflected);
+    assert!(site.room_remembers("one", "a1").is_empty());
+    assert_eq!(site.room_ends("a1"), ["->a1"]);
+}
+
 /// A room that does not let a guest enter again, who is inside, has refused us and not the guest.
 #[test]
 fn a_refusal_to_repeat_is_not_the_guests() {
