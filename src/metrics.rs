@@ -15,6 +15,8 @@ use std::{
 use metrics::{Key, KeyName, Level, Metadata, SharedString, Unit, with_recorder};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 
+use crate::queue::class::Class;
+
 /// What is known about one metric.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metric {
@@ -321,6 +323,16 @@ reasons! {
         "answer_queue_full", "other",
 }
 
+impl Label for Class {
+    const NAME: &'static str = "class";
+    const WORDS: Words = Words::Closed(&["control", "urgent", "message", "iq", "presence", "state", "bulk"]);
+    type Value<'v> = Self;
+
+    fn text(class: Self) -> SharedString {
+        SharedString::const_str(class.as_label())
+    }
+}
+
 impl Labels for () {
     const ALL: &'static [(&'static str, Words)] = &[];
     type Values<'v> = ();
@@ -440,6 +452,12 @@ declare! {
     SPOOL_ENTRIES: Gauge<Peer> = "narrows_spool_entries", "Entries that wait to cross, or for the peer's acknowledgement.";
     SPOOL_BYTES: Gauge<Peer> = "narrows_spool_bytes", "Bytes of the entries in the spool.";
     SPOOL_OLDEST: Gauge<Peer> = "narrows_spool_oldest_seconds", "How long the oldest entry in the spool has waited.";
+    CLASS_ENTRIES: Gauge<Peer, Class> = "narrows_class_entries", "Entries in the spool, by class.";
+    CLASS_BYTES: Gauge<Peer, Class> = "narrows_class_bytes", "Bytes of the entries in the spool, by class.";
+    CLASS_EXPIRED: Counter<Class> = "narrows_class_expired_total",
+        "Entries that waited longer than their class may and were given up. Who sent them was told, unless the class is volatile.";
+    SUPERSEDED: Counter<Peer> = "narrows_superseded_total",
+        "Entries whose place a later one took, because only the newest of their kind counts.";
     SPOOL_ACKED_BYTES: Counter<Peer> = "narrows_spool_acked_bytes_total",
         "Bytes of entries that have left the spool because the peer has them: what the link achieves.";
     SPOOL_DRAIN: Gauge<Peer> = "narrows_spool_drain_seconds",
@@ -728,6 +746,15 @@ mod tests {
             };
             assert!(shown.contains(name.as_str()), "nothing in grafana/ shows {name}");
         }
+    }
+
+    /// The words of a class's label are those that a class has.
+    #[test]
+    fn classes_are_all_there() {
+        let Words::Closed(words) = Class::WORDS else {
+            panic!("any word")
+        };
+        assert_eq!(words, Class::ALL.map(Class::as_label));
     }
 
     /// Twenty peers make fewer than 2,000 series, and a page of them is rendered at once. Rooms and users make none: no label names them.

@@ -199,6 +199,15 @@ fn count(number: u64, one: &str, more: &str) -> String {
     format!("{number} {noun}")
 }
 
+/// As in `12 message, 3 presence`.
+pub fn by_class(classes: &BTreeMap<String, u64>) -> String {
+    let each: Vec<String> = classes
+        .iter()
+        .map(|(class, entries)| format!("{entries} {class}"))
+        .collect();
+    each.join(", ")
+}
+
 fn queue(queue: &QueueStatus) -> String {
     match queue.entries {
         0 => "nothing".to_owned(),
@@ -208,6 +217,9 @@ fn queue(queue: &QueueStatus) -> String {
 
 fn waiting(peer: &PeerStatus) -> String {
     let mut text = queue(&peer.spool);
+    if peer.spool.classes.len() > 1 {
+        text += &format!(" ({})", by_class(&peer.spool.classes));
+    }
     if let Some(oldest) = peer.spool.oldest_seconds {
         text += &format!(", the oldest for {}", period(oldest));
         text += &match (peer.drain_seconds, peer.up) {

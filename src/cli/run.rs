@@ -53,6 +53,7 @@ use crate::{
     },
     link::session::SessionConfig,
     metrics,
+    queue::class::Class,
     relay::{self, Relay, Settings},
     stanza::Domain,
     stream::{Site, dialback::Secret},
@@ -743,6 +744,12 @@ fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
         spool: QueueStatus {
             entries: levels.spool_entries,
             bytes: levels.spool_bytes,
+            classes: Class::ALL
+                .into_iter()
+                .zip(report.classes)
+                .filter(|(_, level)| level.entries > 0)
+                .map(|(class, level)| (class.as_label().to_owned(), level.entries))
+                .collect(),
             stanza_bytes: (relay.copy_bytes_accepted as f64 * share_waiting) as u64,
             oldest_seconds: (levels.spool_entries > 0).then_some(report.spool_oldest.as_secs_f64()),
         },

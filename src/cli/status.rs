@@ -1,6 +1,7 @@
 //! What a running sidecar says of itself, and `narrows status`, which asks for it.
 
 use std::{
+    collections::BTreeMap,
     fmt::{self, Write as _},
     io::{self, Read, Write},
     net::{SocketAddr, TcpStream},
@@ -86,11 +87,13 @@ pub struct RoomsStatus {
     pub guests: u64,
 }
 
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
 #[serde(default)]
 pub struct QueueStatus {
     pub entries: u64,
     pub bytes: u64,
+    /// Of the spool: entries by class; a class of which none waits is not here.
+    pub classes: BTreeMap<String, u64>,
     /// Of the spool: about what plain S2S would send for them.
     pub stanza_bytes: u64,
     pub oldest_seconds: Option<f64>,
@@ -442,6 +445,7 @@ mod tests {
                         bytes: 20_480,
                         stanza_bytes: 100_000,
                         oldest_seconds: Some(7_250.0),
+                        ..QueueStatus::default()
                     },
                     in_doubt: 2,
                     sent: Traffic {

@@ -4,6 +4,7 @@
 //! rounded, and nothing moves by itself.
 
 use std::{
+    collections::BTreeMap,
     io,
     net::SocketAddr,
     time::{Duration, Instant},
@@ -18,7 +19,10 @@ use ratatui::{
     widgets::{Block, Borders, Cell, Row, Table},
 };
 
-use super::status::{self, PeerStatus, QueueStatus, Status, bytes, part, period};
+use super::{
+    page::by_class,
+    status::{self, PeerStatus, QueueStatus, Status, bytes, part, period},
+};
 
 /// The sidecar looks at itself once a second.
 pub const EVERY: Duration = Duration::from_secs(2);
@@ -243,6 +247,10 @@ fn draw_worst(frame: &mut Frame<'_>, view: &View, area: Rect) {
 }
 
 fn draw_queues(frame: &mut Frame<'_>, view: &View, area: Rect) {
+    let mut classes = BTreeMap::new();
+    for (class, entries) in view.now.peers.iter().flat_map(|peer| &peer.spool.classes) {
+        *classes.entry(class.clone()).or_default() += entries;
+    }
     let rows = view.now.peers.iter().map(|peer| {
         Row::new([
             peer.name.clone(),
@@ -272,6 +280,15 @@ fn draw_queues(frame: &mut Frame<'_>, view: &View, area: Rect) {
         [10, 13, 9, 14, 12, 8, 7],
         rows.collect(),
     );
+    // The line that parts it from the next table.
+    let last = Rect {
+        y: area.bottom().saturating_sub(1),
+        height: area.height.min(1),
+        ..area
+    };
+    if classes.len() > 1 {
+        frame.render_widget(Line::from(format!("           that is {}", by_class(&classes))), last);
+    }
 }
 
 fn draw_savings(frame: &mut Frame<'_>, view: &View, area: Rect) {
@@ -419,6 +436,7 @@ mod tests {
                     spool: QueueStatus {
                         entries: 41,
                         bytes: 20_480,
+                        classes: [("message".to_owned(), 38), ("presence".to_owned(), 3)].into(),
                         oldest_seconds: Some(59.0),
                         ..QueueStatus::default()
                     },
@@ -458,7 +476,7 @@ mod tests {
             "QUEUE      to cross      oldest    through in     to deliver   in rooms split",
             "shore      3 (1120 B)    <10 s     10 s           -            20 + 4   no",
             "island     41 (20.5 kB)  50 s      not known      -            0 + 0    2 of 2",
-            "",
+            "           that is 38 message, 3 presence",
             "SAVED      plain S2S  crossed    saved   vs zip    one copy  packing   near by",
             "shore      1200.0 kB  30.6 kB    97.5 %  -         850.0 kB  30.0 kB   2000 B",
             "island     0 B        0 B        -       -         0 B       0 B       0 B",

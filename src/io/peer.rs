@@ -30,7 +30,7 @@ use crate::{
     link::session::SessionStats,
     metrics::{self as m, Direction, EchoEvent, Layer, Mechanism, NearAnswer, RuleMode, Squeezed, StanzaKind},
     mirror::{self, MirrorStats},
-    queue::{journal::Levels, rules::Mode},
+    queue::{class::Class, journal::Levels, ledger::Level, rules::Mode},
     relay::{Drop as Dropped, Input, LaneFault, LaneKey, LinkClose, Output, Relay, RelayStats, Settings},
     stanza::Kind,
     stream::CloseReason,
@@ -83,6 +83,8 @@ pub struct Report {
     pub last_error: Option<String>,
     pub rtt: Option<Duration>,
     pub levels: Levels,
+    /// In the order of [`Class::ALL`].
+    pub classes: [Level; Class::COUNT],
     pub spool_oldest: Duration,
     /// How long what waits will take, if that can be told.
     pub drain: Option<Duration>,
@@ -189,6 +191,8 @@ struct Watched {
     acked: Seq,
     acked_at: Option<Wall>,
     mirror: MirrorStats,
+    /// By class, as the metrics have it.
+    expired: [u64; Class::COUNT],
     refused: Run,
     dropped: Run,
     /// Since when users are without the far side.
@@ -746,6 +750,15 @@ impl Owner {
         m::REFUSED.follow((peer, "queue_full"), stats.refused);
         m::REFUSED.follow((peer, "class_full"), stats.class_full.iter().sum());
         m::REFUSED.follow((peer, "expired"), stats.expired.iter().sum());
+        m::SUPERSEDED.follow(peer, stats.superseded.iter().sum());
+        for class in Class::ALL {
+            let level = self.relay.level(class);
+            m::CLASS_ENTRIES.set((peer, class), level.entries as f64);
+            m::CLASS_BYTES.set((peer, class), level.bytes as f64);
+            let (expired, told) = (stats.expired[class as usize], &mut self.watched.expired[class as usize]);
+            m::CLASS_EXPIRED.add(class, expired - *told);
+            *told = expired;
+        }
         m::SPOOL_ENTRIES.set(peer, levels.spool_entries as f64);
         m::SPOOL_BYTES.set(peer, levels.spool_bytes as f64);
         m::SPOOL_OLDEST.set(peer, oldest.as_secs_f64());
@@ -790,6 +803,7 @@ impl Owner {
             last_error: self.last_error.clone(),
             rtt,
             levels,
+            classes: Class::ALL.map(|class| self.relay.level(class)),
             spool_oldest: oldest,
             drain,
             acked_ago: self.watched.acked_at.map(|at| now.wall.since(at)),
