@@ -957,4 +957,81 @@ mod tests {
         scheduler.load(&occupant, Seq(6), entry(10), 0, Mono::default());
         assert_eq!(next(&mut scheduler), Some(6));
     }
+
+    #[derive(Clone, Copy, Debug)]
+    enum Says {
+        Status,
+        Enters,
+        Words,
+        Typing,
+    }
+
+    proptest::proptest! {
+        /// Held against the plain queue, in which everything arrives in its order: what a recipient ends up with is the same.
+        ///
+        /// Three occupants say things to some of four sessions, and now and then something crosses.
+        #[test]
+        fn what_is_left_out_makes_no_difference_in_the_end(
+            said in proptest::collection::vec((0..4_u8, 0..3_u64, 1..16_u8, 0..3_u8), 1..80),
+        ) {
+            let mut scheduler = scheduler();
+            let mut log = BTreeMap::new();
+            let mut heard: Vec<(u64, bool)> = Vec::new();
+            let cross = |scheduler: &mut Scheduler, heard: &mut Vec<(u64, bool)>| {
+                scheduler.offer(0, |offer| match offer {
+                    Offer::Whole { seq, entry, .. } => {
+                        heard.push((seq.0, *entry != Entry::Void));
+                        Answer::Takes(100)
+                    }
+                    Offer::Part { .. } => unreachable!("nothing goes in parts"),
+                })
+            };
+            for (what, from, recipients, crosses) in said {
+                let (says, sort, class, line) = match what {
+                    0 => (Says::Status, Sort::Presence, Class::Presence, Line::Presence),
+                    1 => (Says::Enters, Sort::Presence, Class::Message, Line::Room),
+                    2 => (Says::Words, Sort::Message, Class::Message, Line::Room),
+                    _ => (Says::Typing, Sort::State, Class::State, Line::State),
+                };
+                let place = Place { from, sort, ..place_in("room", class, line) };
+                let entry = Entry::Cast(Cast {
+                    template: Bytes::from_static(b"<x/>"),
+                    to_at: 2,
+                    recipients: (0..4_u8).filter(|to| recipients & (1 << to) != 0).map(|to| Bytes::from(vec![to])).collect(),
+                });
+                let seq = scheduler.wants();
+                scheduler.load(&place, seq, entry, 0, Mono::default());
+                log.insert(seq.0, (says, from, recipients));
+                for _ in 0..crosses {
+                    cross(&mut scheduler, &mut heard);
+                }
+            }
+            while cross(&mut scheduler, &mut heard) {}
+            let mut numbers: Vec<u64> = heard.iter().map(|(seq, _)| *seq).collect();
+            numbers.sort_unstable();
+            proptest::prop_assert_eq!(numbers, log.keys().copied().collect::<Vec<_>>(), "each number crosses once");
+            for to in 0..4 {
+                let is_for = |seq: &u64| log[seq].2 & (1 << to) != 0;
+                let heard: Vec<u64> = heard.iter().filter(|(_, whole)| *whole).map(|(seq, _)| *seq).filter(is_for).collect();
+                let is_durable = |seq: &u64| matches!(log[seq].0, Says::Enters | Says::Words);
+                let durable: Vec<u64> = heard.iter().copied().filter(is_durable).collect();
+                let all: Vec<u64> = log.keys().copied().filter(is_for).filter(is_durable).collect();
+                proptest::prop_assert_eq!(&durable, &all, "what is durable comes, in order");
+                for (at, seq) in heard.iter().enumerate() {
+                    let overtakes = !is_durable(seq) && heard[at..].iter().any(|later| later < seq && is_durable(later));
+                    proptest::prop_assert!(!overtakes, "{seq} has overtaken");
+                }
+                for from in 0..3 {
+                    let of = |seq: &&u64| log[*seq].1 == from;
+                    let is_presence = |seq: &&u64| matches!(log[*seq].0, Says::Status | Says::Enters);
+                    let shown: Vec<&u64> = heard.iter().filter(of).filter(is_presence).collect();
+                    proptest::prop_assert!(shown.is_sorted());
+                    let last = log.keys().rfind(|seq| is_for(seq) && of(seq) && is_presence(seq));
+                    proptest::prop_assert_eq!(shown.last().copied(), last, "the last presence is the last that was said");
+                    let speaks: Vec<&u64> = heard.iter().filter(of).filter(|seq| !is_presence(seq)).collect();
+                    proptest::prop_assert!(speaks.is_sorted(), "nobody types after he has said it");
+                }
+            }
+        }
+    }
 }
