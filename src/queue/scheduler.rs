@@ -14,7 +14,10 @@
 //! - Memory is bounded by [`Scheduler::has_room`]; the rest of the spool stays on disk until it is asked for.
 //! - What the link does not take now stays in its place.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    time::Duration,
+};
 
 use bytes::Bytes;
 
@@ -63,6 +66,9 @@ const TURN_BYTES: usize = 512;
 /// what closes it.
 const OVERTAKEN_MAX: usize = Received::BEYOND_MAX / 4;
 
+/// What has not waited for so long is not replaced: a link that keeps up carries everything as it was said.
+const REPLACED_AFTER: Duration = Duration::from_secs(1);
+
 /// What a slot takes beside its entry: its place, its handles, and its share of the tables.
 const SLOT_BYTES: usize = 400;
 
@@ -91,7 +97,7 @@ struct Slot {
     class: Class,
     from: u64,
     sort: Sort,
-    expiry: Option<std::time::Duration>,
+    expiry: Option<Duration>,
     /// Of other tracks: up to these numbers they cross first.
     after: Vec<(Track, Seq)>,
     state: State,
@@ -226,17 +232,17 @@ impl Scheduler {
     }
 
     /// Fills a reserved place. Without one the entry stays on disk for now.
-    pub fn fill(&mut self, track: &Track, seq: Seq, entry: Entry, batch: u64, accepted: Mono) {
+    pub fn fill(&mut self, track: &Track, seq: Seq, entry: Entry, batch: u64, accepted: Mono, now: Mono) {
         let Some(slot) = find(&mut self.tracks, track, seq) else {
             return;
         };
         self.bytes += size(&entry);
         slot.state = State::Ready { entry, batch, accepted };
-        self.make_ready(track, seq);
+        self.make_ready(track, seq, now);
     }
 
     /// Takes in the wanted number as read back from the disk. `batch` is the one with its last write.
-    pub fn load(&mut self, place: &Place, seq: Seq, entry: Entry, batch: u64, accepted: Mono) {
+    pub fn load(&mut self, place: &Place, seq: Seq, entry: Entry, batch: u64, accepted: Mono, now: Mono) {
         if entry == Entry::Void {
             debug_assert_eq!(seq, self.wants());
             self.upto = seq;
@@ -245,7 +251,7 @@ impl Scheduler {
         }
         self.bytes += size(&entry);
         self.push(place, seq, State::Ready { entry, batch, accepted });
-        self.make_ready(&place.track, seq);
+        self.make_ready(&place.track, seq, now);
     }
 
     /// Something has been given up, for good as soon as this batch is on disk: a void takes its number.
@@ -353,7 +359,7 @@ impl Scheduler {
     }
 
     /// A slot's entry is known: what it takes the place of goes, what it only follows goes first.
-    fn make_ready(&mut self, track: &Track, seq: Seq) {
+    fn make_ready(&mut self, track: &Track, seq: Seq, now: Mono) {
         let Some(slot) = find(&mut self.tracks, track, seq) else {
             return;
         };
@@ -388,8 +394,12 @@ impl Scheduler {
             let overlap = match &slot.state {
                 State::Ready {
                     entry: Entry::Cast(earlier),
+                    accepted,
                     ..
-                } => overlap(&earlier.recipients, &cast.recipients),
+                } => match overlap(&earlier.recipients, &cast.recipients) {
+                    Overlap::All if now.since(*accepted) < REPLACED_AFTER => Overlap::Some,
+                    overlap => overlap,
+                },
                 State::Ready { .. } | State::Open | State::Split { .. } => Overlap::Some,
             };
             match overlap {
@@ -709,6 +719,9 @@ fn size(entry: &Entry) -> usize {
 mod tests {
     use super::*;
 
+    /// When everything has waited.
+    const LATER: Mono = Mono::from_start(Duration::from_secs(60));
+
     fn entry(bytes: usize) -> Entry {
         Entry::Cast(Cast {
             template: vec![b'x'; bytes].into(),
@@ -766,9 +779,9 @@ mod tests {
     #[test]
     fn a_large_entry_does_not_hold_up_another_flow() {
         let mut scheduler = scheduler();
-        scheduler.load(&place("big"), Seq(1), entry(2500), 0, Mono::default());
+        scheduler.load(&place("big"), Seq(1), entry(2500), 0, Mono::default(), LATER);
         for seq in 2..=4 {
-            scheduler.load(&place("room"), Seq(seq), entry(TURN_BYTES), 0, Mono::default());
+            scheduler.load(&place("room"), Seq(seq), entry(TURN_BYTES), 0, Mono::default(), LATER);
         }
         assert_eq!(seqs(&mut scheduler, 0), [1, 2, 1, 3, 1, 4]);
     }
@@ -783,7 +796,7 @@ mod tests {
             } else {
                 ("two", TURN_BYTES / 2)
             };
-            scheduler.load(&place(flow), Seq(seq), entry(bytes), 0, Mono::default());
+            scheduler.load(&place(flow), Seq(seq), entry(bytes), 0, Mono::default(), LATER);
         }
         assert_eq!(seqs(&mut scheduler, 0), [1, 3, 2, 4, 6, 8, 5, 7]);
     }
@@ -792,8 +805,8 @@ mod tests {
     #[test]
     fn nothing_overtakes_within_a_flow() {
         let mut scheduler = scheduler();
-        scheduler.load(&place("room"), Seq(1), entry(2500), 0, Mono::default());
-        scheduler.load(&place("room"), Seq(2), entry(10), 0, Mono::default());
+        scheduler.load(&place("room"), Seq(1), entry(2500), 0, Mono::default(), LATER);
+        scheduler.load(&place("room"), Seq(2), entry(10), 0, Mono::default(), LATER);
         assert_eq!(seqs(&mut scheduler, 0), [1, 1, 1, 2]);
     }
 
@@ -803,9 +816,9 @@ mod tests {
         let mut scheduler = scheduler();
         let room = place("room");
         scheduler.reserve(&room, Seq(1));
-        scheduler.load(&place("other"), Seq(2), entry(10), 0, Mono::default());
+        scheduler.load(&place("other"), Seq(2), entry(10), 0, Mono::default(), LATER);
         assert_eq!(seqs(&mut scheduler, 0), [2]);
-        scheduler.fill(&room.track, Seq(1), entry(10), 7, Mono::default());
+        scheduler.fill(&room.track, Seq(1), entry(10), 7, Mono::default(), LATER);
         assert!(seqs(&mut scheduler, 6).is_empty());
         assert_eq!(seqs(&mut scheduler, 7), [1]);
     }
@@ -814,8 +827,8 @@ mod tests {
     #[test]
     fn a_refused_offer_stays_in_its_place() {
         let mut scheduler = scheduler();
-        scheduler.load(&place("one"), Seq(1), entry(10), 0, Mono::default());
-        scheduler.load(&place("two"), Seq(2), entry(10), 0, Mono::default());
+        scheduler.load(&place("one"), Seq(1), entry(10), 0, Mono::default(), LATER);
+        scheduler.load(&place("two"), Seq(2), entry(10), 0, Mono::default(), LATER);
         assert!(!scheduler.offer(0, |_| Answer::Full));
         let mut offered = Vec::new();
         assert!(scheduler.offer(0, |offer| match offer {
@@ -833,9 +846,9 @@ mod tests {
     #[test]
     fn memory_is_counted() {
         let mut scheduler = Scheduler::new(3000, Classes::default());
-        scheduler.load(&place("one"), Seq(1), entry(2000), 0, Mono::default());
+        scheduler.load(&place("one"), Seq(1), entry(2000), 0, Mono::default(), LATER);
         assert!(scheduler.has_room());
-        scheduler.load(&place("two"), Seq(2), entry(2000), 0, Mono::default());
+        scheduler.load(&place("two"), Seq(2), entry(2000), 0, Mono::default(), LATER);
         assert!(!scheduler.has_room());
         seqs(&mut scheduler, 0);
         assert_eq!(scheduler.bytes, 0);
@@ -861,7 +874,7 @@ mod tests {
         let mut scheduler = scheduler();
         let load = |scheduler: &mut Scheduler, place: &Place, bytes| {
             let seq = scheduler.wants();
-            scheduler.load(place, seq, entry(bytes), 0, Mono::default());
+            scheduler.load(place, seq, entry(bytes), 0, Mono::default(), LATER);
         };
         load(&mut scheduler, &place_in("avatar", Class::Bulk, Line::Many), 100_000);
         assert_eq!(next(&mut scheduler), Some(1));
@@ -896,14 +909,14 @@ mod tests {
             ..place("room")
         };
         let mut scheduler = scheduler();
-        scheduler.load(&status, Seq(1), to(&["a", "b"]), 1, Mono::default());
-        scheduler.load(&status, Seq(2), to(&["a"]), 2, Mono::default());
-        scheduler.load(&status, Seq(3), to(&["a", "b", "c"]), 3, Mono::default());
+        scheduler.load(&status, Seq(1), to(&["a", "b"]), 1, Mono::default(), LATER);
+        scheduler.load(&status, Seq(2), to(&["a"]), 2, Mono::default(), LATER);
+        scheduler.load(&status, Seq(3), to(&["a", "b", "c"]), 3, Mono::default(), LATER);
         let given_up: Vec<_> = scheduler.take_given_up().iter().map(|given_up| given_up.seq).collect();
         assert_eq!(given_up, [Seq(1), Seq(2)]);
         assert!(!scheduler.offer(2, |offer| panic!("{offer:?}")));
         // It leaves, as two of three are told: the third sees its status first.
-        scheduler.load(&left, Seq(4), to(&["a", "b"]), 4, Mono::default());
+        scheduler.load(&left, Seq(4), to(&["a", "b"]), 4, Mono::default(), LATER);
         let order: Vec<_> = std::iter::from_fn(|| next(&mut scheduler)).collect();
         assert_eq!(order, [1, 2, 3, 4]);
     }
@@ -919,6 +932,7 @@ mod tests {
             entry(5000),
             0,
             Mono::default(),
+            LATER,
         );
         scheduler.load(
             &place_in("r", Class::Urgent, pair("u")),
@@ -926,6 +940,7 @@ mod tests {
             entry(10),
             0,
             Mono::default(),
+            LATER,
         );
         scheduler.load(
             &place_in("r", Class::Urgent, pair("v")),
@@ -933,6 +948,7 @@ mod tests {
             entry(10),
             0,
             Mono::default(),
+            LATER,
         );
         scheduler.load(
             &place_in("r", Class::Message, Line::Room),
@@ -940,6 +956,7 @@ mod tests {
             entry(10),
             0,
             Mono::default(),
+            LATER,
         );
         let occupant = Place {
             from: 7,
@@ -953,9 +970,23 @@ mod tests {
             entry(5000),
             0,
             Mono::default(),
+            LATER,
         );
-        scheduler.load(&occupant, Seq(6), entry(10), 0, Mono::default());
+        scheduler.load(&occupant, Seq(6), entry(10), 0, Mono::default(), LATER);
         assert_eq!(next(&mut scheduler), Some(6));
+    }
+
+    /// What has only just come is not replaced, and is still not overtaken by what its sender says next.
+    #[test]
+    fn a_link_that_keeps_up_carries_all() {
+        let mut scheduler = scheduler();
+        let typing = place_in("u", Class::State, Line::State);
+        let words = place_in("u", Class::Message, Line::Pair("v".into()));
+        scheduler.load(&typing, Seq(1), entry(10), 0, LATER, LATER);
+        scheduler.load(&words, Seq(2), entry(10), 0, LATER, LATER);
+        assert!(scheduler.take_given_up().is_empty());
+        let order: Vec<_> = std::iter::from_fn(|| next(&mut scheduler)).collect();
+        assert_eq!(order, [1, 2]);
     }
 
     #[derive(Clone, Copy, Debug)]
@@ -1000,7 +1031,7 @@ mod tests {
                     recipients: (0..4_u8).filter(|to| recipients & (1 << to) != 0).map(|to| Bytes::from(vec![to])).collect(),
                 });
                 let seq = scheduler.wants();
-                scheduler.load(&place, seq, entry, 0, Mono::default());
+                scheduler.load(&place, seq, entry, 0, Mono::default(), LATER);
                 log.insert(seq.0, (says, from, recipients));
                 for _ in 0..crosses {
                     cross(&mut scheduler, &mut heard);

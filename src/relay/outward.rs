@@ -351,7 +351,7 @@ impl Outward {
                 Some(_) | None => self.accepted_at(slot.seq),
             };
             self.note_age(slot.seq, accepted);
-            self.scheduler.load(&place, slot.seq, entry, batch, accepted);
+            self.scheduler.load(&place, slot.seq, entry, batch, accepted, now.mono);
         }
         if end {
             self.pass_missing(Seq(upto.0 + 1), now);
@@ -371,7 +371,8 @@ impl Outward {
             if self.beyond.contains(&wants) {
                 self.scheduler.skip(wants);
             } else if self.scheduler.has_room() {
-                self.scheduler.load(&Place::unknown(), wants, Entry::Void, 0, now.mono);
+                self.scheduler
+                    .load(&Place::unknown(), wants, Entry::Void, 0, now.mono, now.mono);
             } else {
                 return;
             }
@@ -523,7 +524,7 @@ impl Outward {
                     self.scheduler.reserve(&place, seq);
                 }
                 self.scheduler
-                    .fill(&place.track, seq, Entry::Cast(cast), batch, accepted.mono);
+                    .fill(&place.track, seq, Entry::Cast(cast), batch, accepted.mono, now.mono);
             }
         }
     }
