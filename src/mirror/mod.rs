@@ -25,14 +25,14 @@
 //! * *Live*: everything passes as it came. Self-pings are answered here (XEP-0410), and discovery from a cache.
 //! * *Waiting*: the link is down, nobody is told anything, messages wait. Plain messages are shown near by at once (`echo: auto`).
 //! * *Detached*: our users see who is beyond the link leave; they talk on with each other. Joins, nick changes and
-//!   commands are refused (or [joins let in](provisional) for the time being), leaves are settled here and reported later. If the link comes
+//!   commands are refused (or joins let in for the time being, `provisional.rs`), leaves are settled here and reported later. If the link comes
 //!   back for a moment only, whoever does not know is told after another `split_hold`.
 //! * *Resyncing*: what waited comes in the order of the room. Messages are shown as they come; who came and went meanwhile is shown in
 //!   the end, as it is then.
 //!
 //! The primary marks the peer's users as away when the split is declared, and puts their last presence back when it is over. They
 //! stay occupants all the time, so the room goes on addressing them, and what it says waits in the spool. What a room said while a
-//! process was killed is found in its [tail].
+//! process was killed is found in its history (`tail.rs`).
 
 mod far;
 mod local;
