@@ -372,6 +372,11 @@ impl Mirror {
         self.primary.verify_soon(local, now);
     }
 
+    /// Whether words of our rooms wait here, that were accepted.
+    pub fn holds_words(&self) -> bool {
+        self.primary.holds_words()
+    }
+
     /// Whether users of the peer are in rooms of this domain of ours.
     pub fn has_guests(&self, local: &Domain) -> bool {
         self.primary.has_guests(local)

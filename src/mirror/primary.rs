@@ -363,6 +363,10 @@ impl Primary {
         !spoken.is_empty()
     }
 
+    pub fn holds_words(&self) -> bool {
+        self.tails.holds_words()
+    }
+
     pub fn has_guests(&self, local: &Domain) -> bool {
         let mut of_domain = self.rooms.iter().filter(|(room, _)| is_of(room, local));
         of_domain.any(|(_, guests)| guests.values().any(|guest| guest.joined))

@@ -209,6 +209,10 @@ impl Tails {
         first
     }
 
+    pub fn holds_words(&self) -> bool {
+        self.held_bytes > 0
+    }
+
     pub fn poll_timeout(&self) -> Option<Mono> {
         let waiting = self.checks.values().filter(|check| check.waits());
         waiting.map(|check| check.until).min()
@@ -381,11 +385,13 @@ impl Tails {
         if let Some(tail) = self.tails.get_mut(room) {
             let (words, found) = tail.words(&history, events(held), &check.inside);
             self.found += found;
-            tail.newcomers.clear();
             for (stanza, mark, to) in words {
                 tail.note(mark, &to, now);
                 outputs.push_back(Output::Cross(stanza));
             }
+            // They have the latest, from the room or its history.
+            let newcomers = std::mem::take(&mut tail.newcomers);
+            tail.served.iter_mut().for_each(|served| served.extend(&newcomers));
             self.changed.insert(room.to_owned());
         } else {
             outputs.extend(held.into_iter().map(|held| Output::Cross(held.stanza)));

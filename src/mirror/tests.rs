@@ -1326,6 +1326,33 @@ fn who_enters_late_has_the_history() {
     assert_eq!(site.room_ends("a1"), ["two>a1 late", "two>a2 late", "->a1"]);
 }
 
+/// The same where the message had come to others live, and waited when it entered.
+#[test]
+fn who_enters_while_words_wait_has_them() {
+    let mut site = hosting_two();
+    site.room_says("one", "a1");
+    site.room_says("one", "a2");
+    let asked = site.killed();
+    site.room_says("two", "a1");
+    site.room_says("two", "a2");
+    assert!(site.mirror.holds_words());
+    site.far(
+        "<presence from='a3@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/></presence>",
+        &[&format!("{MESS}/a3")],
+    );
+    site.room_says_in("a3");
+    assert_eq!(site.room_remembers("two", "a3"), ["two>a3 late"]);
+    for asked in [asked, site.killed()] {
+        site.is_inside(&asked[0]);
+        site.room_says_in("a1");
+        site.room_remembers("one", "a1");
+        site.room_remembers("two", "a1");
+        assert!(!site.room_ends("a1").contains(&"two>a3 late".to_owned()));
+        assert!(!site.mirror.holds_words());
+        site.killed();
+    }
+}
+
 /// A process that is killed while words wait keeps them: the next one goes on where it was, and finds what was lost in between, too.
 #[test]
 fn words_that_wait_outlive_the_process() {

@@ -616,7 +616,10 @@ impl Relay {
 
     /// Whether nothing waits anywhere: everything accepted is with the peer, everything received with our server.
     pub fn is_quiet(&self) -> bool {
-        self.is_settled() && self.outward.acked() == self.outward.last() && self.inward.is_quiet()
+        self.is_settled()
+            && self.outward.acked() == self.outward.last()
+            && self.inward.is_quiet()
+            && !self.mirror.holds_words()
     }
 
     fn handle_stanza(&mut self, leg: LegId, n: u64, pair: DomainPair, stanza: Stanza, now: Now) {
