@@ -68,7 +68,7 @@ impl Mirror {
     fn presence(&mut self, cast: &Cast, stanza: &Stanza, name: &str, nick: &str, addresses: &[String]) -> Withheld {
         let muc = MucUser::of(&node_of(stanza));
         match (stanza.stanza_type().as_deref(), muc) {
-            (None, Some(muc)) => self.available(cast, &muc, name, nick, addresses),
+            (None, Some(muc)) => self.available(cast, stanza, &muc, name, nick, addresses),
             (Some("unavailable"), muc) => self.unavailable(&muc.unwrap_or_default(), name, nick, addresses),
             (Some("error"), _) => {
                 self.not_let_in(name, addresses);
@@ -78,7 +78,15 @@ impl Mirror {
         }
     }
 
-    fn available(&mut self, cast: &Cast, muc: &MucUser, name: &str, nick: &str, addresses: &[String]) -> Withheld {
+    fn available(
+        &mut self,
+        cast: &Cast,
+        stanza: &Stanza,
+        muc: &MucUser,
+        name: &str,
+        nick: &str,
+        addresses: &[String],
+    ) -> Withheld {
         let mut withheld = self.withheld(muc, name, nick, addresses);
         for address in addresses.iter().filter(|_| muc.is_self()) {
             let asked = self.rooms.get(name).and_then(|room| room.sessions.get(address));
@@ -106,13 +114,17 @@ impl Mirror {
         let mut changed = room.settled.remove(nick).is_some();
         room.show(nick, cast, addresses);
         for address in addresses.iter().filter(|_| muc.is_self()) {
-            if let Some(session) = room.sessions.get_mut(address)
-                && (!session.joined || session.provisional.is_some() || session.nick != nick)
-            {
+            let Some(session) = room.sessions.get_mut(address) else {
+                continue;
+            };
+            if !session.joined || session.provisional.is_some() || session.nick != nick {
                 session.joined = true;
                 session.provisional = None;
                 nick.clone_into(&mut session.nick);
                 changed = true;
+            }
+            if session.again.as_ref().map(|again| &*again.id) == stanza.id().as_deref() {
+                changed |= session.again.take().is_some();
             }
         }
         if room.is_too_large() {
@@ -137,8 +149,13 @@ impl Mirror {
         if let Some(room) = self.rooms.get_mut(name) {
             room.hide(nick, addresses);
             if muc.is_own_leave() {
-                changed.extend(addresses.iter().flat_map(|address| room.remove_session(address)));
-                self.forget_viewers(name, addresses);
+                let after = |room: &Room, address: &String| Some(room.sessions.get(address)?.again.as_ref()?.after);
+                let out: Vec<(String, u64)> = addresses
+                    .iter()
+                    .map(|address| (address.clone(), after(room, address).unwrap_or(u64::MAX)))
+                    .collect();
+                changed.extend(addresses.iter().flat_map(|address| room.put_out(address)));
+                self.forget_viewers(name, &out);
             }
         }
         // What was settled here is not said again.

@@ -143,7 +143,23 @@ impl Mirror {
                 None
             }
             Some(session) if session.joined && session.nick != nick && self.is_detached() => Some(NICK_STAYS),
+            Some(session) if session.joined && stanza.is_join() => {
+                self.note_again(stanza, name, from);
+                None
+            }
             Some(_) => None,
+        }
+    }
+
+    /// One who is in asks to enter, to be told everything again. Without an id the answer could not be known.
+    fn note_again(&mut self, stanza: &Stanza, name: &str, from: &str) {
+        let Some(id) = stanza.id().map(Cow::into_owned) else {
+            return;
+        };
+        let after = self.echo_last;
+        if let Some(session) = self.rooms.get_mut(name).and_then(|room| room.sessions.get_mut(from)) {
+            session.again = Some(room::Again { id, after });
+            self.write_room(name);
         }
     }
 
@@ -159,7 +175,8 @@ impl Mirror {
             .count();
         let versions = room.occupants.get(&session.nick).cloned().unwrap_or_default();
         let occupant = format!("{name}/{}", session.nick);
-        let mut told = BTreeSet::from([from.to_owned()]);
+        // Who has not heard of the room that it is in, hears both from it.
+        let mut told = BTreeSet::new();
         for version in &versions {
             let Some(muc) = version.muc() else { continue };
             let (own, rest): (Vec<_>, Vec<_>) = room.viewers(version).partition(|address| *address == from);
@@ -177,7 +194,9 @@ impl Mirror {
         if others == 0 {
             room.occupants.remove(&session.nick);
         }
-        room.settled.entry(session.nick.clone()).or_default().extend(told);
+        if !told.is_empty() {
+            room.settled.entry(session.nick.clone()).or_default().extend(told);
+        }
         let mut changed = room.remove_session(from);
         changed.push(session.nick);
         self.write_changed(name, &changed);

@@ -514,14 +514,18 @@ impl Mirror {
         }
     }
 
-    /// These sessions are out of the room: it will not tell them what they have seen.
-    fn forget_viewers(&mut self, name: &str, addresses: &[String]) {
+    /// These sessions are out of the room: it will not tell them what they have seen, up to the echo of this number.
+    fn forget_viewers(&mut self, name: &str, out: &[(String, u64)]) {
         let Some(room) = self.rooms.get_mut(name) else { return };
         let numbers: Vec<u64> = room.echoes.keys().copied().collect();
         for number in numbers {
             let Some(room) = self.rooms.get_mut(name) else { return };
             let unheard = matches!(room.echoes[&number].state, EchoState::Unheard { .. });
-            if !unheard && !room.echo_seen(number, addresses.iter()).is_empty() {
+            let addresses = out
+                .iter()
+                .filter(|(_, upto)| number <= *upto)
+                .map(|(address, _)| address);
+            if !unheard && !room.echo_seen(number, addresses).is_empty() {
                 self.write_echo(name, number);
             }
         }

@@ -37,6 +37,16 @@ pub struct Session {
     pub provisional: Option<Bytes>,
     /// Stands for it in the rows of occupants, which would be mostly addresses otherwise. Given once in a room's life here.
     pub number: u32,
+    /// It is in, and has asked to enter once more.
+    pub again: Option<Again>,
+}
+
+/// A question of one who is in. Whom the room puts out before it hears that, it may let in again.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct Again {
+    pub id: String,
+    /// The last echo before it: what was said later is said to one who is in again.
+    pub after: u64,
 }
 
 /// What some sessions were shown of one occupant. Moderators see more than others, so there may be several.
@@ -138,6 +148,7 @@ impl Room {
             joined: false,
             provisional: None,
             number: self.last,
+            again: None,
         };
         self.sessions.insert(address.to_owned(), session);
     }
@@ -198,6 +209,17 @@ impl Room {
     fn numbers(&self, addresses: &[String]) -> Vec<u32> {
         let sessions = addresses.iter().filter_map(|address| self.sessions.get(address));
         sessions.map(|session| session.number).collect()
+    }
+
+    /// The room has put a session out; the nicks whose rows changed are given back. One that has asked to enter again still asks.
+    pub fn put_out(&mut self, address: &str) -> Vec<String> {
+        let again = self.sessions.get(address).filter(|session| session.again.is_some());
+        let nick = again.map(|session| session.nick.clone());
+        let changed = self.remove_session(address);
+        if let Some(nick) = nick {
+            self.add_session(address, &nick);
+        }
+        changed
     }
 
     /// A session is out; the nicks whose rows changed are given back.
@@ -264,10 +286,15 @@ impl Room {
         for (address, session) in &self.sessions {
             put_prefixed(&mut out, address.as_bytes());
             put_prefixed(&mut out, session.nick.as_bytes());
-            out.push(u8::from(session.joined) | u8::from(session.provisional.is_some()) << 1);
+            let flags = [session.joined, session.provisional.is_some(), session.again.is_some()];
+            out.push(flags.iter().rev().fold(0, |bits, flag| bits << 1 | u8::from(*flag)));
             put_len(&mut out, session.number as usize);
             if let Some(shown) = &session.provisional {
                 put_prefixed(&mut out, shown);
+            }
+            if let Some(again) = &session.again {
+                put_prefixed(&mut out, again.id.as_bytes());
+                put_prefixed(&mut out, &again.after.to_be_bytes());
             }
         }
         put_len(&mut out, self.settled.len());
@@ -299,11 +326,19 @@ impl Room {
                 true => Some(Bytes::copy_from_slice(reader.prefixed(PART_MAX).ok()?)),
                 false => None,
             };
+            let again = match flags & 4 != 0 {
+                true => Some(Again {
+                    id: text(&mut reader)?,
+                    after: u64::from_be_bytes(reader.prefixed(8).ok()?.try_into().ok()?),
+                }),
+                false => None,
+            };
             let session = Session {
                 nick,
                 joined: flags & 1 != 0,
                 provisional,
                 number,
+                again,
             };
             room.sessions.insert(address, session);
         }

@@ -35,7 +35,10 @@
 //! Not found, because something else stands in for it: letting duplicates in (the session does not give them out), and events of a
 //! lane's earlier life (here they come at once).
 //!
-//! `NARROWS_SIM_SEEDS=10000 cargo test --release --test sim` runs more seeds; `NARROWS_SIM_SEED=n` replays one.
+//! `NARROWS_SIM_SEEDS=10000 cargo test --release --test sim` runs more seeds; `NARROWS_SIM_SEED=n` replays one,
+//! and in the worlds with rooms `NARROWS_SIM_TRACE=text` prints each stanza with this text in it, each cut and each kill, as it happens.
+//!
+//! Ten more bugs, against the mirror, the queue and the link, are planted by `tests/planted`, at every run of it.
 
 mod check;
 mod muc;

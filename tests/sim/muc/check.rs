@@ -33,6 +33,8 @@ pub struct Declared {
     pub refused: bool,
     /// A session that its room no longer has, because something was lost with a process, is told so by the mirror.
     pub truth: bool,
+    /// A session has left near by during a split: if the room puts it out before it hears of that, it does not tell it so once more.
+    pub settled: bool,
     /// What a room said while a process was killed may be found in its history, which one session is asked to have repeated: then it comes
     /// as old, and of that repetition nothing else crosses.
     pub found: bool,
@@ -47,6 +49,7 @@ impl Declared {
             near: faults.mirror,
             refused: faults.mirror,
             truth: faults.mirror && faults.kills,
+            settled: false,
             found: faults.mirror && faults.kills,
         }
     }
@@ -59,6 +62,7 @@ impl Declared {
     fn may_be_missing(self, sent: &Bytes) -> bool {
         let stanza = xml::text(sent);
         self.near && (is_near_question(stanza) || is_answer(stanza))
+            || self.settled && is_own_leave(stanza).is_some()
             || self.echo && is_words(stanza, self)
             || self.shows && is_show(stanza)
             || self.refused && is_request(stanza)
@@ -435,6 +439,13 @@ fn check_way(way: &Way, declared: Declared, near: &Near, lost: &mut Lost) {
         };
         (sender, recipient(of("to")))
     };
+    // What a mirror said and a killed process had marked as given: the server may not have read it.
+    let said: BTreeSet<&Bytes> = way.sent.iter().map(|sent| &sent.bytes).chain(&way.heard).collect();
+    let doubted: Vec<&Bytes> = way.doubtful.iter().filter(|bytes| !said.contains(bytes)).collect();
+    for bytes in &doubted {
+        let of = |name| attribute(xml::text(bytes), name).unwrap_or_default();
+        lost.insert((bare(of("from")).to_owned(), of("to").to_owned()));
+    }
     let mut flows: BTreeMap<(String, String), Flow<'_>> = BTreeMap::new();
     for sent in way.sent.iter().filter(|sent| !near.has_settled(&sent.bytes)) {
         let written = (&sent.bytes, way.is_excused(sent));
@@ -445,6 +456,13 @@ fn check_way(way: &Way, declared: Declared, near: &Near, lost: &mut Lost) {
     }
     check_whispers(way, &near.whispers);
     for ((from, to), Flow { written, read }) in flows {
+        let settled = read
+            .iter()
+            .any(|bytes| is_near_leave(bytes) && !written.iter().any(|(sent, _)| sent == bytes));
+        let declared = Declared {
+            settled: settled && declared.shows,
+            ..declared
+        };
         let missing = match matching(&written, &read, declared) {
             Some(missing) => missing,
             None => panic!("from {from} to {to}: {}", difference(&written, &read, declared)),
@@ -457,8 +475,21 @@ fn check_way(way: &Way, declared: Declared, near: &Near, lost: &mut Lost) {
                 lost.insert((bare(of(room)).to_owned(), of(session).to_owned()));
             }
         }
-        check_words(&written, &read, declared);
+        let of_flow = |bytes: &&&Bytes| key(bytes) == (from.clone(), to.clone());
+        let doubted: Vec<&Bytes> = doubted.iter().filter(of_flow).copied().collect();
+        check_words(&written, &read, &doubted, declared);
     }
+}
+
+/// One's own leave as it is confirmed near by.
+fn is_near_leave(bytes: &Bytes) -> bool {
+    is_own_leave(xml::text(bytes)).is_some_and(|x| x.matches("<status ").count() == 1)
+}
+
+/// That one is out oneself, with what is said of it.
+fn is_own_leave(stanza: &str) -> Option<&str> {
+    let is_leave = name(stanza) == "presence" && attribute(stanza, "type") == Some("unavailable");
+    muc_user(stanza).filter(|x| is_leave && has_status(x, "110") && !has_status(x, "303"))
 }
 
 /// What was settled beside its author, because the room was out of reach.
@@ -606,7 +637,7 @@ fn difference(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> 
 
 /// Words are heard once by whomever they were addressed to, however they came; old ones count apart. Those that a room does not take, or
 /// not for all, may have been heard near by.
-fn check_words(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) {
+fn check_words(sent: &[(&Bytes, bool)], heard: &[&Bytes], doubted: &[&Bytes], declared: Declared) {
     let words = |bytes: &Bytes| {
         let stanza = xml::text(bytes);
         let room = attribute(stanza, "from").map(bare);
@@ -628,8 +659,13 @@ fn check_words(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) {
             counts.entry(words).or_default().2 += 1;
         }
     }
+    // An echo that may have been heard stands for the reflection that was then swallowed.
+    for words in doubted.iter().filter_map(|bytes| words(bytes)) {
+        counts.entry(words).or_default().1 += 1;
+    }
     for (words, (mut written, mut excuses, mut heard)) in counts.clone() {
         let (body, is_old, is_error) = &words;
+        let mut heard_max = if declared.echo { written.max(1) } else { written };
         if declared.found {
             // Live or old: what was lost live comes as old, and what the room repeats for us does not come.
             let other = counts
@@ -637,9 +673,10 @@ fn check_words(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) {
                 .copied()
                 .unwrap_or_default();
             let repeated = if *is_old { written } else { other.0 };
+            // Who was out of the room when something was said may have heard it near by, and hears it as old when it is in again.
+            heard_max = written.max(u64::from(!is_old)) + other.0.max(u64::from(*is_old));
             (written, excuses, heard) = (written + other.0, excuses + other.1 + repeated, heard + other.2);
         }
-        let heard_max = if declared.echo { written.max(1) } else { written };
         let right = heard <= heard_max && written <= heard + excuses;
         assert!(right, "{words:?} was said {written} times and heard {heard} times");
     }
@@ -689,6 +726,7 @@ mod tests {
         near: false,
         refused: false,
         truth: false,
+        settled: false,
         found: false,
     };
 

@@ -61,7 +61,7 @@ pub struct Way {
     pub heard: Vec<Bytes>,
     unaccepted: BTreeMap<(LegId, u64), usize>,
     /// Marked as given on the disk when the process was killed: the other server may never have read it.
-    doubtful: BTreeSet<Bytes>,
+    pub doubtful: BTreeSet<Bytes>,
     /// Casts that what was sent may become at most, and when the groups were opened that it belongs to.
     pub casts_due: u64,
     pub casts: u64,
