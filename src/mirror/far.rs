@@ -243,8 +243,9 @@ impl Mirror {
                     self.near.forget_room(name);
                 }
                 self.note_ids(stanza, name);
-                nick.zip(id)
-                    .map_or_else(Withheld::new, |(nick, id)| self.reflected(name, nick, &id, addresses))
+                nick.zip(id).map_or_else(Withheld::new, |(nick, id)| {
+                    self.reflected(stanza, name, nick, &id, addresses)
+                })
             }
             (Some("error"), None, Some(id)) => {
                 self.not_taken(name, &id, addresses);
@@ -266,11 +267,11 @@ impl Mirror {
     }
 
     /// The room has said this to these: gives those who had heard it before.
-    fn reflected(&mut self, name: &str, nick: &str, id: &str, addresses: &[String]) -> Withheld {
+    fn reflected(&mut self, stanza: &Stanza, name: &str, nick: &str, id: &str, addresses: &[String]) -> Withheld {
         let Some(room) = self.rooms.get_mut(name) else {
             return Withheld::new();
         };
-        let Some(number) = room.echo_of(nick, id) else {
+        let Some(number) = room.echo_said(nick, id, stanza) else {
             return Withheld::new();
         };
         let seen = room.echo_seen(number, addresses.iter());

@@ -10,7 +10,7 @@ use super::{
     near,
     room::{self, ECHOES_MAX, EchoState, Room, Version},
     settings::{Echo, SplitJoin},
-    words::{cast_to, has_body, lost_presence, node_of, occupant_id},
+    words::{body_mark, cast_to, has_body, lost_presence, node_of, occupant_id},
 };
 use crate::{
     codec::{entry::Cast, xml::Node},
@@ -278,6 +278,7 @@ impl Mirror {
             let echo = room::Echo {
                 nick: nick.to_owned(),
                 id,
+                words: body_mark(node),
                 state: EchoState::Unheard { template, to_at },
             };
             self.put_echo(name, self.echo_last, echo);
@@ -310,13 +311,13 @@ impl Mirror {
         let unheard = room.echoes.iter().filter_map(|(number, echo)| match &echo.state {
             EchoState::Unheard { template, to_at } => {
                 let shown = cast_to(template.clone(), *to_at, to.iter());
-                Some((*number, echo.nick.clone(), echo.id.clone(), shown))
+                Some((*number, echo.clone(), shown))
             }
             EchoState::Shown { .. } => None,
         });
-        for (number, nick, id, shown) in unheard.collect::<Vec<_>>() {
+        for (number, echo, shown) in unheard.collect::<Vec<_>>() {
             let state = EchoState::Shown { to: to.clone() };
-            self.put_echo(name, number, room::Echo { nick, id, state });
+            self.put_echo(name, number, room::Echo { state, ..echo });
             // What is not written down would be heard again from the room.
             if !self.rooms.contains_key(name) {
                 return;

@@ -7,11 +7,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use bytes::Bytes;
 
-use super::{muc::MucUser, words::node_of};
+use super::{
+    muc::MucUser,
+    words::{body_mark, node_of},
+};
 use crate::{
     codec::{
         entry::Cast,
-        varint::{ReadError, Reader, put_len, put_prefixed},
+        varint::{ReadError, Reader, put_len, put_prefixed, put_varint},
     },
     stanza::Stanza,
 };
@@ -73,6 +76,8 @@ impl Version {
 pub struct Echo {
     pub nick: String,
     pub id: String,
+    /// What it says, as a mark.
+    pub words: u64,
     pub state: EchoState,
 }
 
@@ -252,7 +257,23 @@ impl Room {
 
     /// The number of a message that waits for the room.
     pub fn echo_of(&self, nick: &str, id: &str) -> Option<u64> {
-        let found = self.echoes.iter().find(|(_, echo)| echo.nick == nick && echo.id == id);
+        self.find_echo(|echo| echo.nick == nick && echo.id == id)
+    }
+
+    /// The same for what the room has said. If its author's change of nick was lost with a process, it is known by its words, from
+    /// one whom he was never shown.
+    pub fn echo_said(&self, nick: &str, id: &str, stanza: &Stanza) -> Option<u64> {
+        let is_known = |author: &str| {
+            self.sessions_of(author)
+                .any(|session| self.version(nick, session).is_some())
+        };
+        let is_renamed =
+            |echo: &Echo| echo.id == id && !is_known(&echo.nick) && echo.words == body_mark(&node_of(stanza));
+        self.echo_of(nick, id).or_else(|| self.find_echo(is_renamed))
+    }
+
+    fn find_echo(&self, is_it: impl Fn(&Echo) -> bool) -> Option<u64> {
+        let found = self.echoes.iter().find(|(_, echo)| is_it(echo));
         found.map(|(number, _)| *number)
     }
 
@@ -391,6 +412,7 @@ impl Echo {
         let mut out = begin_row();
         put_prefixed(&mut out, self.nick.as_bytes());
         put_prefixed(&mut out, self.id.as_bytes());
+        put_varint(&mut out, self.words);
         match &self.state {
             EchoState::Unheard { template, to_at } => {
                 out.push(0);
@@ -408,6 +430,7 @@ impl Echo {
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         let mut reader = row(bytes)?;
         let (nick, id) = (text(&mut reader)?, text(&mut reader)?);
+        let words = reader.varint().ok()?;
         let state = match reader.byte().ok()? {
             0 => {
                 let template = Bytes::copy_from_slice(reader.prefixed(PART_MAX).ok()?);
@@ -420,7 +443,7 @@ impl Echo {
             _ => return None,
         };
         reader.finish().ok()?;
-        Some(Self { nick, id, state })
+        Some(Self { nick, id, words, state })
     }
 }
 

@@ -32,7 +32,7 @@ use super::{
     Output,
     room::{SESSIONS_MAX, begin_row, row},
     rows::{self, Rows},
-    words::{has_body, node_of},
+    words::{has_body, mark_of, node_of},
 };
 use crate::{
     codec::varint::{Reader, put_len, put_varint},
@@ -673,12 +673,4 @@ fn held_key(room: &str, number: u64) -> Bytes {
 fn wall_of(stamp: &str) -> Option<Wall> {
     let since = humantime::parse_rfc3339(stamp).ok()?.duration_since(UNIX_EPOCH).ok()?;
     Some(Wall(u64::try_from(since.as_millis()).ok()?))
-}
-
-/// FNV-1a, with the parts kept apart. It is the same in every process, and a mark stands for what was said to our own users by our own
-/// server: nobody gains by making two alike.
-fn mark_of(parts: &[&[u8]]) -> u64 {
-    let fold = |hash: u64, byte: u8| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3);
-    let bytes = parts.iter().flat_map(|part| part.iter().copied().chain([0]));
-    bytes.fold(0xcbf2_9ce4_8422_2325, fold)
 }

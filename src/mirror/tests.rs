@@ -793,6 +793,22 @@ fn an_echo_follows_its_author_to_another_nick() {
     assert_eq!(site.far(&reflection, &["b2@b.example/r"]).delivered.len(), 0);
 }
 
+/// A change of nick that was lost with a process: its author's words are known all the same, and others' with the same id are not taken
+/// for them.
+#[test]
+fn an_echo_is_known_under_a_nick_that_nobody_was_told() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.down();
+    site.local(&say("b1", "m1"));
+    site.up();
+    let both = ["b1@b.example/r", "b2@b.example/r"];
+    let said =
+        |nick, body| format!("<message from='{ROOM}/{nick}' type='groupchat' id='m1'><body>{body}</body></message>");
+    assert_eq!(site.far(&said("alice", "hello"), &both).delivered.len(), 2);
+    assert_eq!(site.far(&said("bee", "hello, all"), &both).delivered.len(), 2);
+    assert_eq!(site.far(&said("bee", "hello"), &both).delivered.len(), 0);
+}
+
 /// ejabberd's presence for a room that is destroyed has no 110.
 #[test]
 fn a_destroyed_room_is_forgotten() {
