@@ -371,6 +371,10 @@ impl Site {
         self.sidecar.as_ref().expect("this world was made without sidecars")
     }
 
+    pub fn has_sidecar(&self) -> bool {
+        self.sidecar.is_some()
+    }
+
     /// Its domain, e.g. `a.example`.
     pub fn domain(&self) -> &str {
         &self.domain

@@ -14,6 +14,7 @@ pub mod recording;
 mod stage;
 
 use std::collections::BTreeMap;
+use std::thread::sleep;
 use std::time::Duration;
 
 use crate::client::{Answers, Client, Failure, Outcome, Stanza};
@@ -81,6 +82,11 @@ pub trait Stage {
     /// How long anything may take to arrive.
     fn patience(&self) -> Duration {
         Duration::from_secs(60)
+    }
+
+    /// How long what a room says may stand still on its way, while an answer of the room itself passes by.
+    fn gathering(&self) -> Duration {
+        Duration::ZERO
     }
 }
 
@@ -265,6 +271,7 @@ impl<'s> Play<'s> {
         for _ in 0..ROUNDS_MAX {
             let before = self.received();
             self.ping_all(&targets)?;
+            sleep(self.stage.gathering());
             quiet = if self.received() == before { quiet + 1 } else { 0 };
             if quiet == quiet_rounds {
                 return Ok(());

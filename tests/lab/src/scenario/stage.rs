@@ -56,6 +56,9 @@ impl<'w> WorldStage<'w> {
     }
 }
 
+/// Twice `queue.collapse_window` as narrows has it by default.
+const GATHERING: Duration = Duration::from_millis(100);
+
 impl Stage for WorldStage<'_> {
     fn domain(&self, side: Side) -> String {
         self.site(side).domain().to_owned()
@@ -85,5 +88,14 @@ impl Stage for WorldStage<'_> {
 
     fn patience(&self) -> Duration {
         self.patience
+    }
+
+    /// A sidecar gathers the copies of a broadcast, and order is promised by full sender (and for a room's talk): an answer does not wait.
+    fn gathering(&self) -> Duration {
+        if self.world.a.has_sidecar() {
+            GATHERING
+        } else {
+            Duration::ZERO
+        }
     }
 }
