@@ -221,7 +221,7 @@ impl Primary {
                     return;
                 };
                 if stanza.is_join() {
-                    self.tails.left(name, &from, now, &mut self.outputs);
+                    self.tails.enters(name, &from, now, &mut self.outputs);
                 }
                 let guest = Guest {
                     // Until the room says otherwise.
@@ -294,7 +294,13 @@ impl Primary {
                     Some("unavailable") if guests.contains_key(to) => {
                         let muc = MucUser::of(&node_of(&stanza)).unwrap_or_default();
                         if muc.is_own_leave() {
+                            let waits = self.tails.holds_words();
                             self.remove(name, to, now);
+                            // After what has waited for it.
+                            if waits {
+                                self.outputs.push_back(Output::Cross(stanza));
+                                return None;
+                            }
                         }
                     }
                     // It is inside all the same, and its client would take it for the end of that.
@@ -467,10 +473,10 @@ impl Primary {
         // As the room would have said it, had it known to whom.
         let (template, to_at) = lost_presence(&occupant, &MucUser::gone(), &[SELF_PRESENCE, LOST]);
         let told = Stanza::join(&template, to_at as usize, &to_attribute(&address));
+        self.remove(&room, &address, now);
         if let Ok(told) = Stanza::parse(told) {
             self.outputs.push_back(Output::Cross(told));
         }
-        self.remove(&room, &address, now);
         // Another may be asked about in its place.
         let others = self.rooms.get(&room).into_iter().flatten();
         let mut others = others

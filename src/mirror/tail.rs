@@ -78,7 +78,8 @@ struct Line {
 /// A copy that waits.
 #[derive(Debug)]
 struct Held {
-    stanza: Stanza,
+    /// `None` once it has crossed, because who it is for was about to leave.
+    stanza: Option<Stanza>,
     mark: u64,
     to: String,
     /// Of its row, and whether it is there.
@@ -192,7 +193,7 @@ impl Tails {
                     self.held_bytes += stanza.bytes().len();
                     let to = to.into_owned();
                     check.held.push(Held {
-                        stanza,
+                        stanza: Some(stanza),
                         mark,
                         to,
                         number,
@@ -281,10 +282,29 @@ impl Tails {
         is_ours
     }
 
-    /// A guest is out, or enters by itself: it is told all it needs, and can be asked for nothing.
+    /// A guest enters by itself: the history that it gets has what was lost.
+    pub fn enters(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
+        let was_inside = self.checks.get(room).is_some_and(|check| check.inside.contains(guest));
+        self.left(room, guest, now, outputs);
+        let waits = self.checks.get(room).is_some_and(Check::waits);
+        if let Some(tail) = self.tails.get_mut(room).filter(|_| was_inside && waits)
+            && tail.newcomers.insert(mark_of(&[guest.as_bytes()]))
+        {
+            self.changed.insert(room.to_owned());
+        }
+    }
+
+    /// A guest is out, or enters by itself: it is told all it needs, and can be asked for nothing. What waits for it crosses before that.
     pub fn left(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
         let Some(check) = self.checks.get_mut(room) else { return };
         check.inside.remove(guest);
+        for held in check.held.iter_mut().filter(|held| held.to == guest) {
+            if let Some(stanza) = held.stanza.take() {
+                self.held_bytes -= stanza.bytes().len();
+                self.useless.push(held_key(room, held.number));
+                outputs.push_back(Output::Cross(stanza));
+            }
+        }
         let asked = match &check.stage {
             Stage::Asked { guest, .. } | Stage::Late { guest, .. } => Some(guest),
             Stage::Suspected => None,
@@ -324,7 +344,7 @@ impl Tails {
                 self.held_bytes += stanza.bytes().len();
                 self.last += 1;
                 check.held.push(Held {
-                    stanza,
+                    stanza: Some(stanza),
                     mark,
                     to: to.to_owned(),
                     number: self.last,
@@ -379,7 +399,7 @@ impl Tails {
         let history = std::mem::take(&mut check.history);
         let held = std::mem::take(&mut check.held);
         for Held { stanza, number, .. } in &held {
-            self.held_bytes -= stanza.bytes().len();
+            self.held_bytes -= stanza.as_ref().map_or(0, |stanza| stanza.bytes().len());
             self.useless.push(held_key(room, *number));
         }
         if let Some(tail) = self.tails.get_mut(room) {
@@ -387,14 +407,14 @@ impl Tails {
             self.found += found;
             for (stanza, mark, to) in words {
                 tail.note(mark, &to, now);
-                outputs.push_back(Output::Cross(stanza));
+                outputs.extend(stanza.map(Output::Cross));
             }
             // They have the latest, from the room or its history.
             let newcomers = std::mem::take(&mut tail.newcomers);
             tail.served.iter_mut().for_each(|served| served.extend(&newcomers));
             self.changed.insert(room.to_owned());
         } else {
-            outputs.extend(held.into_iter().map(|held| Output::Cross(held.stanza)));
+            outputs.extend(held.into_iter().filter_map(|held| held.stanza).map(Output::Cross));
         }
         // Its answer may still come.
         if let Stage::Asked { guest, entered } | Stage::Late { guest, entered } = check.stage {
@@ -409,7 +429,8 @@ impl Tails {
         let mut refused = BTreeSet::new();
         for (room, check) in &mut self.checks {
             for held in check.held.iter_mut().filter(|held| !held.written) {
-                held.written = rows.put(held_key(room, held.number), held.stanza.bytes().clone(), outputs);
+                let Some(stanza) = &held.stanza else { continue };
+                held.written = rows.put(held_key(room, held.number), stanza.bytes().clone(), outputs);
                 if !held.written {
                     refused.insert(room.clone());
                 }
@@ -534,12 +555,12 @@ impl Tail {
         history: &VecDeque<Line>,
         events: Vec<Event>,
         inside: &BTreeSet<String>,
-    ) -> (Vec<(Stanza, u64, String)>, u64) {
+    ) -> (Vec<(Option<Stanza>, u64, String)>, u64) {
         let (mut words, mut found) = (Vec::new(), 0);
         let mut send = |line: &Line, served: &dyn Fn(&String) -> bool| {
             let knows = |guest: &String| self.newcomers.contains(&mark_of(&[guest.as_bytes()]));
             let rest = inside.iter().filter(|guest| !served(guest) && !knows(guest));
-            let copies = rest.filter_map(|to| Some((line.stanza.with_to(to)?, line.mark, to.clone())));
+            let copies = rest.filter_map(|to| Some((Some(line.stanza.with_to(to)?), line.mark, to.clone())));
             let copies: Vec<_> = copies.collect();
             found += u64::from(!copies.is_empty());
             copies

@@ -1321,6 +1321,39 @@ fn a_message_goes_on_where_it_was_cut() {
     assert_eq!(site.room_ends("a1"), ["one>a2 late", "one>a3", "->a1"]);
 }
 
+/// What a room said to a guest and waits crosses before the guest's leave, whoever tells of that, and not again; it is not taken for what
+/// others missed.
+#[test]
+fn what_waits_for_who_leaves_comes_first() {
+    for by_room in [true, false] {
+        let mut site = hosting_two();
+        for to in ["a1", "a2"] {
+            site.room_says("one", to);
+        }
+        let asked = site.killed();
+        site.is_inside(&asked[0]);
+        assert!(site.room_says("two", "a2").is_empty());
+        let came = match by_room {
+            true => site.local(&format!(
+                "<presence from='{MESS}/a2' to='a2@a.example/r' type='unavailable'><x xmlns='{}'><item role='none'/><status code='110'/></x></presence>",
+                ns::MUC_USER
+            )),
+            false => site.far(
+                "<presence from='a2@a.example/r' type='unavailable'></presence>",
+                &[&format!("{MESS}/a2")],
+            ),
+        };
+        let expected: &[&str] = if by_room { &["two>a2", "->a2"] } else { &["two>a2"] };
+        assert_eq!(words(&came), expected);
+        site.room_says_in("a1");
+        for line in ["one", "two"] {
+            site.room_remembers(line, "a1");
+        }
+        assert_eq!(site.room_ends("a1"), ["->a1"]);
+        assert_eq!(site.room_says("two", "a1"), ["two>a1"]);
+    }
+}
+
 /// Who enters while a room is in doubt has what was lost from the history that it gets; also if the process is killed before that is over.
 #[test]
 fn who_enters_late_has_the_history() {
