@@ -378,9 +378,12 @@ impl Inward {
         }
     }
 
-    /// Something for a local user that need not be durable: a refusal.
+    /// Something for a local user that need not be durable: a refusal. In the order of what else is for it: what we ask a room in the name
+    /// of somebody must not come after their leave.
     pub fn send_own(&mut self, pair: DomainPair, stanza: Bytes, stats: &mut RelayStats) {
-        let key = LaneKey { pair, lane: 0 };
+        let read = Stanza::parse(stanza.clone()).ok();
+        let to = read.as_ref().and_then(Stanza::to).unwrap_or_default();
+        let key = self.lane_key(pair, hash(bare(&to).as_bytes()));
         let lane = self.lanes.entry(key).or_insert_with(Lane::new);
         if lane.own >= OWN_MAX {
             return stats.dropped(Drop::AnswerQueueFull);

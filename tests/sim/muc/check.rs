@@ -432,10 +432,12 @@ fn check_way(way: &Way, declared: Declared, near: &Near, lost: &mut Lost) {
     let key = |bytes: &Bytes| {
         let stanza = xml::text(bytes);
         let of = |name| attribute(stanza, name).unwrap_or_default();
-        // A room's talk is in order, whoever speaks; what it answers comes in the order of its answers.
-        let sender = match stanza.starts_with("<iq") {
-            true => format!("iq of {}", of("from")),
-            false => bare(of("from")).to_owned(),
+        // A room's talk is in order, whoever speaks; what it answers comes in the order of its answers. Two sessions of one user are two
+        // senders (RFC 6120 §10.1): one's words may be shared with others' and wait for them.
+        let sender = match (stanza.starts_with("<iq"), is_of_room(of("from"))) {
+            (true, _) => format!("iq of {}", of("from")),
+            (false, true) => bare(of("from")).to_owned(),
+            (false, false) => of("from").to_owned(),
         };
         (sender, recipient(of("to")))
     };
@@ -566,9 +568,13 @@ fn check_whispers(way: &Way, near: &BTreeSet<String>) {
     }
 }
 
+fn is_of_room(address: &str) -> bool {
+    domain_of(address).starts_with("conference.")
+}
+
 /// Order is kept towards a session, or an account; a room hears a user in order, by whichever nick it is addressed.
 fn recipient(to: &str) -> String {
-    match domain_of(to).starts_with("conference.") {
+    match is_of_room(to) {
         true => bare(to).to_owned(),
         false => to.to_owned(),
     }
