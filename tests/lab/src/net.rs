@@ -23,7 +23,7 @@ pub const PREFIX: &str = "nw";
 const NETNS_DIR: &str = "/run/netns";
 
 /// The TUN device inside each namespace.
-const DEVICE: &str = "link0";
+const DEVICE: &str = "link";
 
 /// `TUNSETIFF`: `_IOW('T', 202, int)`, the same on all Linux architectures that Debian has.
 const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
@@ -171,14 +171,15 @@ impl Namespace {
         self.binds.push((ours.to_owned(), theirs.to_owned()));
     }
 
-    /// Makes the link's TUN device with an address here and one for the far end.
-    pub fn tun(&self, address: &str, peer: &str) -> io::Result<File> {
-        let device = self.enter(open_tun)??;
+    /// Makes the TUN device of one of its links, with an address here and one for the far end.
+    pub fn tun(&self, number: usize, address: &str, peer: &str) -> io::Result<File> {
+        let name = format!("{DEVICE}{number}");
+        let device = self.enter(|| open_tun(&name))??;
         run(
             "ip",
-            ["-n", &self.name, "addr", "add", address, "peer", peer, "dev", DEVICE],
+            ["-n", &self.name, "addr", "add", address, "peer", peer, "dev", &name],
         )?;
-        run("ip", ["-n", &self.name, "link", "set", DEVICE, "up"])?;
+        run("ip", ["-n", &self.name, "link", "set", &name, "up"])?;
         Ok(device)
     }
 
@@ -275,7 +276,7 @@ fn settle_in(namespace: i32, mounts: &[(CString, CString)], account: Option<Acco
 }
 
 /// Opens a TUN device in the namespace of the calling thread.
-fn open_tun() -> io::Result<File> {
+fn open_tun(name: &str) -> io::Result<File> {
     let node = Path::new("/dev/net/tun");
     if !node.exists() {
         // A bare container may lack the node though the kernel has the driver.
@@ -295,7 +296,7 @@ fn open_tun() -> io::Result<File> {
         })?;
     // SAFETY: an all-zero ifreq is a valid one.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (to, from) in request.ifr_name.iter_mut().zip(DEVICE.bytes()) {
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *to = from as libc::c_char;
     }
     request.ifr_ifru.ifru_flags = (libc::IFF_TUN | libc::IFF_NO_PI) as libc::c_short;

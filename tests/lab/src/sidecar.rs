@@ -35,7 +35,7 @@ const TAIL_LINES: usize = 30;
 /// A sidecar's answer to an administrator's question comes at once or not at all.
 const ADMIN_PATIENCE: Duration = Duration::from_secs(5);
 
-/// Which sidecar opens the link.
+/// Which sidecar opens the link. What is said of B holds for C.
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub enum Dial {
     /// A calls B.
@@ -47,7 +47,7 @@ pub enum Dial {
     Both,
 }
 
-/// Both sidecars of a world as a test wants them.
+/// The sidecars of a world as a test wants them.
 #[derive(Clone, Debug)]
 pub struct SidecarSpec {
     pub(crate) binary: PathBuf,
@@ -100,7 +100,7 @@ impl SidecarSpec {
         self
     }
 
-    /// Adds a line to a section of both configurations: `.yaml("legs", "collapse_window: 50ms")`.
+    /// Adds a line to a section of all configurations: `.yaml("legs", "collapse_window: 50ms")`.
     /// Further lines that belong to it carry their own indentation.
     pub fn yaml(mut self, section: &str, line: &str) -> Self {
         self.sections
@@ -110,13 +110,13 @@ impl SidecarSpec {
         self
     }
 
-    /// Adds a key outside of all sections to both configurations: `.key("profile", "hf")`.
+    /// Adds a key outside of all sections to all configurations: `.key("profile", "hf")`.
     pub fn key(mut self, key: &str, value: &str) -> Self {
         self.keys.push(format!("{key}: {value}\n"));
         self
     }
 
-    /// Sets an environment variable of both, e.g. the log filter.
+    /// Sets an environment variable of all, e.g. the log filter.
     pub fn env(mut self, key: &str, value: &str) -> Self {
         self.environment.push((key.to_owned(), value.to_owned()));
         self
@@ -136,14 +136,21 @@ pub struct Post {
     pub local_domains: Vec<String>,
     /// What the local server's certificate is checked against, if it is not self-signed.
     pub trust: Option<PathBuf>,
-    /// The peer's name.
-    pub peer: String,
-    /// The peer's domains.
-    pub peer_domains: Vec<String>,
-    /// Where the peer can be called, if we are to call it.
-    pub connect: Option<SocketAddr>,
-    /// Whether the peer calls us.
+    /// Who is at the other ends of its links.
+    pub peers: Vec<Peer>,
+    /// Whether a peer calls us.
     pub listen: bool,
+}
+
+/// Another site, as a sidecar is told of it.
+#[derive(Clone, Debug)]
+pub struct Peer {
+    /// Its name.
+    pub name: String,
+    /// Its domains.
+    pub domains: Vec<String>,
+    /// Where it can be called, if we are to call it.
+    pub connect: Option<SocketAddr>,
 }
 
 /// A sidecar at a site. Killed when dropped.
@@ -212,9 +219,9 @@ impl Sidecar {
         })
     }
 
-    /// Writes the configuration, now that the peer's key is known.
-    pub fn configure(&self, spec: &SidecarSpec, peer_public_key: &str) -> io::Result<()> {
-        write_file(&self.config_path(), &config(spec, &self.post, peer_public_key), 0o600)
+    /// Writes the configuration, now that the peers' keys are known: one for each, in their order.
+    pub fn configure(&self, spec: &SidecarSpec, peer_public_keys: &[&str]) -> io::Result<()> {
+        write_file(&self.config_path(), &config(spec, &self.post, peer_public_keys), 0o600)
     }
 
     /// Starts it, without waiting.
@@ -360,7 +367,7 @@ fn pass_on(socket: &TcpListener, command: &mut Command) {
 }
 
 /// The configuration file of one sidecar.
-fn config(spec: &SidecarSpec, post: &Post, peer_public_key: &str) -> String {
+fn config(spec: &SidecarSpec, post: &Post, peer_public_keys: &[&str]) -> String {
     let dir = post.dir.display();
     let list = |domains: &[String]| domains.join(", ");
     let mut sections: Vec<(String, Vec<String>)> = vec![
@@ -400,13 +407,16 @@ fn config(spec: &SidecarSpec, post: &Post, peer_public_key: &str) -> String {
             text += &format!("  {line}\n");
         }
     }
-    text += &format!(
-        "peers:\n  - name: {}\n    domains: [{}]\n    public_key: \"{peer_public_key}\"\n",
-        post.peer,
-        list(&post.peer_domains)
-    );
-    if let Some(address) = post.connect {
-        text += &format!("    connect: \"{address}\"\n");
+    text += "peers:\n";
+    for (peer, public_key) in post.peers.iter().zip(peer_public_keys) {
+        text += &format!(
+            "  - name: {}\n    domains: [{}]\n    public_key: \"{public_key}\"\n",
+            peer.name,
+            list(&peer.domains)
+        );
+        if let Some(address) = peer.connect {
+            text += &format!("    connect: \"{address}\"\n");
+        }
     }
     text
 }

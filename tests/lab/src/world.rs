@@ -1,5 +1,7 @@
 //! Two sites and the link between them, made from a few words and gone when dropped.
 //!
+//! A third site may stand behind a link of its own: A is a hub then, and B and C know nothing of each other.
+//!
 //! ```no_run
 //! use narrows_lab::{Ejabberd, Layout, Profile, Prosody, World};
 //!
@@ -28,16 +30,24 @@ use crate::emulator::{Link, Profile};
 use crate::failures;
 use crate::net::{Guard, Namespace};
 use crate::servers::{self, Authority, C2S_PORT, Certificate, Place, S2S_PORT, Server, ServerSpec};
-use crate::sidecar::{Dial, LEGS_PORT, LINK_PORT, Post, Sidecar, SidecarSpec};
+use crate::sidecar::{Dial, LEGS_PORT, LINK_PORT, Peer, Post, Sidecar, SidecarSpec};
 
-/// The link's addresses. Worlds do not see each other, so all have the same ones.
-const ADDRESSES: [Ipv4Addr; 2] = [Ipv4Addr::new(10, 91, 0, 1), Ipv4Addr::new(10, 91, 0, 2)];
+/// At most: the hub, and the sites behind its links.
+const SITES_MAX: usize = 3;
+
+/// The site at which all links end.
+const HUB: usize = 0;
 
 /// Not `.test`: libunbound, and so Prosody, never asks a name server for it (RFC 6761).
-const DOMAINS: [&str; 2] = ["a.example", "b.example"];
+const DOMAINS: [&str; SITES_MAX] = ["a.example", "b.example", "c.example"];
 
 /// What the sidecars call themselves.
-const SITES: [&str; 2] = ["shore", "ship"];
+const SITES: [&str; SITES_MAX] = ["shore", "ship", "island"];
+
+/// The addresses of the hub and of another site on the link between them. Worlds do not see each other, so all have the same ones.
+fn addresses(there: usize) -> [Ipv4Addr; 2] {
+    [1, 2].map(|end| Ipv4Addr::new(10, 91, there as u8 - 1, end))
+}
 
 /// How a server finds the far domains.
 #[derive(Clone, Debug)]
@@ -76,8 +86,8 @@ pub struct WorldBuilder {
     layout: Layout,
     trust: Trust,
     vouched: Option<Vouched>,
-    servers: [Option<ServerSpec>; 2],
-    users: [Vec<String>; 2],
+    servers: [Option<ServerSpec>; SITES_MAX],
+    users: [Vec<String>; SITES_MAX],
 }
 
 impl WorldBuilder {
@@ -105,6 +115,12 @@ impl WorldBuilder {
         self
     }
 
+    /// A third site, C, with this server, behind a link to A of its own.
+    pub fn site_c(mut self, server: ServerSpec) -> Self {
+        self.servers[2] = Some(server);
+        self
+    }
+
     /// Accounts at site A.
     pub fn users_a<S: Into<String>>(mut self, users: impl IntoIterator<Item = S>) -> Self {
         self.users[0].extend(users.into_iter().map(Into::into));
@@ -114,6 +130,12 @@ impl WorldBuilder {
     /// Accounts at site B.
     pub fn users_b<S: Into<String>>(mut self, users: impl IntoIterator<Item = S>) -> Self {
         self.users[1].extend(users.into_iter().map(Into::into));
+        self
+    }
+
+    /// Accounts at site C.
+    pub fn users_c<S: Into<String>>(mut self, users: impl IntoIterator<Item = S>) -> Self {
+        self.users[2].extend(users.into_iter().map(Into::into));
         self
     }
 
@@ -140,35 +162,32 @@ impl WorldBuilder {
         failures::remember();
         let guard = Guard::new(&self.name)?;
         let label = guard.label();
-        let mut namespaces = [
-            Namespace::create(&format!("{label}-a"))?,
-            Namespace::create(&format!("{label}-b"))?,
-        ];
-        let [a, b] = ADDRESSES.map(|address| address.to_string());
-        let link = Link::start(
-            namespaces[0].tun(&a, &b)?,
-            namespaces[1].tun(&b, &a)?,
-            self.profile,
-            self.seed,
-        )?;
+        let mut namespaces: Vec<Namespace> = (0..self.sites())
+            .map(|here| Namespace::create(&format!("{label}-{}", side(here))))
+            .collect::<io::Result<_>>()?;
+        let mut links = Vec::new();
+        for there in 1..self.sites() {
+            let [hub, other] = addresses(there).map(|address| address.to_string());
+            links.push(Link::start(
+                namespaces[HUB].tun(there - 1, &hub, &other)?,
+                namespaces[there].tun(0, &other, &hub)?,
+                self.profile,
+                self.seed,
+            )?);
+        }
 
         let mut dns = Vec::new();
         for (here, namespace) in namespaces.iter_mut().enumerate() {
             let dir = guard.dir().join(side(here));
             fs::create_dir_all(&dir)?;
             if self.servers.iter().any(Option::is_some) {
-                dns.push(Some(Dns::start(
-                    namespace,
-                    &dir.join("dns"),
-                    &records(&self.layout, here),
-                )?));
+                dns.push(Some(Dns::start(namespace, &dir.join("dns"), &self.records(here))?));
             } else {
                 dns.push(None);
             }
         }
 
-        let [a, b] = namespaces.map(Arc::new);
-        let namespaces = [a, b];
+        let namespaces: Vec<Arc<Namespace>> = namespaces.into_iter().map(Arc::new).collect();
         let sidecars = self.start_sidecars(guard.dir(), &namespaces)?;
         let servers = self.start_servers(guard.dir(), &namespaces, &sidecars)?;
 
@@ -182,46 +201,80 @@ impl WorldBuilder {
                 namespace: Arc::clone(&namespaces[here]),
                 dir: guard.dir().join(side(here)),
                 domain: DOMAINS[here].to_owned(),
-                address: ADDRESSES[here],
+                address: addresses(here.max(1))[here.min(1)],
                 users: self.users[here].clone(),
             })
         };
-        match (site(), site()) {
-            (Some(a), Some(b)) => Ok(World { a, b, link, guard }),
-            _ => unreachable!("there are two of each part"),
+        let mut links = links.into_iter();
+        match (site(), site(), links.next()) {
+            (Some(a), Some(b), Some(link)) => Ok(World {
+                a,
+                b,
+                link,
+                c: site().zip(links.next()),
+                guard,
+            }),
+            _ => unreachable!("there are at least two sites, with a link"),
         }
     }
 
-    /// Both keys are made before either configuration is written: each holds the other's public key.
-    fn start_sidecars(&self, dir: &Path, namespaces: &[Arc<Namespace>; 2]) -> io::Result<Vec<Option<Sidecar>>> {
+    fn sites(&self) -> usize {
+        match self.servers[2] {
+            Some(_) => SITES_MAX,
+            None => SITES_MAX - 1,
+        }
+    }
+
+    /// The sites at the other ends of a site's links.
+    fn beyond(&self, here: usize) -> Vec<usize> {
+        match here {
+            HUB => (1..self.sites()).collect(),
+            _ => vec![HUB],
+        }
+    }
+
+    /// All keys are made before any configuration is written: each holds the others' public keys.
+    fn start_sidecars(&self, dir: &Path, namespaces: &[Arc<Namespace>]) -> io::Result<Vec<Option<Sidecar>>> {
         let Layout::Sidecar(spec) = &self.layout else {
-            return Ok(vec![None, None]);
+            return Ok(namespaces.iter().map(|_| None).collect());
         };
         let trust = self.lab_authority(dir)?.map(|authority| authority.certificate());
         let mut sidecars = Vec::new();
         for (here, namespace) in namespaces.iter().enumerate() {
-            let there = 1 - here;
             let calls = match spec.dial {
-                Dial::AToB => here == 0,
-                Dial::BToA => here == 1,
+                Dial::AToB => here == HUB,
+                Dial::BToA => here != HUB,
                 Dial::Both => true,
             };
             let called = spec.dial == Dial::Both || !calls;
+            let peer = |there: usize| {
+                let [hub, other] = addresses(here.max(there));
+                let address = if there == HUB { hub } else { other };
+                Peer {
+                    name: SITES[there].to_owned(),
+                    domains: domains(there),
+                    connect: calls.then(|| SocketAddr::from((address, LINK_PORT))),
+                }
+            };
             let post = Post {
                 namespace: Arc::clone(namespace),
                 dir: dir.join(side(here)).join("sidecar"),
                 site: SITES[here].to_owned(),
                 local_domains: domains(here),
                 trust: trust.clone(),
-                peer: SITES[there].to_owned(),
-                peer_domains: domains(there),
-                connect: calls.then(|| SocketAddr::from((ADDRESSES[there], LINK_PORT))),
+                peers: self.beyond(here).into_iter().map(peer).collect(),
                 listen: called,
             };
             sidecars.push(Sidecar::prepare(spec, post)?);
         }
-        sidecars[0].configure(spec, sidecars[1].public_key())?;
-        sidecars[1].configure(spec, sidecars[0].public_key())?;
+        for (here, sidecar) in sidecars.iter().enumerate() {
+            let keys: Vec<&str> = self
+                .beyond(here)
+                .into_iter()
+                .map(|there| sidecars[there].public_key())
+                .collect();
+            sidecar.configure(spec, &keys)?;
+        }
         // They must listen before a server speaks: ejabberd backs off up to 300 s from a refused connection.
         for sidecar in &sidecars {
             sidecar.launch()?;
@@ -235,7 +288,7 @@ impl WorldBuilder {
     fn start_servers(
         &self,
         dir: &Path,
-        namespaces: &[Arc<Namespace>; 2],
+        namespaces: &[Arc<Namespace>],
         sidecars: &[Option<Sidecar>],
     ) -> io::Result<Vec<Option<Server>>> {
         let authority = self.lab_authority(dir)?;
@@ -265,7 +318,7 @@ impl WorldBuilder {
             };
             starts.push(Some((spec, place)));
         }
-        // Both at once: an ejabberd takes seconds, and there are two cores.
+        // All at once: an ejabberd takes seconds, and there are two cores.
         std::thread::scope(|scope| {
             let start = |(spec, place)| scope.spawn(|| Server::start(spec, place));
             let threads: Vec<_> = starts.into_iter().map(|each| each.map(start)).collect();
@@ -276,6 +329,36 @@ impl WorldBuilder {
             };
             threads.into_iter().map(finish).collect()
         })
+    }
+
+    /// What the name server of a site knows.
+    fn records(&self, here: usize) -> Vec<Record> {
+        let mut records = Vec::new();
+        for domain in domains(here) {
+            records.push(Record::a(domain, Ipv4Addr::LOCALHOST));
+        }
+        for there in self.beyond(here) {
+            let [hub, other] = addresses(here.max(there));
+            for domain in domains(there) {
+                match &self.layout {
+                    Layout::Direct => {
+                        records.push(Record::srv("_xmpp-server", &domain, &domain, S2S_PORT));
+                        records.push(Record::a(&domain, if there == HUB { hub } else { other }));
+                    }
+                    Layout::Sidecar(spec) => {
+                        let target = format!("narrows.{}", DOMAINS[here]);
+                        if spec.direct_tls {
+                            records.push(Record::srv("_xmpps-server", &domain, &target, LEGS_PORT));
+                        }
+                        records.push(Record::srv("_xmpp-server", &domain, &target, LEGS_PORT));
+                    }
+                }
+            }
+        }
+        if let Layout::Sidecar(_) = self.layout {
+            records.push(Record::a(format!("narrows.{}", DOMAINS[here]), Ipv4Addr::LOCALHOST));
+        }
+        records
     }
 
     fn vouched(&self) -> Vouched {
@@ -302,7 +385,7 @@ impl WorldBuilder {
 }
 
 fn side(here: usize) -> &'static str {
-    ["a", "b"][here]
+    ["a", "b", "c"][here]
 }
 
 fn conference(here: usize) -> String {
@@ -311,33 +394,6 @@ fn conference(here: usize) -> String {
 
 fn domains(here: usize) -> Vec<String> {
     vec![DOMAINS[here].to_owned(), conference(here)]
-}
-
-/// What the name server of a site knows.
-fn records(layout: &Layout, here: usize) -> Vec<Record> {
-    let mut records = Vec::new();
-    for domain in domains(here) {
-        records.push(Record::a(domain, Ipv4Addr::LOCALHOST));
-    }
-    for domain in domains(1 - here) {
-        match layout {
-            Layout::Direct => {
-                records.push(Record::srv("_xmpp-server", &domain, &domain, S2S_PORT));
-                records.push(Record::a(&domain, ADDRESSES[1 - here]));
-            }
-            Layout::Sidecar(spec) => {
-                let target = format!("narrows.{}", DOMAINS[here]);
-                if spec.direct_tls {
-                    records.push(Record::srv("_xmpps-server", &domain, &target, LEGS_PORT));
-                }
-                records.push(Record::srv("_xmpp-server", &domain, &target, LEGS_PORT));
-            }
-        }
-    }
-    if let Layout::Sidecar(_) = layout {
-        records.push(Record::a(format!("narrows.{}", DOMAINS[here]), Ipv4Addr::LOCALHOST));
-    }
-    records
 }
 
 /// One site: a namespace, and what runs in it.
@@ -470,6 +526,8 @@ pub struct World {
     pub b: Site,
     /// What joins them.
     pub link: Link,
+    /// The third site, and what joins it to A, if there is one.
+    pub c: Option<(Site, Link)>,
     guard: Guard,
 }
 
@@ -483,8 +541,8 @@ impl World {
             layout: Layout::Direct,
             trust: Trust::default(),
             vouched: None,
-            servers: [None, None],
-            users: [Vec::new(), Vec::new()],
+            servers: Default::default(),
+            users: Default::default(),
         }
     }
 
@@ -503,7 +561,14 @@ impl Drop for World {
     fn drop(&mut self) {
         // A test that fails shows what the servers had to say, and then once more why it failed.
         if std::thread::panicking() {
-            eprintln!("{}{}{}", self.a.log_tails(), self.b.log_tails(), failures::remembered());
+            let c = self.c.as_ref().map(|(site, _)| site.log_tails());
+            eprintln!(
+                "{}{}{}{}",
+                self.a.log_tails(),
+                self.b.log_tails(),
+                c.unwrap_or_default(),
+                failures::remembered()
+            );
         }
     }
 }
