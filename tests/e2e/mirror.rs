@@ -18,11 +18,11 @@ use narrows_lab::{
 use crate::{
     cast::{enter, make_room, sign_in},
     faults::{held_pair, unthrottled},
+    seen::{PATIENCE, heard_times, hears, presence_of, sees, was_put_out},
     stage::{in_company, world},
 };
 
 const HOLD: Duration = Duration::from_secs(4);
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// How exactly a stamp tells the time.
 const STAMP_STEP: Duration = Duration::from_secs(1);
@@ -33,74 +33,6 @@ enum Blow {
     None,
     /// Both are killed before the split is declared, and again when it is.
     Kills,
-}
-
-fn presence_of(
-    client: &Client,
-    what: &str,
-    occupant: &str,
-    kind: &str,
-    patience: Duration,
-) -> Outcome<narrows_lab::client::Stanza> {
-    client.expect(&format!("{what}, for {}", client.user()), patience, |stanza| {
-        stanza.is_presence() && stanza.from() == occupant && stanza.kind() == kind
-    })
-}
-
-fn hears(client: &Client, body: &str) -> Outcome {
-    let wanted = |stanza: &narrows_lab::client::Stanza| stanza.is_message() && stanza.body().as_deref() == Some(body);
-    client
-        .expect(&format!("{body:?}, for {}", client.user()), PATIENCE, wanted)
-        .map(drop)
-}
-
-/// How often a body was heard.
-fn heard_times(client: &Client, body: &str) -> usize {
-    let transcript = client.transcript();
-    transcript
-        .iter()
-        .filter(|stanza| stanza.is_message() && stanza.kind() != "error" && stanza.body().as_deref() == Some(body))
-        .count()
-}
-
-/// Who a client thinks is in the room, after all it was told.
-fn roster(client: &Client, room: &str) -> BTreeSet<String> {
-    let mut here = BTreeSet::new();
-    for stanza in client.transcript() {
-        if let Some(nick) = stanza.from().strip_prefix(&format!("{room}/"))
-            && stanza.is_presence()
-        {
-            match stanza.kind() {
-                "" => here.insert(nick.to_owned()),
-                "unavailable" => here.remove(nick),
-                _ => false,
-            };
-        }
-    }
-    here
-}
-
-/// Waits until a client thinks that these are in the room.
-fn sees(client: &Client, room: &str, everybody: &BTreeSet<String>) -> Outcome {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        let here = roster(client, room);
-        if here == *everybody {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            return Err(Failure(format!("{} sees {here:?}", client.user())));
-        }
-        sleep(Duration::from_millis(50));
-    }
-}
-
-/// Whether a client was ever told that it is out itself.
-fn was_put_out(client: &Client) -> bool {
-    let transcript = client.transcript();
-    transcript
-        .iter()
-        .any(|stanza| stanza.is_presence() && stanza.kind() == "unavailable" && stanza.has_status("110"))
 }
 
 /// When a stanza was said, if it tells (XEP-0203).
