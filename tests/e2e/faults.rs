@@ -18,7 +18,9 @@ use std::{
 };
 
 use narrows_lab::{
-    Ejabberd, Layout, Profile, Prosody, ServerSpec, SidecarSpec, Site, World, client::Outcome, scenario::Dice,
+    Ejabberd, Layout, Profile, Prosody, ServerSpec, SidecarSpec, Site, World,
+    client::{Failure, Outcome},
+    scenario::Dice,
 };
 
 use crate::{
@@ -89,6 +91,24 @@ fn kill(site: &Site, dice: &mut Dice, blows: &mut Blows) {
     blows.killed.push((site.domain().to_owned(), at, at.elapsed()));
     sleep(Duration::from_millis(dice.below(1000) as u64));
     site.sidecar().start_again().expect("the sidecar starts again");
+}
+
+/// Ends a sidecar as a power cut would, when its server is not setting up a stream to it: what Prosody has queued for a stream that fails
+/// then, it returns to the room, and the room puts those occupants out. README.md tells it.
+pub fn kill_set_up(site: &Site) -> Outcome {
+    let deadline = Instant::now() + SETTLE;
+    loop {
+        let metrics = site.sidecar().metrics()?;
+        let legs = |state: &str| metrics.sum("narrows_legs", &["leg=\"receiving\"", &format!("state=\"{state}\"")]);
+        if legs("negotiating") == 0.0 && legs("ready") > 0.0 {
+            site.sidecar().kill9()?;
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(Failure("the server's stream is not set up".to_owned()));
+        }
+        sleep(Duration::from_millis(50));
+    }
 }
 
 /// Kills and cuts until everything is said, and leaves everything whole.

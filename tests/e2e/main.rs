@@ -19,5 +19,6 @@ mod reload;
 mod restarts;
 mod seen;
 mod stage;
+mod states;
 mod tail;
 mod watching;

@@ -6,7 +6,7 @@
 use std::{
     collections::BTreeSet,
     thread::sleep,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, SystemTime},
 };
 
 use narrows_lab::{
@@ -17,7 +17,7 @@ use narrows_lab::{
 
 use crate::{
     cast::{enter, make_room, sign_in},
-    faults::{held_pair, unthrottled},
+    faults::{held_pair, kill_set_up, unthrottled},
     seen::{PATIENCE, heard_times, hears, presence_of, sees, was_put_out},
     stage::{in_company, world},
 };
@@ -41,23 +41,10 @@ fn stamp_of(stanza: &narrows_lab::client::Stanza) -> Option<SystemTime> {
     humantime::parse_rfc3339(stamp).ok()
 }
 
-/// Kills both, when no server is setting up a stream to one of them: what Prosody has queued for a stream that fails then, it returns to
-/// the room, and the room puts those occupants out. That is no matter of the split; README.md tells it.
+/// Kills both, one after the other.
 fn kill_both(world: &World) -> Outcome {
     for site in [&world.a, &world.b] {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            let metrics = site.sidecar().metrics()?;
-            let legs = |state: &str| metrics.sum("narrows_legs", &["leg=\"receiving\"", &format!("state=\"{state}\"")]);
-            if legs("negotiating") == 0.0 && legs("ready") > 0.0 {
-                break;
-            }
-            if Instant::now() > deadline {
-                return Err(Failure("the server's stream is not set up".to_owned()));
-            }
-            sleep(Duration::from_millis(50));
-        }
-        site.sidecar().kill9()?;
+        kill_set_up(site)?;
         site.sidecar().start_again()?;
     }
     Ok(())
