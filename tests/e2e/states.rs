@@ -269,10 +269,10 @@ impl<'w> Play<'w> {
         }
         let mut again = BTreeSet::new();
         for round in 1.. {
-            for index in 0..USERS.len() {
+            for (index, (_, user)) in USERS.into_iter().enumerate() {
                 if self.is_out(index) {
                     self.enter_again(index)?;
-                    again.insert(USERS[index].1);
+                    again.insert(user);
                 }
             }
             let first = self.words.len();
