@@ -99,6 +99,18 @@ fn below(element: &mut Element, values: &mut Vec<(Volatile, String)>) {
     }
 }
 
+/// Takes out the ids that a room gives, and puts the rest into an order of its own.
+pub fn drop_given_ids(stanza: &mut Element) {
+    let is_given = |node: &Node| {
+        matches!(node, Node::Element(element) if matches!(
+            (element.ns.as_str(), element.name.as_str()),
+            (SID, "stanza-id") | (MAM_TMP, "archived") | (OCCUPANT_ID, "occupant-id")
+        ))
+    };
+    stanza.children.retain(|node| !is_given(node));
+    sort(&mut stanza.children, |_| true);
+}
+
 /// Sorts every run of such elements among themselves.
 fn sort(children: &mut [Node], is_of_set: impl Fn(&Element) -> bool) {
     let is_of_set = |node: &Node| matches!(node, Node::Element(element) if is_of_set(element));
