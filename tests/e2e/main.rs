@@ -11,6 +11,7 @@ mod faults;
 mod hub;
 mod management;
 mod mirror;
+mod occupants;
 mod one_copy;
 mod outage;
 mod profiles;
