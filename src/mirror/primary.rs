@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
+    ops::Bound,
     time::Duration,
 };
 
@@ -46,6 +47,22 @@ struct Guest {
     verify_at: Mono,
 }
 
+/// What a room was asked about a guest.
+#[derive(Debug)]
+struct Asked {
+    room: String,
+    address: String,
+    question: Question,
+}
+
+#[derive(Debug)]
+enum Question {
+    /// Whether the guest of this nick is inside (XEP-0410).
+    IsInside { nick: String },
+    /// Whether there is such a room at all: it has said that nobody in it has the guest's nick.
+    IsThere,
+}
+
 #[derive(Debug)]
 pub struct Primary {
     local: Vec<Domain>,
@@ -53,8 +70,8 @@ pub struct Primary {
     epoch: Epoch,
     /// By room, then by full address.
     rooms: BTreeMap<String, BTreeMap<String, Guest>>,
-    /// Questions that the room has not answered, by id: the room, who it was asked about, and by which nick.
-    asked: BTreeMap<String, (String, String, String)>,
+    /// Questions that the room has not answered, by id.
+    asked: BTreeMap<String, Asked>,
     asked_last: u64,
     next_burst: Option<Mono>,
     /// No guest is to be asked about before: those in their rooms are many, and looked through only then.
@@ -293,7 +310,13 @@ impl Primary {
                     }
                     Some("unavailable") if guests.contains_key(to) => {
                         let muc = MucUser::of(&node_of(&stanza)).unwrap_or_default();
-                        if muc.is_own_leave() {
+                        // The presence under the new nick may be lost with a process.
+                        if let Some(new) = muc.new_nick().filter(|_| muc.is_self())
+                            && let Some(guest) = guests.get_mut(to)
+                        {
+                            new.clone_into(&mut guest.nick);
+                            self.write(name, to, now);
+                        } else if muc.is_own_leave() {
                             let waits = self.tails.holds_words();
                             self.remove(name, to, now);
                             // After what has waited for it.
@@ -424,20 +447,33 @@ impl Primary {
             .map(|(room, address, _)| (room.clone(), address.clone()))
             .collect();
         self.asked
-            .retain(|_, (room, address, _)| !again.contains(&(room.clone(), address.clone())));
+            .retain(|_, asked| !again.contains(&(asked.room.clone(), asked.address.clone())));
         for (room, address, nick) in due {
-            self.asked_last += 1;
-            let id = format!("{}{:x}", self.id_prefix(), self.asked_last);
-            let ping = format!(
-                "<iq type='get' from='{}' to='{}' id='{id}'><ping xmlns='{}'/></iq>",
-                escape_attribute(&address),
-                escape_attribute(&format!("{room}/{nick}")),
-                ns::PING
-            );
-            if let Ok(ping) = Stanza::parse(ping.into()) {
-                self.asked.insert(id, (room, address, nick));
-                self.outputs.push_back(Output::Ask(ping));
-            }
+            self.ask(room, address, Question::IsInside { nick });
+        }
+    }
+
+    /// Asks a room in the name of a guest.
+    fn ask(&mut self, room: String, address: String, question: Question) {
+        self.asked_last += 1;
+        let id = format!("{}{:x}", self.id_prefix(), self.asked_last);
+        let (to, payload) = match &question {
+            Question::IsInside { nick } => (format!("{room}/{nick}"), format!("<ping xmlns='{}'/>", ns::PING)),
+            Question::IsThere => (room.clone(), format!("<query xmlns='{}'/>", ns::DISCO_INFO)),
+        };
+        let iq = format!(
+            "<iq type='get' from='{}' to='{}' id='{id}'>{payload}</iq>",
+            escape_attribute(&address),
+            escape_attribute(&to),
+        );
+        if let Ok(iq) = Stanza::parse(iq.into()) {
+            let asked = Asked {
+                room,
+                address,
+                question,
+            };
+            self.asked.insert(id, asked);
+            self.outputs.push_back(Output::Ask(iq));
         }
     }
 
@@ -452,7 +488,12 @@ impl Primary {
 
     /// A room has answered a question of ours.
     fn answered(&mut self, id: &str, answer: &Stanza, from: &str, now: Now) {
-        let Some((room, address, nick)) = self.asked.remove(id) else {
+        let Some(Asked {
+            room,
+            address,
+            question,
+        }) = self.asked.remove(id)
+        else {
             return;
         };
         let Some(guest) = self.rooms.get(&room).and_then(|guests| guests.get(&address)) else {
@@ -461,29 +502,54 @@ impl Primary {
         if bare(from) != room || !guest.joined {
             return;
         }
-        if !answer.is_error() && self.tails.is_suspected(&room) {
-            return self.enter_again(&room, &address);
+        // The nick's change may have been on its way when we asked: the next question is about the new one.
+        let is_of_nick = |nick: &String| guest.nick == *nick;
+        match question {
+            Question::IsInside { .. } if !answer.is_error() => {
+                if self.tails.is_suspected(&room) {
+                    self.enter_again(&room, &address);
+                }
+            }
+            Question::IsInside { nick } if says(answer, "not-acceptable") && is_of_nick(&nick) => {
+                self.lose(&room, &address, now);
+            }
+            // XEP-0410 §3.3: the guest is in, and has another nick, which we may not have heard of. Or there is no such room any more.
+            Question::IsInside { nick } if says(answer, "item-not-found") && is_of_nick(&nick) => {
+                self.ask_another(&room, &address, now);
+                self.ask(room, address, Question::IsThere);
+            }
+            Question::IsThere if says(answer, "item-not-found") => self.lose(&room, &address, now),
+            Question::IsInside { .. } | Question::IsThere => {}
         }
-        // XEP-0410 §3.3: nobody has that nick, because its change was on its way when we asked. The next question is about the new one.
-        if guest.nick != nick || !is_stranger(answer) {
+    }
+
+    /// A room does not have this guest any more, and has not said so.
+    fn lose(&mut self, room: &str, address: &str, now: Now) {
+        let Some(guest) = self.rooms.get(room).and_then(|guests| guests.get(address)) else {
             return;
-        }
+        };
         self.ghosts += 1;
         let occupant = format!("{room}/{}", guest.nick);
         // As the room would have said it, had it known to whom.
         let (template, to_at) = lost_presence(&occupant, &MucUser::gone(), &[SELF_PRESENCE, LOST]);
-        let told = Stanza::join(&template, to_at as usize, &to_attribute(&address));
-        self.remove(&room, &address, now);
+        let told = Stanza::join(&template, to_at as usize, &to_attribute(address));
+        self.remove(room, address, now);
         if let Ok(told) = Stanza::parse(told) {
             self.outputs.push_back(Output::Cross(told));
         }
-        // Another may be asked about in its place.
-        let others = self.rooms.get(&room).into_iter().flatten();
-        let mut others = others
-            .filter(|(_, guest)| guest.joined)
+        self.ask_another(room, address, now);
+    }
+
+    /// Of a room whose last words are in doubt, the next guest may be asked about in the place of this one.
+    fn ask_another(&mut self, room: &str, address: &str, now: Now) {
+        let after = (Bound::Excluded(address), Bound::Unbounded);
+        let guests = self.rooms.get(room).into_iter();
+        let mut others = guests.flat_map(|guests| guests.range::<str, _>(after));
+        let other = others
+            .find(|(_, guest)| guest.joined)
             .map(|(address, _)| address.clone());
-        if let Some(other) = others.next().filter(|_| self.tails.is_suspected(&room)) {
-            self.verify_now(&room, &other, now);
+        if let Some(other) = other.filter(|_| self.tails.is_suspected(room)) {
+            self.verify_now(room, &other, now);
         }
     }
 
@@ -533,17 +599,10 @@ impl Primary {
     }
 }
 
-/// XEP-0410 §3.3: the answers that mean "you are not in the room".
-fn is_stranger(answer: &Stanza) -> bool {
-    if !answer.is_error() {
-        return false;
-    }
-    let node = node_of(answer);
-    node.child(ns::SERVER, "error").is_some_and(|error| {
-        ["not-acceptable", "item-not-found"]
-            .iter()
-            .any(|name| error.child(ns::STANZA_ERRORS, name).is_some())
-    })
+/// Whether this is the error that an answer gives.
+fn says(answer: &Stanza, condition: &str) -> bool {
+    let error = || node_of(answer).child(ns::SERVER, "error").cloned();
+    answer.is_error() && error().is_some_and(|error| error.child(ns::STANZA_ERRORS, condition).is_some())
 }
 
 fn is_of(room: &str, domain: &Domain) -> bool {

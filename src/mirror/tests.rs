@@ -650,6 +650,37 @@ fn an_occupant_is_not_given_up_for_a_doubt() {
     assert_eq!(site.mirror.levels().guests, 1);
 }
 
+/// The room says that nobody has the nick: it may be that the change to another was lost with a process, or that the room is gone, and
+/// only then its guests are out. A change of which half was lost is followed.
+#[test]
+fn a_guest_under_another_nick_is_not_given_up() {
+    let error = |question: &Stanza, condition: &str| {
+        format!(
+            "<iq type='error' id='{}' from='{}' to='a1@a.example/r'><error type='cancel'><{condition} xmlns='{}'/></error></iq>",
+            question.id().unwrap(),
+            question.to().unwrap(),
+            ns::STANZA_ERRORS
+        )
+    };
+    for (condition, is_lost) in [("forbidden", false), ("item-not-found", true)] {
+        let mut site = hosting();
+        let changed = format!(
+            "<presence from='{MESS}/a1' to='a1@a.example/r' type='unavailable'><x xmlns='{}'><item role='participant' nick='a9'/>\
+             <status code='303'/><status code='110'/></x></presence>",
+            ns::MUC_USER
+        );
+        assert_eq!(site.local(&changed).crossed.len(), 1);
+        let asked = site.pass(301).asked;
+        let is_inside = stanza(&asked[0]);
+        assert_eq!(is_inside.to().as_deref(), Some(&*format!("{MESS}/a9")));
+        let asked = site.local(&error(&is_inside, "item-not-found")).asked;
+        assert!(has(&asked, &["disco#info", &format!("to='{MESS}'")]), "{asked:?}");
+        let seen = site.local(&error(&stanza(&asked[0]), condition));
+        assert_eq!(seen.crossed.len(), usize::from(is_lost));
+        assert_eq!(site.mirror.levels().guests, usize::from(!is_lost));
+    }
+}
+
 /// A row that cannot be read is dropped, and its room passes as it is.
 #[test]
 fn an_unreadable_row_is_dropped() {
@@ -1300,6 +1331,22 @@ fn lost_words_are_found() {
     }
     assert_eq!(site.room_ends("a1"), ["->a1"]);
     assert_eq!(site.room_remembers("five", "a1"), ["five>a1 late"]);
+}
+
+/// Of a guest that has another nick than we know its room cannot be asked anything: another one is asked about.
+#[test]
+fn another_asks_for_who_has_another_nick() {
+    let mut site = hosting_two();
+    site.room_says("one", "a1");
+    let asked = stanza(&site.killed()[0]);
+    let error = format!(
+        "<iq type='error' id='{}' from='{MESS}/a1' to='a1@a.example/r'><error type='cancel'><item-not-found xmlns='{}'/></error></iq>",
+        asked.id().unwrap(),
+        ns::STANZA_ERRORS
+    );
+    site.local(&error);
+    let asked = site.pass(0).asked;
+    assert!(has(&asked, &["from='a2@a.example/r'", "urn:xmpp:ping"]), "{asked:?}");
 }
 
 /// A server may write a message copy by copy, and to the next process what the one that was killed had not to be sent: those between get

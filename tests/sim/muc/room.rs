@@ -1289,6 +1289,10 @@ impl Room {
     /// A question to an occupant (§17.3): passed to one of its sessions under an id of the room's own, or answered by the room if
     /// the occupant asks itself (XEP-0410).
     fn relay_question(&mut self, from: &str, nick: &str, stanza: &str, tools: &mut Tools<'_>) {
+        if !self.exists {
+            let text = "Conference room does not exist";
+            return self.refuse(stanza, "cancel", "item-not-found", text, tools);
+        }
         let Some(own) = self.nick_of(from).map(str::to_owned) else {
             let (kind, text) = match tools.flavour {
                 Flavour::Prosody => ("cancel", "You are not currently connected to this chat"),

@@ -592,7 +592,8 @@ impl World {
                     self.servers[site].route(bytes, self.now.wall, &mut self.random);
                     self.settle(site);
                 }
-                Event::Stored(_) | Event::Committed(_) => {}
+                Event::Stored(entry) => self.trace((pair, end), "stores", &String::from_utf8_lossy(&entry)),
+                Event::Committed(_) => {}
                 Event::Refused => panic!("nothing here is poison"),
                 Event::Closed(LinkClose::Error(LinkError::PeerSilent { .. })) => {}
                 Event::Closed(why) => panic!("pair {pair}, end {end}: {why:?}"),
