@@ -173,7 +173,9 @@ impl Mirror {
             .sessions_of(&session.nick)
             .filter(|address| *address != from)
             .count();
-        let versions = room.occupants.get(&session.nick).cloned().unwrap_or_default();
+        // Whom the room has not let in yet nobody has seen: who has that nick may be another.
+        let shown = room.occupants.get(&session.nick).filter(|_| session.joined);
+        let versions = shown.cloned().unwrap_or_default();
         let occupant = format!("{name}/{}", session.nick);
         // Who has not heard of the room that it is in, hears both from it.
         let mut told = BTreeSet::new();
@@ -191,7 +193,7 @@ impl Mirror {
                 }
             }
         }
-        if others == 0 {
+        if others == 0 && session.joined {
             room.occupants.remove(&session.nick);
         }
         if !told.is_empty() {

@@ -12,7 +12,7 @@ use narrows::stanza::{bare, domain_of, resource_of};
 use super::{
     client::{Client, View},
     room::Room,
-    world::{Faults, Way, World, may_be_forgotten},
+    world::{Faults, Sent, Way, World, may_be_forgotten},
     xml::{self, attribute, child, elements, has_status, inner, muc_user, name},
 };
 
@@ -347,6 +347,10 @@ impl World {
                     if self.faults.mirror && room.keeps_from_some {
                         let shown = view.shown.values_mut().chain(told.shown.values_mut());
                         shown.for_each(|shown| shown.show.clear());
+                        // Nor does it say to all that one has left, who was shown near by as leaving.
+                        let is_seen =
+                            |nick: &String| view.shown.contains_key(nick) || room.occupants.contains_key(nick);
+                        told.shown.retain(|nick, _| is_seen(nick));
                     }
                     assert_eq!(view, told, "{} was told otherwise by {}", client.jid, room.jid);
                 }
@@ -499,21 +503,20 @@ fn is_own_leave(stanza: &str) -> Option<&str> {
 struct Near {
     /// The words of private messages that were given out there. No two are the same.
     whispers: BTreeSet<String>,
-    /// Who may not speak and was told so there, and under which id it was said.
-    refused: BTreeSet<(String, String)>,
+    /// What those said who may not speak and were told so there.
+    refused: BTreeSet<Bytes>,
 }
 
 impl Near {
     fn of(way: &Way, back: &Way) -> Self {
         Self {
             whispers: &whispers(way, back) | &whispers(back, way),
-            refused: &refusals(back) - &brought(way),
+            refused: refused_near(way, back),
         }
     }
 
     fn has_settled(&self, bytes: &Bytes) -> bool {
-        whisper(bytes).is_some_and(|words| self.whispers.contains(words))
-            || speech(bytes).is_some_and(|said| self.refused.contains(&said))
+        whisper(bytes).is_some_and(|words| self.whispers.contains(words)) || self.refused.contains(bytes)
     }
 }
 
@@ -540,19 +543,35 @@ fn speech(bytes: &Bytes) -> Option<(String, String)> {
     is_speech.then(|| (of("from"), of("id")))
 }
 
-fn brought(way: &Way) -> BTreeSet<(String, String)> {
-    way.heard.iter().filter_map(speech).collect()
-}
-
-/// Whom `back` told that they may not speak, though the room never said so.
-fn refusals(back: &Way) -> BTreeSet<(String, String)> {
-    let refused = |bytes: &Bytes| {
+/// What was not brought to a room because `back` told its author that he may not speak, though the room never said so: as often as he was
+/// told, for some words have no id.
+fn refused_near(way: &Way, back: &Way) -> BTreeSet<Bytes> {
+    let refusal = |bytes: &Bytes| {
         let stanza = xml::text(bytes);
         let of = |name| attribute(stanza, name).unwrap_or_default().to_owned();
         (name(stanza) == "message" && stanza.contains("<forbidden ")).then(|| (of("to"), of("id")))
     };
-    let said: BTreeSet<_> = back.sent.iter().filter_map(|sent| refused(&sent.bytes)).collect();
-    &back.heard.iter().filter_map(refused).collect::<BTreeSet<_>>() - &said
+    let mut told: BTreeMap<(String, String), i64> = BTreeMap::new();
+    for key in back.heard.iter().filter_map(refusal) {
+        *told.entry(key).or_default() += 1;
+    }
+    for key in back.sent.iter().filter_map(|sent| refusal(&sent.bytes)) {
+        *told.entry(key).or_default() -= 1;
+    }
+    let body = |bytes: &Bytes| child(xml::text(bytes), "body").map(str::to_owned);
+    let brought: BTreeSet<String> = way.heard.iter().filter_map(body).collect();
+    let mut refused = BTreeSet::new();
+    for Sent { bytes, .. } in &way.sent {
+        if let Some(times) = speech(bytes)
+            .and_then(|key| told.get_mut(&key))
+            .filter(|times| **times > 0)
+            && body(bytes).is_some_and(|body| !brought.contains(&body))
+        {
+            *times -= 1;
+            refused.insert(bytes.clone());
+        }
+    }
+    refused
 }
 
 /// Each session hears a whisper once, from a room.

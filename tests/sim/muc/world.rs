@@ -15,7 +15,7 @@ use narrows::{
         class::{Class, Classes},
         journal::Model,
     },
-    relay::{LegId, LinkClose, Settings},
+    relay::{LegId, LinkClose, Relay, Settings},
     stanza::{Domain, DomainPair, Kind, Stanza, bare, domain_of},
     time::{Mono, Now, Wall},
 };
@@ -72,6 +72,8 @@ pub struct Way {
     begun: BTreeMap<(String, Kind), BTreeMap<u64, Mono>>,
     /// From which words, and when, a relay that has only listened can first know who is in a room; and whom it then knows.
     known: BTreeMap<String, (u64, Mono)>,
+    /// A process has begun that may ask rooms what they have said last.
+    asked_until: Option<Mono>,
     reached: BTreeSet<(String, String)>,
 }
 
@@ -121,6 +123,9 @@ const STEPS: usize = 700;
 /// an acknowledgement waits 5 s.
 const REST_MAX: Duration = Duration::from_secs(60);
 const REDIAL: Duration = Duration::from_secs(10);
+
+/// So long a room may be asked for its last words.
+const ASKED_MAX: Duration = Duration::from_secs(10);
 
 /// Here every presence is compared, so none may be overtaken or replaced. What gives way to a newer one is seen in the other worlds.
 fn every_presence_counts() -> Rule {
@@ -270,7 +275,7 @@ impl World {
         self.rest();
         for (pair, ways) in self.pairs.iter().zip(&mut self.ways) {
             for (end, way) in pair.ends.iter().zip(ways) {
-                way.casts += end.relay.stats().casts;
+                way.note_casts(&end.relay);
             }
         }
     }
@@ -377,7 +382,8 @@ impl World {
         out.begun.clear();
         out.known.clear();
         out.reached.clear();
-        out.casts += self.pairs[pair].ends[end].relay.stats().casts;
+        out.asked_until = self.faults.mirror.then(|| self.now.mono + ASKED_MAX);
+        out.note_casts(&self.pairs[pair].ends[end].relay);
         let marked = self.pairs[pair].ends[end].marked();
         self.ways[pair][1 - end].doubtful.extend(marked);
         self.pairs[pair].start_process(end, self.now);
@@ -665,6 +671,13 @@ impl World {
 }
 
 impl Way {
+    /// What a relay has made of it. Who is told that it is out of a room is told that alone, and what is found was not sent.
+    fn note_casts(&mut self, relay: &Relay) {
+        let stats = relay.mirror().stats();
+        self.casts += relay.stats().casts;
+        self.casts_due += stats.ghosts + stats.found;
+    }
+
     /// P2: how many casts this may cost at most. Copies of one broadcast share one while their window is open.
     fn note_cast(&mut self, stanza: &Stanza, event: u64, now: Mono, window: Duration) {
         let (template, ..) = stanza.split_to().expect("servers say whom it is for");
@@ -701,6 +714,11 @@ impl Way {
             stanza_type.as_deref(),
             None | Some("groupchat" | "unavailable" | "normal")
         );
+        // In a room that is not known yet, nobody's own presence waits for that of another session of the same nick.
+        let is_own = stanza.kind() == Kind::Presence && stanza.has_muc_status("110");
+        // Words of a room that is asked for what was lost wait there; of a hearer that leaves meanwhile they go ahead.
+        let is_asked = is_for_all && self.asked_until.is_some_and(|until| now < until);
+        let is_shared = is_shared && (is_known || !is_own) && !is_asked;
         let latest = self.latest.entry((room, to)).or_default();
         if let Some((opened, number)) = self.opened.get(&(event, template.clone()))
             && is_shared
