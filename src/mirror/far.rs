@@ -71,7 +71,7 @@ impl Mirror {
             (None, Some(muc)) => self.available(cast, stanza, &muc, name, nick, addresses),
             (Some("unavailable"), muc) => self.unavailable(&muc.unwrap_or_default(), name, nick, addresses),
             (Some("error"), _) => {
-                self.not_let_in(name, addresses);
+                self.not_let_in(stanza, name, addresses);
                 Withheld::new()
             }
             _ => Withheld::new(),
@@ -113,6 +113,7 @@ impl Mirror {
         }
         let mut changed = room.settled.remove(nick).is_some();
         room.show(nick, cast, addresses);
+        let mut had = Vec::new();
         for address in addresses.iter().filter(|_| muc.is_self()) {
             let Some(session) = room.sessions.get_mut(address) else {
                 continue;
@@ -123,8 +124,13 @@ impl Mirror {
                 nick.clone_into(&mut session.nick);
                 changed = true;
             }
-            if session.again.as_ref().map(|again| &*again.id) == stanza.id().as_deref() {
-                changed |= session.again.take().is_some();
+            if let Some(again) = session
+                .again
+                .take_if(|again| Some(&*again.id) == stanza.id().as_deref())
+            {
+                changed = true;
+                let echoes = room.echoes_had(address, nick, &again);
+                had.extend(echoes.into_iter().map(|number| (number, address.clone())));
             }
         }
         if room.is_too_large() {
@@ -134,6 +140,9 @@ impl Mirror {
         self.write_occupant(name, nick);
         if changed {
             self.write_room(name);
+        }
+        for (number, address) in had {
+            self.forget_viewer(name, number, &address);
         }
         withheld
     }
@@ -149,11 +158,12 @@ impl Mirror {
         if let Some(room) = self.rooms.get_mut(name) {
             room.hide(nick, addresses);
             if muc.is_own_leave() {
-                let after = |room: &Room, address: &String| Some(room.sessions.get(address)?.again.as_ref()?.after);
-                let out: Vec<(String, u64)> = addresses
-                    .iter()
-                    .map(|address| (address.clone(), after(room, address).unwrap_or(u64::MAX)))
-                    .collect();
+                // What one that has asked to enter again has heard, the room may yet say to it.
+                let asks = |address: &&String| {
+                    let session = room.sessions.get(*address);
+                    session.is_some_and(|session| session.again.is_some())
+                };
+                let out: Vec<String> = addresses.iter().filter(|address| !asks(address)).cloned().collect();
                 changed.extend(addresses.iter().flat_map(|address| room.put_out(address)));
                 self.forget_viewers(name, &out);
             }
@@ -219,8 +229,8 @@ impl Mirror {
             .collect()
     }
 
-    /// The room has refused to let them in.
-    fn not_let_in(&mut self, name: &str, addresses: &[String]) {
+    /// The room has refused to let them in, or in again.
+    fn not_let_in(&mut self, stanza: &Stanza, name: &str, addresses: &[String]) {
         for address in addresses {
             if self.is_provisional(name, address) {
                 self.refused_after_all(name, address);
@@ -230,7 +240,21 @@ impl Mirror {
         let before = room.sessions.len();
         room.sessions
             .retain(|address, session| session.joined || !addresses.contains(address));
-        if room.sessions.len() != before {
+        let mut changed = room.sessions.len() != before;
+        let id = stanza.id();
+        for address in addresses {
+            let Some(session) = room.sessions.get_mut(address) else {
+                continue;
+            };
+            changed |= session
+                .again
+                .take_if(|again| Some(&*again.id) == id.as_deref())
+                .is_some();
+        }
+        if changed {
+            let out = addresses.iter().filter(|address| !room.sessions.contains_key(*address));
+            let out: Vec<String> = out.cloned().collect();
+            self.forget_viewers(name, &out);
             self.write_changed(name, &[]);
         }
     }

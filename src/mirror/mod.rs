@@ -514,20 +514,26 @@ impl Mirror {
         }
     }
 
-    /// These sessions are out of the room: it will not tell them what they have seen, up to the echo of this number.
-    fn forget_viewers(&mut self, name: &str, out: &[(String, u64)]) {
-        let Some(room) = self.rooms.get_mut(name) else { return };
+    /// These sessions are out of the room: it will not tell them what they have seen.
+    fn forget_viewers(&mut self, name: &str, out: &[String]) {
+        let Some(room) = self.rooms.get(name) else { return };
         let numbers: Vec<u64> = room.echoes.keys().copied().collect();
-        for number in numbers {
-            let Some(room) = self.rooms.get_mut(name) else { return };
-            let unheard = matches!(room.echoes[&number].state, EchoState::Unheard { .. });
-            let addresses = out
-                .iter()
-                .filter(|(_, upto)| number <= *upto)
-                .map(|(address, _)| address);
-            if !unheard && !room.echo_seen(number, addresses).is_empty() {
-                self.write_echo(name, number);
-            }
+        for (number, address) in numbers
+            .into_iter()
+            .flat_map(|number| out.iter().map(move |address| (number, address)))
+        {
+            self.forget_viewer(name, number, address);
+        }
+    }
+
+    /// The room will not tell this one what it has seen.
+    fn forget_viewer(&mut self, name: &str, number: u64, address: &String) {
+        let Some(room) = self.rooms.get_mut(name) else { return };
+        let is_shown = |echo: &room::Echo| matches!(echo.state, EchoState::Shown { .. });
+        if room.echoes.get(&number).is_some_and(is_shown)
+            && !room.echo_seen(number, std::iter::once(address)).is_empty()
+        {
+            self.write_echo(name, number);
         }
     }
 

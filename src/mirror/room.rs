@@ -48,7 +48,7 @@ pub struct Session {
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Again {
     pub id: String,
-    /// The last echo before it: what was said later is said to one who is in again.
+    /// The last echo before it: what it said later itself, it says as one who is in again.
     pub after: u64,
 }
 
@@ -218,11 +218,14 @@ impl Room {
 
     /// The room has put a session out; the nicks whose rows changed are given back. One that has asked to enter again still asks.
     pub fn put_out(&mut self, address: &str) -> Vec<String> {
-        let again = self.sessions.get(address).filter(|session| session.again.is_some());
-        let nick = again.map(|session| session.nick.clone());
+        let asks = self.sessions.get(address).filter(|session| session.again.is_some());
+        let asks = asks.map(|session| (session.nick.clone(), session.again.clone()));
         let changed = self.remove_session(address);
-        if let Some(nick) = nick {
+        if let Some((nick, again)) = asks {
             self.add_session(address, &nick);
+            if let Some(session) = self.sessions.get_mut(address) {
+                session.again = again;
+            }
         }
         changed
     }
@@ -292,6 +295,18 @@ impl Room {
             self.echoes.remove(&number);
         }
         seen
+    }
+
+    /// The room has let one in that had asked for it under this: gives the echoes that it has had for this one, before or while it was out.
+    /// Of its own words those are said by then, of others' those that nobody waits for any more.
+    pub fn echoes_had(&self, address: &str, nick: &str, again: &Again) -> Vec<u64> {
+        let is_had = |(number, echo): &(&u64, &Echo)| match &echo.state {
+            EchoState::Unheard { .. } => false,
+            EchoState::Shown { to } if !to.contains(address) => false,
+            EchoState::Shown { .. } if echo.nick == nick => **number <= again.after,
+            EchoState::Shown { to } => to.len() == 1,
+        };
+        self.echoes.iter().filter(is_had).map(|(number, _)| *number).collect()
     }
 
     pub fn is_too_large(&self) -> bool {

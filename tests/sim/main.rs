@@ -35,7 +35,8 @@
 //! Not found, because something else stands in for it: letting duplicates in (the session does not give them out), and events of a
 //! lane's earlier life (here they come at once).
 //!
-//! `NARROWS_SIM_SEEDS=10000 cargo test --release --test sim` runs more seeds; `NARROWS_SIM_SEED=n` replays one,
+//! `NARROWS_SIM_SEEDS=10000 cargo test --release --test sim` runs more seeds (`NARROWS_SIM_FROM=n`: from there on); `NARROWS_SIM_SEED=n`
+//! replays one,
 //! and in the worlds with rooms `NARROWS_SIM_TRACE=text` prints each stanza with this text in it, each cut and each kill, as it happens.
 //!
 //! Ten more bugs, against the mirror, the queue and the link, are planted by `tests/planted`, at every run of it.
@@ -61,9 +62,10 @@ fn number(name: &str) -> Option<u64> {
 
 /// Runs every seed that was asked for; each one that fails says how to replay it.
 fn for_each_seed(mut run: impl FnMut(u64)) {
+    let from = number("NARROWS_SIM_FROM").unwrap_or(0);
     let seeds = match (number("NARROWS_SIM_SEED"), number("NARROWS_SIM_SEEDS")) {
         (Some(seed), _) => seed..seed + 1,
-        (None, seeds) => 0..seeds.unwrap_or(SEEDS),
+        (None, seeds) => from..from + seeds.unwrap_or(SEEDS),
     };
     let mut failed = Vec::new();
     for seed in seeds {
