@@ -267,12 +267,12 @@ impl Mirror {
                     self.near.forget_room(name);
                 }
                 self.note_ids(stanza, name);
-                nick.zip(id).map_or_else(Withheld::new, |(nick, id)| {
-                    self.reflected(stanza, name, nick, &id, addresses)
+                nick.map_or_else(Withheld::new, |nick| {
+                    self.reflected(stanza, name, nick, id.as_deref().unwrap_or_default(), addresses)
                 })
             }
-            (Some("error"), None, Some(id)) => {
-                self.not_taken(name, &id, addresses);
+            (Some("error"), None, id) => {
+                self.not_taken(name, id.as_deref().unwrap_or_default(), addresses);
                 Withheld::new()
             }
             _ => Withheld::new(),

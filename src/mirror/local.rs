@@ -265,14 +265,12 @@ impl Mirror {
         let at_once = at_once && (split || !room.gives_ids);
         let given = match stanza.id() {
             Some(_) => None,
-            None if split => stanza.with_id(&format!("narrows-{:x}-{:x}", self.epoch.0, self.echo_last + 1)),
+            None if at_once => stanza.with_id(&format!("narrows-{:x}-{:x}", self.epoch.0, self.echo_last + 1)),
             None => None,
         };
         let crossing = given.as_ref().unwrap_or(stanza);
-        // As it is, as long as it may be heard from the room.
-        let Some(id) = crossing.id().map(Cow::into_owned) else {
-            return Fate::Crosses;
-        };
+        // As it is, as long as it may be heard from the room: without an id it is known again by its words.
+        let id = crossing.id().map(Cow::into_owned).unwrap_or_default();
         if room.echoes.len() < ECHOES_MAX
             && let Some((template, to_at)) = shown(crossing, &format!("{name}/{nick}"), own)
         {

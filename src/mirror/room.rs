@@ -75,6 +75,7 @@ impl Version {
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct Echo {
     pub nick: String,
+    /// Empty if it has none.
     pub id: String,
     /// What it says, as a mark.
     pub words: u64,
@@ -263,16 +264,18 @@ impl Room {
         self.find_echo(|echo| echo.nick == nick && echo.id == id)
     }
 
-    /// The same for what the room has said. If its author's change of nick was lost with a process, it is known by its words, from
-    /// one whom he was never shown.
+    /// The same for what the room has said. What had no id is known by its words; so is, from one whom he was never shown, what its author
+    /// said under a nick whose change was lost with a process.
     pub fn echo_said(&self, nick: &str, id: &str, stanza: &Stanza) -> Option<u64> {
         let is_known = |author: &str| {
             self.sessions_of(author)
                 .any(|session| self.version(nick, session).is_some())
         };
-        let is_renamed =
-            |echo: &Echo| echo.id == id && !is_known(&echo.nick) && echo.words == body_mark(&node_of(stanza));
-        self.echo_of(nick, id).or_else(|| self.find_echo(is_renamed))
+        let words = body_mark(&node_of(stanza));
+        let is_said = |echo: &Echo| (echo.id == id || echo.id.is_empty()) && echo.words == words;
+        self.find_echo(|echo| echo.nick == nick && echo.id == id && !id.is_empty())
+            .or_else(|| self.find_echo(|echo| echo.nick == nick && echo.id.is_empty() && echo.words == words))
+            .or_else(|| self.find_echo(|echo| is_said(echo) && !is_known(&echo.nick)))
     }
 
     fn find_echo(&self, is_it: impl Fn(&Echo) -> bool) -> Option<u64> {

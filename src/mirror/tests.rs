@@ -323,20 +323,34 @@ fn an_echo_is_heard_once() {
     assert_eq!(site.far(&reflection, &all).delivered.len(), 3);
 }
 
-/// Who gives a message no id gets one before it crosses, so that its reflection is known again: only when there is no other way.
+/// A message that has no id crosses as it is while the room is heard; if the link goes meanwhile it is shown near by in its turn, and the room's
+/// reflection, which may have an id of the room's making, is known by its words. What is shown at once gets an id before it crosses.
 #[test]
-fn an_echo_without_an_id_gets_one() {
+fn what_has_no_id_is_heard_in_its_turn() {
     let mut site = Site::populated(MirrorSettings::default());
+    let nameless = |body: &str| say("b1", "m1").replace(" id='m1'", "").replace("hello", body);
+    let seen = site.local(&nameless("first"));
+    assert_eq!((seen.crossed, seen.delivered.len()), (vec![nameless("first")], 0));
+    site.local(&nameless("second"));
+    let reflection =
+        |body: &str, id: &str| format!("<message from='{ROOM}/b1' type='groupchat'{id}><body>{body}</body></message>");
+    let both = ["b1@b.example/r", "b2@b.example/r"];
+    assert_eq!(site.far(&reflection("first", ""), &both).delivered.len(), 2);
     site.down();
-    let seen = site.local(&say("b1", "m1").replace(" id='m1'", ""));
-    assert_eq!(
-        (seen.crossed, seen.delivered.len()),
-        (vec![say("b1", "m1").replace(" id='m1'", "")], 0)
-    );
-    site.pass(300);
-    let seen = site.local(&say("b1", "m1").replace(" id='m1'", ""));
+    let seen = site.drain();
+    assert!(has(&seen.delivered, &["second"]) && !has(&seen.delivered, &["first"]));
+    let seen = site.local(&nameless("third"));
     assert!(has(&seen.crossed, &[" id='narrows-ab-"]));
     assert!(has(&seen.delivered, &[" id='narrows-ab-"]));
+    site.mirror.handle_link_up(site.now);
+    assert_eq!(
+        site.far(&reflection("second", " id='made-up'"), &both).delivered.len(),
+        0
+    );
+    assert_eq!(
+        site.far(&reflection("second", " id='made-up'"), &both).delivered.len(),
+        2
+    );
 }
 
 /// Not echoed: when the policy says no, what is no plain message, and where the room gives ids that an echo would lack.
