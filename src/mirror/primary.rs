@@ -254,7 +254,10 @@ impl Primary {
                     .insert(from.clone().into_owned(), guest);
                 self.write(name, &from, now);
             }
-            Some("unavailable") => self.remove(name, &from, now),
+            Some("unavailable") => {
+                self.tails.leaves(name, &from);
+                self.remove(name, &from, now);
+            }
             Some(_) => {}
         }
     }
@@ -268,6 +271,9 @@ impl Primary {
 
     /// A stanza of our server for the peer: gives it back, if it is to cross.
     pub fn handle_local(&mut self, stanza: Stanza, from: &str, to: &str, now: Now) -> Option<Stanza> {
+        if self.tails.is_for_gone(&stanza, bare(from), to, now) {
+            return None;
+        }
         match stanza.kind() {
             Kind::Iq => {
                 let Some(id) = stanza.id().filter(|id| self.is_ours(id)) else {
@@ -287,7 +293,7 @@ impl Primary {
                         let node = node_of(&stanza);
                         let is_self = MucUser::of(&node).is_some_and(|muc| muc.is_self());
                         if is_self && guests.contains_key(to) {
-                            self.tails.entered(name, to, now);
+                            self.tails.entered(name, to, now, &mut self.outputs);
                         }
                         // Our own word about a guest: those beyond the link know better.
                         if node
@@ -506,8 +512,10 @@ impl Primary {
         let is_of_nick = |nick: &String| guest.nick == *nick;
         match question {
             Question::IsInside { .. } if !answer.is_error() => {
-                if self.tails.is_suspected(&room) {
+                if self.tails.may_ask(&room, &address) {
                     self.enter_again(&room, &address);
+                } else {
+                    self.ask_another(&room, &address, now);
                 }
             }
             Question::IsInside { nick } if says(answer, "not-acceptable") && is_of_nick(&nick) => {

@@ -36,7 +36,7 @@ use super::{
 };
 use crate::{
     codec::varint::{Reader, put_len, put_varint},
-    stanza::{Stanza, ns, resource_of},
+    stanza::{Kind, Stanza, ns, resource_of},
     time::{Mono, Now, Wall},
 };
 
@@ -142,6 +142,9 @@ pub struct Tails {
     useless: Vec<Bytes>,
     /// Rooms whose rows are to be written.
     changed: BTreeSet<String>,
+    /// By room, guests in whose name was asked and that have left since; whether the room has let them in again. The rest of its answer is
+    /// for nobody.
+    gone: BTreeMap<(String, String), bool>,
     found: u64,
 }
 
@@ -229,10 +232,16 @@ impl Tails {
         }
     }
 
-    /// Whether a guest of this room that is inside should enter again.
+    /// Whether a room is yet to be asked for its last words.
     pub fn is_suspected(&self, room: &str) -> bool {
         let stage = self.checks.get(room).map(|check| &check.stage);
         matches!(stage, Some(Stage::Suspected))
+    }
+
+    /// Whether it may be asked in the name of this guest, who is inside. One that enters by itself meanwhile would take the answer for its own.
+    pub fn may_ask(&self, room: &str, guest: &str) -> bool {
+        let check = self.checks.get(room).filter(|_| self.is_suspected(room));
+        check.is_some_and(|check| check.inside.contains(guest))
     }
 
     pub fn asked(&mut self, room: &str, guest: &str) {
@@ -245,7 +254,7 @@ impl Tails {
     }
 
     /// The room has told a guest that it is in.
-    pub fn entered(&mut self, room: &str, guest: &str, now: Now) {
+    pub fn entered(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
         if let Some(check) = self.checks.get_mut(room)
             && let Stage::Asked { guest: asked, entered } | Stage::Late { guest: asked, entered } = &mut check.stage
         {
@@ -257,13 +266,18 @@ impl Tails {
             return;
         };
         // What was said before is in the history that it gets.
-        let check = self.checks.get(room).filter(|check| check.waits());
-        if check.is_some_and(|check| check.inside.contains(guest)) {
+        let check = self.checks.get_mut(room).filter(|check| check.waits());
+        if check.as_ref().is_some_and(|check| check.inside.contains(guest)) {
             return;
+        }
+        let waits = check.is_some();
+        // And what has waited for it comes before that.
+        if let Some(check) = check {
+            check.release(guest, room, &mut self.held_bytes, &mut self.useless, outputs);
         }
         let mark = mark_of(&[guest.as_bytes()]);
         let is_new = tail.served.as_mut().is_some_and(|served| served.insert(mark));
-        if check.is_some() && tail.newcomers.insert(mark) || is_new {
+        if waits && tail.newcomers.insert(mark) || is_new {
             self.changed.insert(room.to_owned());
         }
     }
@@ -286,6 +300,7 @@ impl Tails {
     pub fn enters(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
         let was_inside = self.checks.get(room).is_some_and(|check| check.inside.contains(guest));
         self.left(room, guest, now, outputs);
+        self.gone.remove(&(room.to_owned(), guest.to_owned()));
         let waits = self.checks.get(room).is_some_and(Check::waits);
         if let Some(tail) = self.tails.get_mut(room).filter(|_| was_inside && waits)
             && tail.newcomers.insert(mark_of(&[guest.as_bytes()]))
@@ -294,17 +309,51 @@ impl Tails {
         }
     }
 
+    /// A guest leaves, and the room may still answer what we have asked in its name: that comes before it hears of the leave.
+    pub fn leaves(&mut self, room: &str, guest: &str) {
+        let stage = self.checks.get(room).map(|check| &check.stage);
+        if let Some(Stage::Asked { guest: asked, entered } | Stage::Late { guest: asked, entered }) = stage
+            && asked == guest
+        {
+            self.gone.insert((room.to_owned(), guest.to_owned()), *entered);
+        }
+    }
+
+    /// Whether this answers what we have asked in the name of a guest that has left since.
+    pub fn is_for_gone(&mut self, stanza: &Stanza, room: &str, to: &str, now: Now) -> bool {
+        if self.gone.is_empty() {
+            return false;
+        }
+        let key = (room.to_owned(), to.to_owned());
+        let Some(entered) = self.gone.get_mut(&key) else {
+            return false;
+        };
+        match stanza.kind() {
+            Kind::Presence => {
+                let is_self = stanza.has_muc_status("110");
+                match stanza.stanza_type().as_deref() {
+                    None => *entered |= is_self,
+                    Some("unavailable") if is_self => drop(self.gone.remove(&key)),
+                    Some(_) => {}
+                }
+                false
+            }
+            Kind::Message if *entered && stanza.stanza_type().as_deref() == Some("groupchat") => {
+                match Tail::new(now).read(stanza, room) {
+                    Word::Line { .. } => true,
+                    Word::Subject => self.gone.remove(&key).is_some(),
+                    Word::Said(_) | Word::Other => false,
+                }
+            }
+            Kind::Message | Kind::Iq => false,
+        }
+    }
+
     /// A guest is out, or enters by itself: it is told all it needs, and can be asked for nothing. What waits for it crosses before that.
     pub fn left(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
         let Some(check) = self.checks.get_mut(room) else { return };
         check.inside.remove(guest);
-        for held in check.held.iter_mut().filter(|held| held.to == guest) {
-            if let Some(stanza) = held.stanza.take() {
-                self.held_bytes -= stanza.bytes().len();
-                self.useless.push(held_key(room, held.number));
-                outputs.push_back(Output::Cross(stanza));
-            }
-        }
+        check.release(guest, room, &mut self.held_bytes, &mut self.useless, outputs);
         let asked = match &check.stage {
             Stage::Asked { guest, .. } | Stage::Late { guest, .. } => Some(guest),
             Stage::Suspected => None,
@@ -462,6 +511,24 @@ impl Tails {
 }
 
 impl Check {
+    /// What waits for this guest crosses now.
+    fn release(
+        &mut self,
+        guest: &str,
+        room: &str,
+        held_bytes: &mut usize,
+        useless: &mut Vec<Bytes>,
+        outputs: &mut VecDeque<Output>,
+    ) {
+        for held in self.held.iter_mut().filter(|held| held.to == guest) {
+            if let Some(stanza) = held.stanza.take() {
+                *held_bytes -= stanza.bytes().len();
+                useless.push(held_key(room, held.number));
+                outputs.push_back(Output::Cross(stanza));
+            }
+        }
+    }
+
     fn waits(&self) -> bool {
         match self.stage {
             Stage::Suspected | Stage::Asked { .. } => true,
