@@ -17,8 +17,8 @@ use super::{
     muc::{LOST, MucUser, SELF_PRESENCE},
     room::{SESSIONS_MAX, begin_row, row, text},
     rows::{self, Rows},
-    tail::{LINES_MAX, Tails},
-    words::{AWAY, away, lost_presence, node_of, to_attribute},
+    tail::{Inside, LINES_MAX, Tails},
+    words::{AWAY, away, has_body, lost_presence, node_of, to_attribute},
 };
 use crate::{
     codec::{entry::Cast, position::Epoch, varint::put_prefixed},
@@ -43,6 +43,8 @@ struct Guest {
     /// What it last sent to the room, without what only a join has.
     presence: Stanza,
     away: bool,
+    /// It has asked to enter, and was not told all yet.
+    asking: bool,
     /// When the room is asked about it next.
     verify_at: Mono,
 }
@@ -120,6 +122,7 @@ impl Primary {
             joined: flags & 1 != 0,
             presence,
             away: flags & 2 != 0,
+            asking: flags & 4 != 0,
             verify_at: now.mono + VERIFY_SOON,
         };
         self.wake_by(guest.verify_at);
@@ -141,11 +144,15 @@ impl Primary {
 
     /// A process begins, and with it what the rooms said last is in doubt.
     pub fn begin(&mut self, now: Now) {
-        let inside = self.rooms.iter().map(|(room, guests)| {
-            let joined = guests.iter().filter(|(_, guest)| guest.joined);
-            (room.clone(), joined.map(|(address, _)| address.clone()).collect())
-        });
-        for (room, address) in self.tails.suspect(inside.collect(), now, &mut self.outputs) {
+        let mut inside: BTreeMap<String, Inside> = BTreeMap::new();
+        for (room, guests) in &self.rooms {
+            let Inside { guests: all, asking } = inside.entry(room.clone()).or_default();
+            for (address, guest) in guests.iter().filter(|(_, guest)| guest.joined) {
+                all.insert(address.clone());
+                asking.extend(guest.asking.then(|| address.clone()));
+            }
+        }
+        for (room, address) in self.tails.suspect(inside, now, &mut self.outputs) {
             self.verify_now(&room, &address, now);
         }
     }
@@ -246,6 +253,7 @@ impl Primary {
                     joined: known.is_some_and(|guest| guest.joined),
                     presence,
                     away: false,
+                    asking: stanza.is_join() || known.is_some_and(|guest| guest.asking),
                     verify_at: known.map_or(now.mono + VERIFY_EVERY, |guest| guest.verify_at),
                 };
                 self.rooms
@@ -255,7 +263,7 @@ impl Primary {
                 self.write(name, &from, now);
             }
             Some("unavailable") => {
-                self.tails.leaves(name, &from);
+                self.tails.leaves(name, &from, now);
                 self.remove(name, &from, now);
             }
             Some(_) => {}
@@ -341,11 +349,24 @@ impl Primary {
             }
             Kind::Message => {
                 let name = bare(from);
-                if !self.rooms.get(name).is_some_and(|guests| guests.contains_key(to)) {
+                let Some(guest) = self.rooms.get_mut(name).and_then(|guests| guests.get_mut(to)) else {
                     return Some(stanza);
+                };
+                let asking = guest.asking;
+                let heard = self.tails.hear(stanza, name, to, now, &mut self.outputs)?;
+                // XEP-0045 §7.2.15: the subject comes last.
+                if asking && is_subject(&heard) {
+                    self.answered_to(name, to, now);
                 }
-                self.tails.hear(stanza, name, to, now, &mut self.outputs)
+                Some(heard)
             }
+        }
+    }
+
+    fn answered_to(&mut self, room: &str, address: &str, now: Now) {
+        if let Some(guest) = self.rooms.get_mut(room).and_then(|guests| guests.get_mut(address)) {
+            guest.asking = false;
+            self.write(room, address, now);
         }
     }
 
@@ -597,7 +618,7 @@ impl Primary {
             return;
         };
         let mut value = begin_row();
-        value.push(u8::from(guest.joined) | u8::from(guest.away) << 1);
+        value.push(u8::from(guest.joined) | u8::from(guest.away) << 1 | u8::from(guest.asking) << 2);
         put_prefixed(&mut value, guest.nick.as_bytes());
         put_prefixed(&mut value, guest.presence.bytes());
         if !self.rows.put(guest_key(room, address), value.into(), &mut self.outputs) {
@@ -605,6 +626,13 @@ impl Primary {
             self.remove(room, address, now);
         }
     }
+}
+
+fn is_subject(stanza: &Stanza) -> bool {
+    let node = node_of(stanza);
+    stanza.stanza_type().as_deref() == Some("groupchat")
+        && node.child(ns::SERVER, "subject").is_some()
+        && !has_body(&node)
 }
 
 /// Whether this is the error that an answer gives.

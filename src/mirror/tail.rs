@@ -117,8 +117,18 @@ struct Check {
     until: Mono,
     /// Who was inside when the last process ended, and is.
     inside: BTreeSet<String>,
+    /// Of these, who had asked to enter and had no answer yet: what the room then repeats is for them.
+    asking: BTreeSet<String>,
     history: VecDeque<Line>,
     held: Vec<Held>,
+}
+
+/// Who is in a room of ours.
+#[derive(Debug, Default)]
+pub struct Inside {
+    pub guests: BTreeSet<String>,
+    /// Of these, who has asked to enter and was not told all yet.
+    pub asking: BTreeSet<String>,
 }
 
 /// What a group message is here.
@@ -142,9 +152,9 @@ pub struct Tails {
     useless: Vec<Bytes>,
     /// Rooms whose rows are to be written.
     changed: BTreeSet<String>,
-    /// By room, guests in whose name was asked and that have left since; whether the room has let them in again. The rest of its answer is
-    /// for nobody.
-    gone: BTreeMap<(String, String), bool>,
+    /// By room, guests in whose name was asked and that have left or entered by themselves since; whether the room has let them in again, and
+    /// until when that is awaited. The rest of its answer is for nobody. One for each room that was asked.
+    gone: BTreeMap<(String, String), (bool, Mono)>,
     found: u64,
 }
 
@@ -170,7 +180,7 @@ impl Tails {
     /// A process begins: these are in our rooms. Gives those who may be asked about first.
     pub fn suspect(
         &mut self,
-        inside: BTreeMap<String, BTreeSet<String>>,
+        inside: BTreeMap<String, Inside>,
         now: Now,
         outputs: &mut VecDeque<Output>,
     ) -> Vec<(String, String)> {
@@ -179,11 +189,15 @@ impl Tails {
         rooms.sort_by_key(|(room, _)| std::cmp::Reverse(said_at(room)));
         let mut first = Vec::new();
         for (room, inside) in rooms.into_iter().take(ROOMS_MAX) {
-            first.extend(inside.first().map(|guest| (room.clone(), guest.clone())));
+            let Inside { guests, asking } = inside;
+            // An answer to both could be taken for the other's.
+            let guest = guests.difference(&asking).next().or(guests.first());
+            first.extend(guest.map(|guest| (room.clone(), guest.clone())));
             let check = Check {
                 stage: Stage::Suspected,
                 until: now.mono + PATIENCE,
-                inside,
+                inside: guests,
+                asking,
                 history: VecDeque::new(),
                 held: Vec::new(),
             };
@@ -241,7 +255,7 @@ impl Tails {
     /// Whether it may be asked in the name of this guest, who is inside. One that enters by itself meanwhile would take the answer for its own.
     pub fn may_ask(&self, room: &str, guest: &str) -> bool {
         let check = self.checks.get(room).filter(|_| self.is_suspected(room));
-        check.is_some_and(|check| check.inside.contains(guest))
+        check.is_some_and(|check| check.expects_nothing(guest) || check.inside == check.asking)
     }
 
     pub fn asked(&mut self, room: &str, guest: &str) {
@@ -267,7 +281,7 @@ impl Tails {
         };
         // What was said before is in the history that it gets.
         let check = self.checks.get_mut(room).filter(|check| check.waits());
-        if check.as_ref().is_some_and(|check| check.inside.contains(guest)) {
+        if check.as_ref().is_some_and(|check| check.expects_nothing(guest)) {
             return;
         }
         let waits = check.is_some();
@@ -299,8 +313,8 @@ impl Tails {
     /// A guest enters by itself: the history that it gets has what was lost.
     pub fn enters(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
         let was_inside = self.checks.get(room).is_some_and(|check| check.inside.contains(guest));
+        self.leaves(room, guest, now);
         self.left(room, guest, now, outputs);
-        self.gone.remove(&(room.to_owned(), guest.to_owned()));
         let waits = self.checks.get(room).is_some_and(Check::waits);
         if let Some(tail) = self.tails.get_mut(room).filter(|_| was_inside && waits)
             && tail.newcomers.insert(mark_of(&[guest.as_bytes()]))
@@ -309,25 +323,31 @@ impl Tails {
         }
     }
 
-    /// A guest leaves, and the room may still answer what we have asked in its name: that comes before it hears of the leave.
-    pub fn leaves(&mut self, room: &str, guest: &str) {
+    /// A guest leaves or enters by itself, and the room may still answer what we have asked in its name: that comes before it hears of this.
+    pub fn leaves(&mut self, room: &str, guest: &str, now: Now) {
         let stage = self.checks.get(room).map(|check| &check.stage);
         if let Some(Stage::Asked { guest: asked, entered } | Stage::Late { guest: asked, entered }) = stage
             && asked == guest
         {
-            self.gone.insert((room.to_owned(), guest.to_owned()), *entered);
+            let gone = (*entered, now.mono + PATIENCE);
+            self.gone.insert((room.to_owned(), guest.to_owned()), gone);
         }
     }
 
-    /// Whether this answers what we have asked in the name of a guest that has left since.
+    /// Whether this answers what we have asked in the name of a guest that has left or entered by itself since.
     pub fn is_for_gone(&mut self, stanza: &Stanza, room: &str, to: &str, now: Now) -> bool {
         if self.gone.is_empty() {
             return false;
         }
         let key = (room.to_owned(), to.to_owned());
-        let Some(entered) = self.gone.get_mut(&key) else {
+        let Some((entered, until)) = self.gone.get_mut(&key) else {
             return false;
         };
+        // It may be lost, and must not take what is the guest's own with it.
+        if *until <= now.mono {
+            self.gone.remove(&key);
+            return false;
+        }
         match stanza.kind() {
             Kind::Presence => {
                 let is_self = stanza.has_muc_status("110");
@@ -421,10 +441,15 @@ impl Tails {
                 None
             }
             // What the process before had asked for, or a guest that has not entered anew.
-            (Word::Line { .. }, Some(check)) if check.waits() && check.inside.contains(to) => None,
-            (Word::Line { mark, .. }, _) => {
+            (Word::Line { .. }, Some(check)) if check.waits() && check.expects_nothing(to) => None,
+            (Word::Line { mark, .. }, check) => {
                 if tail.served.is_none() {
                     tail.push(mark);
+                    self.changed.insert(room.to_owned());
+                }
+                // Its own history, from now on: what was said later is still to come.
+                let is_new = check.is_some_and(|check| check.waits() && check.inside.contains(to));
+                if is_new && tail.newcomers.insert(mark_of(&[to.as_bytes()])) {
                     self.changed.insert(room.to_owned());
                 }
                 Some(stanza)
@@ -534,6 +559,11 @@ impl Check {
             Stage::Suspected | Stage::Asked { .. } => true,
             Stage::Late { .. } => false,
         }
+    }
+
+    /// Whether a guest was inside all the time and has not asked for anything.
+    fn expects_nothing(&self, guest: &str) -> bool {
+        self.inside.contains(guest) && !self.asking.contains(guest)
     }
 
     /// Whether history and subject to this guest are what we have asked for.
