@@ -307,16 +307,21 @@ impl Mirror {
             return;
         };
         let joined = room.sessions.iter().filter(|(_, session)| session.joined);
-        let to: BTreeSet<String> = joined.map(|(address, _)| address.clone()).collect();
+        let joined: BTreeSet<String> = joined.map(|(address, _)| address.clone()).collect();
         let unheard = room.echoes.iter().filter_map(|(number, echo)| match &echo.state {
             EchoState::Unheard { template, to_at } => {
+                // Who has entered since something else of this author was shown hears both from the room.
+                let to = &joined - &room.waiting_for(&echo.nick, *number, &joined);
                 let shown = cast_to(template.clone(), *to_at, to.iter());
-                Some((*number, echo.clone(), shown))
+                Some((*number, echo.clone(), to, shown))
             }
             EchoState::Shown { .. } => None,
         });
-        for (number, echo, shown) in unheard.collect::<Vec<_>>() {
-            let state = EchoState::Shown { to: to.clone() };
+        for (number, echo, to, shown) in unheard.collect::<Vec<_>>() {
+            if to.is_empty() {
+                continue;
+            }
+            let state = EchoState::Shown { to };
             self.put_echo(name, number, room::Echo { state, ..echo });
             // What is not written down would be heard again from the room.
             if !self.rooms.contains_key(name) {

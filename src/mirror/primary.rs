@@ -43,8 +43,7 @@ struct Guest {
     /// What it last sent to the room, without what only a join has.
     presence: Stanza,
     away: bool,
-    /// It has asked to enter, and was not told all yet.
-    asking: bool,
+    asking: Asking,
     /// When the room is asked about it next.
     verify_at: Mono,
 }
@@ -63,6 +62,16 @@ enum Question {
     IsInside { nick: String },
     /// Whether there is such a room at all: it has said that nobody in it has the guest's nick.
     IsThere,
+}
+
+/// Whether a guest is to be told all that the room has to say to who enters.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Asking {
+    No,
+    /// It has asked to enter.
+    Asked,
+    /// The room has let it in; history and subject follow.
+    Told,
 }
 
 #[derive(Debug)]
@@ -122,7 +131,11 @@ impl Primary {
             joined: flags & 1 != 0,
             presence,
             away: flags & 2 != 0,
-            asking: flags & 4 != 0,
+            asking: match (flags & 4 != 0, flags & 8 != 0) {
+                (false, _) => Asking::No,
+                (true, false) => Asking::Asked,
+                (true, true) => Asking::Told,
+            },
             verify_at: now.mono + VERIFY_SOON,
         };
         self.wake_by(guest.verify_at);
@@ -149,7 +162,7 @@ impl Primary {
             let Inside { guests: all, asking } = inside.entry(room.clone()).or_default();
             for (address, guest) in guests.iter().filter(|(_, guest)| guest.joined) {
                 all.insert(address.clone());
-                asking.extend(guest.asking.then(|| address.clone()));
+                asking.extend((guest.asking != Asking::No).then(|| address.clone()));
             }
         }
         for (room, address) in self.tails.suspect(inside, now, &mut self.outputs) {
@@ -253,7 +266,10 @@ impl Primary {
                     joined: known.is_some_and(|guest| guest.joined),
                     presence,
                     away: false,
-                    asking: stanza.is_join() || known.is_some_and(|guest| guest.asking),
+                    asking: match stanza.is_join() {
+                        true => Asking::Asked,
+                        false => known.map_or(Asking::No, |guest| guest.asking),
+                    },
                     verify_at: known.map_or(now.mono + VERIFY_EVERY, |guest| guest.verify_at),
                 };
                 self.rooms
@@ -279,8 +295,12 @@ impl Primary {
 
     /// A stanza of our server for the peer: gives it back, if it is to cross.
     pub fn handle_local(&mut self, stanza: Stanza, from: &str, to: &str, now: Now) -> Option<Stanza> {
-        if self.tails.is_for_gone(&stanza, bare(from), to, now) {
-            return None;
+        if self.tails.expects_strays(now) {
+            let guest = self.rooms.get(bare(from)).and_then(|guests| guests.get(to));
+            let asking = guest.is_some_and(|guest| guest.asking != Asking::No);
+            if self.tails.is_stray(&stanza, bare(from), to, asking, now) {
+                return None;
+            }
         }
         match stanza.kind() {
             Kind::Iq => {
@@ -300,9 +320,8 @@ impl Primary {
                     None => {
                         let node = node_of(&stanza);
                         let is_self = MucUser::of(&node).is_some_and(|muc| muc.is_self());
-                        if is_self && guests.contains_key(to) {
-                            self.tails.entered(name, to, now, &mut self.outputs);
-                        }
+                        let enters = is_self && guests.contains_key(to);
+                        let waited = enters && self.tails.entered(name, to, now, &mut self.outputs);
                         // Our own word about a guest: those beyond the link know better.
                         if node
                             .child(ns::SERVER, "status")
@@ -313,13 +332,24 @@ impl Primary {
                         }
                         if let Some(guest) = guests.get_mut(to)
                             && is_self
-                            && (!guest.joined || guest.nick != nick)
                         {
-                            guest.joined = true;
-                            nick.clone_into(&mut guest.nick);
-                            let verify_at = guest.verify_at;
-                            self.wake_by(verify_at);
-                            self.write(name, to, now);
+                            let is_answer = !guest.joined || stanza.id() == guest.presence.id();
+                            let told = guest.asking == Asking::Asked && is_answer;
+                            if told {
+                                guest.asking = Asking::Told;
+                            }
+                            if told || !guest.joined || guest.nick != nick {
+                                guest.joined = true;
+                                nick.clone_into(&mut guest.nick);
+                                let verify_at = guest.verify_at;
+                                self.wake_by(verify_at);
+                                self.write(name, to, now);
+                            }
+                        }
+                        // After what has waited for it.
+                        if waited {
+                            self.outputs.push_back(Output::Cross(stanza));
+                            return None;
                         }
                     }
                     Some("unavailable") if guests.contains_key(to) => {
@@ -355,7 +385,7 @@ impl Primary {
                 let asking = guest.asking;
                 let heard = self.tails.hear(stanza, name, to, now, &mut self.outputs)?;
                 // XEP-0045 §7.2.15: the subject comes last.
-                if asking && is_subject(&heard) {
+                if asking == Asking::Told && is_subject(&heard) {
                     self.answered_to(name, to, now);
                 }
                 Some(heard)
@@ -365,7 +395,7 @@ impl Primary {
 
     fn answered_to(&mut self, room: &str, address: &str, now: Now) {
         if let Some(guest) = self.rooms.get_mut(room).and_then(|guests| guests.get_mut(address)) {
-            guest.asking = false;
+            guest.asking = Asking::No;
             self.write(room, address, now);
         }
     }
@@ -618,7 +648,12 @@ impl Primary {
             return;
         };
         let mut value = begin_row();
-        value.push(u8::from(guest.joined) | u8::from(guest.away) << 1 | u8::from(guest.asking) << 2);
+        let asking = match guest.asking {
+            Asking::No => 0,
+            Asking::Asked => 4,
+            Asking::Told => 12,
+        };
+        value.push(u8::from(guest.joined) | u8::from(guest.away) << 1 | asking);
         put_prefixed(&mut value, guest.nick.as_bytes());
         put_prefixed(&mut value, guest.presence.bytes());
         if !self.rows.put(guest_key(room, address), value.into(), &mut self.outputs) {

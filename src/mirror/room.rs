@@ -312,6 +312,17 @@ impl Room {
         self.echoes.iter().filter(is_had).map(|(number, _)| *number).collect()
     }
 
+    /// Which of these wait for something that this author has said before, and that others were shown: the room has not said it to its author.
+    pub fn waiting_for(&self, author: &str, before: u64, joined: &BTreeSet<String>) -> BTreeSet<String> {
+        let earlier = self.echoes.range(..before).filter(|(_, echo)| echo.nick == author);
+        let shown = earlier.filter_map(|(_, echo)| match &echo.state {
+            EchoState::Unheard { .. } => None,
+            EchoState::Shown { to } => Some(to),
+        });
+        let waits = shown.filter(|to| self.sessions_of(author).any(|session| to.contains(session)));
+        waits.flat_map(|to| joined.difference(to)).cloned().collect()
+    }
+
     pub fn is_too_large(&self) -> bool {
         self.sessions.len() > SESSIONS_MAX || self.occupants.len() > OCCUPANTS_MAX
     }

@@ -110,6 +110,26 @@ enum Stage {
     },
 }
 
+/// An answer to us that nobody waits for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Stray {
+    /// The guest has left or entered by itself before the room had answered; the room hears of that after our question.
+    Asked,
+    /// The same, and the room has let the guest in for us: history and subject follow.
+    Told,
+    /// It seems to have come. What looked like its end may have been a new subject, and an earlier process may have asked as well.
+    Ended,
+}
+
+impl Stray {
+    fn entered(self) -> Self {
+        match self {
+            Self::Asked | Self::Told => Self::Told,
+            Self::Ended => Self::Ended,
+        }
+    }
+}
+
 /// A room that may have said more than we know.
 #[derive(Debug)]
 struct Check {
@@ -152,9 +172,11 @@ pub struct Tails {
     useless: Vec<Bytes>,
     /// Rooms whose rows are to be written.
     changed: BTreeSet<String>,
-    /// By room, guests in whose name was asked and that have left or entered by themselves since; whether the room has let them in again, and
-    /// until when that is awaited. The rest of its answer is for nobody. One for each room that was asked.
-    gone: BTreeMap<(String, String), (bool, Mono)>,
+    /// By room and guest, answers that nobody waits for any more, and until when they are: they may be lost, and must not take what is the
+    /// guest's own with them. One for each room that was asked.
+    strays: BTreeMap<(String, String), (Stray, Mono)>,
+    /// Of the last of them.
+    strays_until: Option<Mono>,
     found: u64,
 }
 
@@ -267,8 +289,8 @@ impl Tails {
         }
     }
 
-    /// The room has told a guest that it is in.
-    pub fn entered(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
+    /// The room has told a guest that it is in: says whether something was to come before that.
+    pub fn entered(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) -> bool {
         if let Some(check) = self.checks.get_mut(room)
             && let Stage::Asked { guest: asked, entered } | Stage::Late { guest: asked, entered } = &mut check.stage
         {
@@ -277,23 +299,26 @@ impl Tails {
         let Some(tail) = self.tails.get_mut(room) else {
             self.tails.insert(room.to_owned(), Tail::new(now));
             self.changed.insert(room.to_owned());
-            return;
+            return false;
         };
         // What was said before is in the history that it gets.
         let check = self.checks.get_mut(room).filter(|check| check.waits());
         if check.as_ref().is_some_and(|check| check.expects_nothing(guest)) {
-            return;
+            return false;
         }
         let waits = check.is_some();
         // And what has waited for it comes before that.
+        let held = self.held_bytes;
         if let Some(check) = check {
             check.release(guest, room, &mut self.held_bytes, &mut self.useless, outputs);
         }
+        let released = self.held_bytes < held;
         let mark = mark_of(&[guest.as_bytes()]);
         let is_new = tail.served.as_mut().is_some_and(|served| served.insert(mark));
         if waits && tail.newcomers.insert(mark) || is_new {
             self.changed.insert(room.to_owned());
         }
+        released
     }
 
     /// The room has refused something to a guest: says whether that was ours.
@@ -329,43 +354,49 @@ impl Tails {
         if let Some(Stage::Asked { guest: asked, entered } | Stage::Late { guest: asked, entered }) = stage
             && asked == guest
         {
-            let gone = (*entered, now.mono + PATIENCE);
-            self.gone.insert((room.to_owned(), guest.to_owned()), gone);
+            let stray = match entered {
+                true => Stray::Told,
+                false => Stray::Asked,
+            };
+            self.expect_stray(room, guest, stray, now);
         }
     }
 
-    /// Whether this answers what we have asked in the name of a guest that has left or entered by itself since.
-    pub fn is_for_gone(&mut self, stanza: &Stanza, room: &str, to: &str, now: Now) -> bool {
-        if self.gone.is_empty() {
-            return false;
+    pub fn expects_strays(&mut self, now: Now) -> bool {
+        if self.strays_until <= Some(now.mono) {
+            self.strays.clear();
         }
+        !self.strays.is_empty()
+    }
+
+    fn expect_stray(&mut self, room: &str, guest: &str, stray: Stray, now: Now) {
+        let until = now.mono + PATIENCE;
+        self.strays_until = Some(until);
+        self.strays.insert((room.to_owned(), guest.to_owned()), (stray, until));
+    }
+
+    /// Whether this answers what we have asked, and nobody waits for it any more. The guest it comes to may have asked for the same itself.
+    pub fn is_stray(&mut self, stanza: &Stanza, room: &str, to: &str, asking: bool, now: Now) -> bool {
         let key = (room.to_owned(), to.to_owned());
-        let Some((entered, until)) = self.gone.get_mut(&key) else {
+        let Some((stray, until)) = self.strays.get_mut(&key) else {
             return false;
         };
-        // It may be lost, and must not take what is the guest's own with it.
-        if *until <= now.mono {
-            self.gone.remove(&key);
+        let is_own = *stray == Stray::Ended && asking;
+        let is_out = stanza.stanza_type().as_deref() == Some("unavailable") && stanza.has_muc_status("110");
+        if *until <= now.mono || is_own || is_out {
+            self.strays.remove(&key);
             return false;
         }
-        match stanza.kind() {
-            Kind::Presence => {
-                let is_self = stanza.has_muc_status("110");
-                match stanza.stanza_type().as_deref() {
-                    None => *entered |= is_self,
-                    Some("unavailable") if is_self => drop(self.gone.remove(&key)),
-                    Some(_) => {}
-                }
-                false
-            }
-            Kind::Message if *entered && stanza.stanza_type().as_deref() == Some("groupchat") => {
-                match Tail::new(now).read(stanza, room) {
-                    Word::Line { .. } => true,
-                    Word::Subject => self.gone.remove(&key).is_some(),
-                    Word::Said(_) | Word::Other => false,
-                }
-            }
-            Kind::Message | Kind::Iq => false,
+        if stanza.kind() == Kind::Presence && stanza.stanza_type().is_none() && stanza.has_muc_status("110") {
+            *stray = stray.entered();
+        }
+        if stanza.kind() != Kind::Message || stanza.stanza_type().as_deref() != Some("groupchat") {
+            return false;
+        }
+        match (Tail::new(now).read(stanza, room), *stray) {
+            (Word::Line { .. }, Stray::Told | Stray::Ended) => true,
+            (Word::Subject, Stray::Told) => self.strays.remove(&key).is_some(),
+            (Word::Line { .. } | Word::Subject, _) | (Word::Said(_) | Word::Other, _) => false,
         }
     }
 
@@ -440,7 +471,7 @@ impl Tails {
                 }
                 None
             }
-            // What the process before had asked for, or a guest that has not entered anew.
+            // What the process before had asked for.
             (Word::Line { .. }, Some(check)) if check.waits() && check.expects_nothing(to) => None,
             (Word::Line { mark, .. }, check) => {
                 if tail.served.is_none() {
@@ -457,6 +488,7 @@ impl Tails {
             (Word::Subject, Some(check)) if check.is_for_us(to) => {
                 self.conclude(room, now, outputs);
                 self.checks.remove(room);
+                self.expect_stray(room, to, Stray::Ended, now);
                 // After what was missing and what has waited.
                 outputs.push_back(Output::Cross(stanza));
                 None

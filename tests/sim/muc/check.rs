@@ -12,20 +12,24 @@ use narrows::stanza::{bare, domain_of, resource_of};
 use super::{
     client::{Client, View},
     room::Room,
+    words::{self, Speeches},
     world::{Faults, Sent, Way, World, may_be_forgotten},
     xml::{self, attribute, child, elements, has_status, inner, muc_user, name},
 };
 
 /// The differences from a direct stream that the design declares (its §7), each to be switched on by itself.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Declared {
+pub struct Declared<'a> {
     /// What waited long carries a `<delay/>` that its server did not write.
     pub delay: bool,
     /// During a split far occupants are shown as gone (333) or away, and afterwards as they are then, not all that they were meanwhile;
     /// rooms are told the same of the peer's users.
     pub shows: bool,
-    /// Words are heard near by before the room has reflected them, without the room's `stanza-id`; the reflection is swallowed.
-    pub echo: bool,
+    /// What was said on this side of the link, which are these bodies, is heard near by before the room has reflected it, without the room's
+    /// `stanza-id`; the reflection is swallowed.
+    pub echo: Option<&'a BTreeSet<String>>,
+    /// Words that have no id get one before they cross.
+    pub id: bool,
     /// Self-pings, pings and disco are answered near by, and do not cross; and each end asks its own server.
     pub near: bool,
     /// During a split what only the room can grant is refused near by, and does not cross; so is what a visitor says. Nor do private
@@ -40,12 +44,13 @@ pub struct Declared {
     pub found: bool,
 }
 
-impl Declared {
+impl Declared<'_> {
     pub fn of(faults: Faults) -> Self {
         Self {
             delay: faults.mirror,
             shows: faults.mirror,
-            echo: faults.mirror,
+            echo: None,
+            id: faults.mirror,
             near: faults.mirror,
             refused: faults.mirror,
             truth: faults.mirror && faults.kills,
@@ -56,26 +61,37 @@ impl Declared {
 
     /// Whether what was read may be what was written.
     fn is_same(self, sent: &Bytes, heard: &Bytes) -> bool {
-        sent == heard || self.delay && xml::text(sent) == without_delay(xml::text(heard))
+        let (sent, heard) = (xml::text(sent), xml::text(heard));
+        let is_sent = |heard: &str| sent == heard || self.id && has_got_id(sent, heard);
+        is_sent(heard) || self.delay && is_sent(&without_delay(heard))
+    }
+
+    /// The same of something that may be missing, and may be found then.
+    fn is_heard(self, (sent, excused): (&Bytes, bool), heard: &Bytes) -> bool {
+        let is_found = || excused && words::is_found(xml::text(sent), xml::text(heard));
+        self.is_same(sent, heard) || self.found && is_found()
+    }
+
+    fn is_echo(self, stanza: &str) -> bool {
+        let is_said_here = |body: &str| self.echo.is_some_and(|said| said.contains(body));
+        words::body(stanza).is_some_and(is_said_here) || self.echo.is_some() && words::is_notice(stanza)
     }
 
     fn may_be_missing(self, sent: &Bytes) -> bool {
         let stanza = xml::text(sent);
         self.near && (is_near_question(stanza) || is_answer(stanza))
             || self.settled && is_own_leave(stanza).is_some()
-            || self.echo && is_words(stanza, self)
+            || self.is_echo(stanza)
             || self.shows && is_show(stanza)
             || self.refused && is_request(stanza)
-            || self.found && is_old_words(stanza)
     }
 
     fn may_be_extra(self, heard: &Bytes) -> bool {
         let stanza = xml::text(heard);
         self.near && (is_near_question(stanza) || is_answer(stanza))
-            || self.echo && is_words(stanza, self)
+            || self.is_echo(stanza) && !words::is_old(stanza)
             || self.shows && is_show(stanza)
             || self.refused && is_refusal(stanza)
-            || self.found && is_old_words(stanza)
             || self.truth && muc_user(stanza).is_some_and(|x| has_status(x, "110") && has_status(x, "333"))
     }
 }
@@ -100,25 +116,10 @@ fn is_answer(stanza: &str) -> bool {
     name(stanza) == "iq" && matches!(attribute(stanza, "type"), Some("result" | "error"))
 }
 
-/// Plain words to everybody in a room, as its occupants hear them now.
-fn is_words(stanza: &str, declared: Declared) -> bool {
-    let room = attribute(stanza, "from").map(bare);
-    let is_old = child(stanza, "delay").is_some_and(|delay| !declared.delay || attribute(delay, "from") == room);
-    attribute(stanza, "type") == Some("groupchat") && child(stanza, "body").is_some() && !is_old
-}
-
-/// What was said to everybody in a room, as the room repeats it.
-fn is_old_words(stanza: &str) -> bool {
-    let room = attribute(stanza, "from").map(bare);
-    let is_old = child(stanza, "delay").is_some_and(|delay| attribute(delay, "from") == room);
-    attribute(stanza, "type") == Some("groupchat") && child(stanza, "body").is_some() && is_old
-}
-
-/// What a mirror says in the name of a room: that it has not taken what was heard near by. A room's own words have no body.
-fn is_notice(stanza: &str) -> bool {
-    let from = attribute(stanza, "from").unwrap_or_default();
-    let is_room = domain_of(from).starts_with("conference.") && resource_of(from).is_none();
-    is_room && child(stanza, "body").is_some_and(|body| body.contains("was not accepted by the room"))
+/// Whether these are the same words to a room, the second of them with an id of ours.
+fn has_got_id(sent: &str, heard: &str) -> bool {
+    let id = attribute(heard, "id").filter(|id| id.starts_with("narrows-") && attribute(sent, "id").is_none());
+    id.is_some_and(|id| heard.replacen(&format!(" id='{id}'"), "", 1) == sent)
 }
 
 /// Who is there and how, as a room tells it or is told.
@@ -264,7 +265,8 @@ impl World {
                 true => Near::of(way, back),
                 false => Near::default(),
             };
-            check_way(way, declared, &near, &mut lost);
+            let said = (&self.said, way.to);
+            check_way(way, declared, said, &near, &mut lost);
             check_real_addresses(way);
             for (what, form) in SAYINGS {
                 let is_said = || way.sent.iter().any(|sent| xml::text(&sent.bytes).contains(form));
@@ -432,7 +434,10 @@ struct Flow<'a> {
 }
 
 /// P1, P3, P4, §5 rule 4: each recipient reads what was written to it, all of it, in order, and nothing else; words are heard once.
-fn check_way(way: &Way, declared: Declared, near: &Near, lost: &mut Lost) {
+fn check_way(way: &Way, declared: Declared<'_>, heard_here: (&Speeches, usize), near: &Near, lost: &mut Lost) {
+    let (speeches, site) = heard_here;
+    let here = speeches.iter().filter(|(_, speech)| speech.site == site);
+    let here: BTreeSet<String> = here.map(|(body, _)| body.clone()).collect();
     let key = |bytes: &Bytes| {
         let stanza = xml::text(bytes);
         let of = |name| attribute(stanza, name).unwrap_or_default();
@@ -453,8 +458,13 @@ fn check_way(way: &Way, declared: Declared, near: &Near, lost: &mut Lost) {
         lost.insert((bare(of("from")).to_owned(), of("to").to_owned()));
     }
     let mut flows: BTreeMap<(String, String), Flow<'_>> = BTreeMap::new();
-    for sent in way.sent.iter().filter(|sent| !near.has_settled(&sent.bytes)) {
-        let written = (&sent.bytes, way.is_excused(sent));
+    // What a room repeats for us is kept from the session in whose name it was asked.
+    let is_ours = |sent: &Sent| {
+        declared.found && sent.repeated && !sent.is_stray && words::body(xml::text(&sent.bytes)).is_some()
+    };
+    let is_sent = |sent: &&Sent| !is_ours(sent) && !near.has_settled(&sent.bytes);
+    for sent in way.sent.iter().filter(is_sent) {
+        let written = (&sent.bytes, way.is_excused(sent) || declared.found && sent.is_stray);
         flows.entry(key(&sent.bytes)).or_default().written.push(written);
     }
     for heard in way.heard.iter().filter(|heard| !near.has_settled(heard)) {
@@ -469,12 +479,28 @@ fn check_way(way: &Way, declared: Declared, near: &Near, lost: &mut Lost) {
             settled: settled && declared.shows,
             ..declared
         };
-        let missing = match matching(&written, &read, declared) {
-            Some(missing) => missing,
-            None => panic!("from {from} to {to}: {}", difference(&written, &read, declared)),
+        let is_room = is_of_room(&from);
+        let declared = Declared {
+            echo: (is_room && declared.shows).then_some(&here),
+            ..declared
         };
-        for at in missing {
-            let stanza = xml::text(written[at].0);
+        // Words that wait while a room is asked for what was lost are overtaken by all else.
+        let is_apart = |bytes: &Bytes| declared.found && words::body(xml::text(bytes)).is_some();
+        let mut missing = Vec::new();
+        for apart in [false, true] {
+            let written: Vec<_> = written
+                .iter()
+                .filter(|(bytes, _)| is_apart(bytes) == apart)
+                .copied()
+                .collect();
+            let read: Vec<_> = read.iter().filter(|bytes| is_apart(bytes) == apart).copied().collect();
+            match matching(&written, &read, declared) {
+                Some(at) => missing.extend(at.into_iter().map(|at| written[at].0)),
+                None => panic!("from {from} to {to}: {}", difference(&written, &read, declared)),
+            }
+        }
+        for bytes in missing {
+            let stanza = xml::text(bytes);
             // Either of them may be the room.
             for (room, session) in [("from", "to"), ("to", "from")] {
                 let of = |name| attribute(stanza, name).unwrap_or_default();
@@ -483,7 +509,9 @@ fn check_way(way: &Way, declared: Declared, near: &Near, lost: &mut Lost) {
         }
         let of_flow = |bytes: &&&Bytes| key(bytes) == (from.clone(), to.clone());
         let doubted: Vec<&Bytes> = doubted.iter().filter(of_flow).copied().collect();
-        check_words(&written, &read, &doubted, declared);
+        if is_room {
+            words::check(&written, &read, &doubted, declared, heard_here);
+        }
     }
 }
 
@@ -600,11 +628,12 @@ fn recipient(to: &str) -> String {
 }
 
 /// Which of what was written is missing, if what was read can be what was written but for what may be missing or added.
-fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> Option<Vec<usize>> {
+fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared<'_>) -> Option<Vec<usize>> {
     if sent.len() == heard.len() && sent.iter().zip(heard).all(|((sent, _), heard)| sent == heard) {
         return Some(Vec::new());
     }
     let may_skip = |at: usize| sent[at].1 || declared.may_be_missing(sent[at].0);
+    let is_same = |i: usize, j: usize| declared.is_heard(sent[i], heard[j]);
     // From the end: whether the rest of one fits the rest of the other.
     let mut fits = vec![vec![false; heard.len() + 1]; sent.len() + 1];
     for i in (0..=sent.len()).rev() {
@@ -612,7 +641,7 @@ fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> Op
             fits[i][j] = i == sent.len() && j == heard.len()
                 || i < sent.len() && may_skip(i) && fits[i + 1][j]
                 || j < heard.len() && declared.may_be_extra(heard[j]) && fits[i][j + 1]
-                || i < sent.len() && j < heard.len() && fits[i + 1][j + 1] && declared.is_same(sent[i].0, heard[j]);
+                || i < sent.len() && j < heard.len() && fits[i + 1][j + 1] && is_same(i, j);
         }
     }
     if !fits[0][0] {
@@ -620,7 +649,7 @@ fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> Op
     }
     let (mut i, mut j, mut missing) = (0, 0, Vec::new());
     while i < sent.len() || j < heard.len() {
-        if i < sent.len() && j < heard.len() && fits[i + 1][j + 1] && declared.is_same(sent[i].0, heard[j]) {
+        if i < sent.len() && j < heard.len() && fits[i + 1][j + 1] && is_same(i, j) {
             (i, j) = (i + 1, j + 1);
         } else if j < heard.len() && declared.may_be_extra(heard[j]) && fits[i][j + 1] {
             j += 1;
@@ -635,7 +664,7 @@ fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> Op
 }
 
 /// How far one can be followed in the other, and what stands there.
-fn difference(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> String {
+fn difference(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared<'_>) -> String {
     let mut reached = BTreeSet::from([(0, 0)]);
     let mut furthest = (0, 0);
     while let Some((i, j)) = reached.pop_first() {
@@ -647,8 +676,8 @@ fn difference(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> 
         if read.is_some_and(|bytes| declared.may_be_extra(bytes)) {
             reached.insert((i, j + 1));
         }
-        if let (Some((written, _)), Some(read)) = (written, read)
-            && declared.is_same(written, read)
+        if let (Some(written), Some(read)) = (written, read)
+            && declared.is_heard(*written, read)
         {
             reached.insert((i + 1, j + 1));
         }
@@ -658,53 +687,6 @@ fn difference(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared) -> 
     let read = heard.get(j).map(|bytes| xml::text(bytes));
     let (writes, reads) = (sent.len(), heard.len());
     format!("after {i} of {writes} written and {j} of {reads} read, written\n  {written:?}, read\n  {read:?}")
-}
-
-/// Words are heard once by whomever they were addressed to, however they came; old ones count apart. Those that a room does not take, or
-/// not for all, may have been heard near by.
-fn check_words(sent: &[(&Bytes, bool)], heard: &[&Bytes], doubted: &[&Bytes], declared: Declared) {
-    let words = |bytes: &Bytes| {
-        let stanza = xml::text(bytes);
-        let room = attribute(stanza, "from").map(bare);
-        let body = child(stanza, "body").filter(|_| !is_notice(stanza))?.to_owned();
-        let is_old = child(stanza, "delay").is_some_and(|delay| attribute(delay, "from") == room);
-        let is_error = attribute(stanza, "type") == Some("error");
-        Some((body, is_old, is_error))
-    };
-    let mut counts: BTreeMap<_, (u64, u64, u64)> = BTreeMap::new();
-    for (bytes, excused) in sent {
-        if let Some(words) = words(bytes) {
-            let (written, excuses, _) = counts.entry(words).or_default();
-            *written += 1;
-            *excuses += u64::from(*excused);
-        }
-    }
-    for bytes in heard {
-        if let Some(words) = words(bytes) {
-            counts.entry(words).or_default().2 += 1;
-        }
-    }
-    // An echo that may have been heard stands for the reflection that was then swallowed.
-    for words in doubted.iter().filter_map(|bytes| words(bytes)) {
-        counts.entry(words).or_default().1 += 1;
-    }
-    for (words, (mut written, mut excuses, mut heard)) in counts.clone() {
-        let (body, is_old, is_error) = &words;
-        let mut heard_max = if declared.echo { written.max(1) } else { written };
-        if declared.found {
-            // Live or old: what was lost live comes as old, and what the room repeats for us does not come.
-            let other = counts
-                .get(&(body.clone(), !is_old, *is_error))
-                .copied()
-                .unwrap_or_default();
-            let repeated = if *is_old { written } else { other.0 };
-            // Who was out of the room when something was said may have heard it near by, and hears it as old when it is in again.
-            heard_max = written.max(u64::from(!is_old)) + other.0.max(u64::from(*is_old));
-            (written, excuses, heard) = (written + other.0, excuses + other.1 + repeated, heard + other.2);
-        }
-        let right = heard <= heard_max && written <= heard + excuses;
-        assert!(right, "{words:?} was said {written} times and heard {heard} times");
-    }
 }
 
 /// G27: a real address reaches a session only if the room showed it to that session.
@@ -735,7 +717,7 @@ mod tests {
 
     const FROM: &str = "from='room@conference.a.example/n' to='u@b.example/r'";
 
-    fn fits(sent: &[&str], heard: &[&str], declared: Declared) -> bool {
+    fn fits(sent: &[&str], heard: &[&str], declared: Declared<'_>) -> bool {
         let read = |text: &&str| Bytes::from(text.replace("FROM", FROM));
         let (sent, heard): (Vec<Bytes>, Vec<Bytes>) =
             (sent.iter().map(read).collect(), heard.iter().map(read).collect());
@@ -744,10 +726,11 @@ mod tests {
         matching(&sent, &heard, declared).is_some()
     }
 
-    const NOTHING: Declared = Declared {
+    const NOTHING: Declared<'static> = Declared {
         delay: false,
         shows: false,
-        echo: false,
+        echo: None,
+        id: false,
         near: false,
         refused: false,
         truth: false,
@@ -775,11 +758,19 @@ mod tests {
         let version = "<iq FROM type='get' id='1'><query xmlns='jabber:iq:version'/></iq>";
         let pong = "<iq FROM type='result' id='1'/>";
         let join = "<presence FROM><x xmlns='http://jabber.org/protocol/muc'/></presence>";
+        let others = "<message FROM type='groupchat' id='1'><body>from beyond</body></message>";
+        let said = BTreeSet::from(["<body>x</body>".to_owned()]);
         let no = "<presence FROM type='error'><error type='wait'/></presence>";
-        let kinds: [(Declared, &str); 6] = [
+        let kinds: [(Declared<'_>, &str); 6] = [
             (Declared { delay: true, ..NOTHING }, "delay"),
             (Declared { shows: true, ..NOTHING }, "shows"),
-            (Declared { echo: true, ..NOTHING }, "echo"),
+            (
+                Declared {
+                    echo: Some(&said),
+                    ..NOTHING
+                },
+                "echo",
+            ),
             (Declared { near: true, ..NOTHING }, "near"),
             (
                 Declared {
@@ -796,8 +787,11 @@ mod tests {
                 &[words, pong][..],
                 "delay shows echo near refused truth",
             ),
-            (&[words], &[late], "delay"),
+            // Both come here: an echo, and the reflection in its other form.
+            (&[words], &[late], "delay echo"),
             (&[words], &[old], ""),
+            (&[others], &[], ""),
+            (&[], &[others], ""),
             (&[], &[gone], "shows"),
             (&[], &[out], "shows"),
             (&[], &[kicked], ""),

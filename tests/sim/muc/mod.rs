@@ -24,6 +24,7 @@ mod check;
 mod client;
 mod room;
 mod server;
+mod words;
 mod world;
 mod xml;
 

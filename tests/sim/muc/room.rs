@@ -17,6 +17,9 @@ use crate::random::Random;
 /// Lines of history that are kept: fewer than the default of 20, so that it overflows.
 const HISTORY_MAX: usize = 6;
 
+/// Clients ask for fewer, if they ask for a number; a sidecar asks for more.
+const LINES_ASKED_MAX: usize = 10;
+
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Affiliation {
     Outcast,
@@ -104,6 +107,8 @@ pub struct Words {
     pub bytes: Bytes,
     /// Copies of one broadcast share it.
     pub event: u64,
+    /// Told to one who is in and has not asked for it: its sidecar has.
+    pub repeated: bool,
 }
 
 /// What a room is given to do its work with.
@@ -266,7 +271,11 @@ impl Room {
                     self.announce(nick, from, &Beside::HERE, tools);
                 } else {
                     // From one who is in: everything again.
+                    let begin = tools.words.len();
                     self.welcome(nick, from, joins[0], false, tools);
+                    if asks_for_last_words(stanza).is_some() {
+                        tools.words[begin..].iter_mut().for_each(|words| words.repeated = true);
+                    }
                 }
             }
             Some(old) => self.change_nick(&old, nick, from, presence, stanza, tools),
@@ -378,8 +387,7 @@ impl Room {
     }
 
     fn tell_history(&mut self, session: &str, x: &str, tools: &mut Tools<'_>) {
-        let lines_max = child(x, "history").and_then(|history| attribute(history, "maxstanzas"));
-        let lines_max = lines_max.map_or(HISTORY_MAX, |max| max.parse().expect("a number"));
+        let lines_max = lines_asked(x).unwrap_or(HISTORY_MAX);
         let skipped = self.history.len().saturating_sub(lines_max);
         for line in self.history.iter().skip(skipped).cloned().collect::<Vec<_>>() {
             let delay = format!(
@@ -1393,8 +1401,30 @@ impl Room {
         ];
         let bytes = xml::write(tools.flavour, event, head.name, &attributes, payload);
         let to = to.to_owned();
-        tools.words.push(Words { to, bytes, event });
+        tools.words.push(Words {
+            to,
+            bytes,
+            event,
+            repeated: false,
+        });
     }
+}
+
+/// In whose name a sidecar asks a room to repeat what it has said.
+pub fn asks_for_last_words(stanza: &str) -> Option<&str> {
+    let children = elements(inner(stanza)).into_iter();
+    let asked = children
+        .filter(|child| name(child) == "x")
+        .filter_map(lines_asked)
+        .max();
+    asked.filter(|lines| *lines > LINES_ASKED_MAX)?;
+    attribute(stanza, "from")
+}
+
+/// Of history, by who enters.
+fn lines_asked(x: &str) -> Option<usize> {
+    let lines = child(x, "history").and_then(|history| attribute(history, "maxstanzas"))?;
+    Some(lines.parse().expect("a number"))
 }
 
 /// The error that a server answers with. ejabberd returns what it answers.

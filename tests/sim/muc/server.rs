@@ -150,7 +150,13 @@ impl Server {
             .expect("stanzas have an address")
             .to_owned();
         let event = self.events;
-        Words { to, bytes, event }
+        let repeated = false;
+        Words {
+            to,
+            bytes,
+            event,
+            repeated,
+        }
     }
 
     fn give_to_room(&mut self, words: &Words, wall: Wall, random: &mut Random) -> Vec<Words> {

@@ -23,9 +23,10 @@ use narrows::{
 use super::{
     check::Tally,
     client::{Act, Client, Question, a_nick},
-    room::{Affiliation, Config, Room},
+    room::{self, Affiliation, Config, Room},
     server::{Flavour, Server},
-    xml,
+    words::{Speech, Speeches},
+    xml::{self, child},
 };
 use crate::{
     pair::{self, End, Event, Manner, Pair},
@@ -55,6 +56,8 @@ pub struct Faults {
 /// One direction of one pair, as the two servers see it.
 #[derive(Default)]
 pub struct Way {
+    /// The site where it ends.
+    pub to: usize,
     /// Written by the server, in order.
     pub sent: Vec<Sent>,
     /// Read by the other, in order.
@@ -75,15 +78,29 @@ pub struct Way {
     /// A process has begun that may ask rooms what they have said last.
     asked_until: Option<Mono>,
     reached: BTreeSet<(String, String)>,
+    /// In whose names rooms were asked for their last words, and were by a process that is no more.
+    asked: BTreeSet<String>,
+    strays: BTreeSet<String>,
 }
 
 pub struct Sent {
     pub bytes: Bytes,
     /// The process was killed before it had it on disk.
     pub abandoned: bool,
+    /// What a room repeats to one who is in, because a sidecar has asked for it; and whether the process that did is no more: then it may be
+    /// taken for what the session has asked for itself.
+    pub repeated: bool,
+    pub is_stray: bool,
 }
 
 impl Way {
+    fn to(site: usize) -> Self {
+        Self {
+            to: site,
+            ..Self::default()
+        }
+    }
+
     /// Whether this may be missing.
     pub fn is_excused(&self, sent: &Sent) -> bool {
         sent.abandoned || self.doubtful.contains(&sent.bytes)
@@ -107,6 +124,8 @@ pub struct World {
     pub vanished: BTreeSet<String>,
     /// Servers that have restarted, and may have forgotten what they were asked.
     pub restarted: BTreeSet<usize>,
+    /// What was said to rooms.
+    pub said: Speeches,
     /// When each link may come up again.
     down_until: Vec<Mono>,
     numbers: u64,
@@ -237,13 +256,14 @@ impl World {
             faults,
             now,
             servers,
-            ways: pairs.iter().map(|_| Default::default()).collect(),
+            ways: (1..=pairs.len()).map(|peer| [Way::to(peer), Way::to(0)]).collect(),
             down_until: vec![now.mono; pairs.len()],
             pairs,
             clients,
             gone: Vec::new(),
             vanished: BTreeSet::new(),
             restarted: BTreeSet::new(),
+            said: Speeches::new(),
             numbers: 0,
             tally: Tally::default(),
             traced: std::env::var("NARROWS_SIM_TRACE").ok(),
@@ -377,6 +397,8 @@ impl World {
         for at in std::mem::take(&mut out.unaccepted).into_values() {
             out.sent[at].abandoned = true;
         }
+        let asked = std::mem::take(&mut out.asked);
+        out.strays.extend(asked);
         out.opened.clear();
         out.latest.clear();
         out.begun.clear();
@@ -444,6 +466,17 @@ impl World {
     fn say(&mut self, client: usize, act: &Act) {
         let (site, jid) = (self.clients[client].site, self.clients[client].jid.clone());
         self.tally.acts += 1;
+        if let Some(body) =
+            child(&format!("<x>{}</x>", act.payload), "body").filter(|_| act.stanza_type == Some("groupchat"))
+        {
+            let speech = Speech {
+                author: jid.clone(),
+                site,
+                room: act.to.clone(),
+                payload: act.payload.clone(),
+            };
+            self.said.insert(body.to_owned(), speech);
+        }
         self.servers[site].hear(&jid, &act.said(), self.now.wall, &mut self.random);
         self.settle(site);
     }
@@ -549,6 +582,8 @@ impl World {
         way.sent.push(Sent {
             bytes: words.bytes,
             abandoned: false,
+            repeated: words.repeated,
+            is_stray: words.repeated && way.strays.contains(&words.to),
         });
         let place = self.pairs[pair].write(end, domains, stanza, self.now);
         way.unaccepted.insert(place, way.sent.len() - 1);
@@ -594,6 +629,9 @@ impl World {
                 Event::Heard(bytes) => {
                     self.trace((pair, end), "hears", xml::text(&bytes));
                     self.ways[pair][1 - end].heard.push(bytes.clone());
+                    if let Some(session) = room::asks_for_last_words(xml::text(&bytes)) {
+                        self.ways[pair][end].asked.insert(session.to_owned());
+                    }
                     let site = Self::site_at(pair, end);
                     self.servers[site].route(bytes, self.now.wall, &mut self.random);
                     self.settle(site);
