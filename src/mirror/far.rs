@@ -298,11 +298,22 @@ impl Mirror {
         let Some(number) = room.echo_said(nick, id, stanza) else {
             return Withheld::new();
         };
+        let passed_over = room.passed_over(number);
         let seen = room.echo_seen(number, addresses.iter());
         self.write_echo(name, number);
+        for number in passed_over {
+            self.drop_echo(name, number);
+        }
         self.drop_if_over(name);
         self.stats.reflections_swallowed += u64::from(!seen.is_empty());
         seen
+    }
+
+    fn drop_echo(&mut self, name: &str, number: u64) {
+        if let Some(room) = self.rooms.get_mut(name) {
+            room.echoes.remove(&number);
+            self.write_echo(name, number);
+        }
     }
 
     /// The room has told one of these that it does not take his message.

@@ -258,7 +258,21 @@ impl Mirror {
         }
         let plain = node.child(ns::SERVER, "subject").is_none();
         let may_speak = role == "participant" || role == "moderator";
-        if !(plain && may_speak) || policy == Echo::Reflect {
+        if policy == Echo::Reflect {
+            return Fate::Crosses;
+        }
+        if !(plain && may_speak) {
+            // Not to be shown, but what is said after it waits for it.
+            if room.echoes.len() < ECHOES_MAX {
+                self.echo_last += 1;
+                let echo = room::Echo {
+                    nick: nick.to_owned(),
+                    id: stanza.id().map(Cow::into_owned).unwrap_or_default(),
+                    words: body_mark(node),
+                    state: EchoState::NotShown,
+                };
+                self.put_echo(name, self.echo_last, echo);
+            }
             return Fate::Crosses;
         }
         // Ids that the room gives cannot be known here; during a split there is no other way.
@@ -315,7 +329,7 @@ impl Mirror {
                 let shown = cast_to(template.clone(), *to_at, to.iter());
                 Some((*number, echo.clone(), to, shown))
             }
-            EchoState::Shown { .. } => None,
+            EchoState::NotShown | EchoState::Shown { .. } => None,
         });
         for (number, echo, to, shown) in unheard.collect::<Vec<_>>() {
             if to.is_empty() {

@@ -86,6 +86,8 @@ pub struct Echo {
 pub enum EchoState {
     /// It waits for the room. As it would be shown here, if the link goes meanwhile: a template, and where `to` goes.
     Unheard { template: Bytes, to_at: u32 },
+    /// It waits for the room, and is heard from it only: who says it may not speak, or it is no plain message.
+    NotShown,
     /// These sessions were shown it before the room had it.
     Shown { to: BTreeSet<String> },
 }
@@ -304,7 +306,7 @@ impl Room {
     /// Of its own words those are said by then, of others' those that nobody waits for any more.
     pub fn echoes_had(&self, address: &str, nick: &str, again: &Again) -> Vec<u64> {
         let is_had = |(number, echo): &(&u64, &Echo)| match &echo.state {
-            EchoState::Unheard { .. } => false,
+            EchoState::Unheard { .. } | EchoState::NotShown => false,
             EchoState::Shown { to } if !to.contains(address) => false,
             EchoState::Shown { .. } if echo.nick == nick => **number <= again.after,
             EchoState::Shown { to } => to.len() == 1,
@@ -315,12 +317,28 @@ impl Room {
     /// Which of these wait for something that this author has said before, and that others were shown: the room has not said it to its author.
     pub fn waiting_for(&self, author: &str, before: u64, joined: &BTreeSet<String>) -> BTreeSet<String> {
         let earlier = self.echoes.range(..before).filter(|(_, echo)| echo.nick == author);
-        let shown = earlier.filter_map(|(_, echo)| match &echo.state {
-            EchoState::Unheard { .. } => None,
-            EchoState::Shown { to } => Some(to),
-        });
-        let waits = shown.filter(|to| self.sessions_of(author).any(|session| to.contains(session)));
-        waits.flat_map(|to| joined.difference(to)).cloned().collect()
+        let mut waits = BTreeSet::new();
+        for (_, echo) in earlier {
+            match &echo.state {
+                EchoState::Unheard { .. } => {}
+                EchoState::NotShown => return joined.clone(),
+                EchoState::Shown { to } if self.sessions_of(author).any(|session| to.contains(session)) => {
+                    waits.extend(joined.difference(to).cloned());
+                }
+                EchoState::Shown { .. } => {}
+            }
+        }
+        waits
+    }
+
+    /// The room has said this of its author's. What he said before and was heard from nobody else the room has not taken.
+    pub fn passed_over(&self, number: u64) -> Vec<u64> {
+        let Some(Echo { nick, .. }) = self.echoes.get(&number) else {
+            return Vec::new();
+        };
+        let earlier = self.echoes.range(..number);
+        let is_over = |(_, echo): &(&u64, &Echo)| echo.nick == *nick && echo.state == EchoState::NotShown;
+        earlier.filter(is_over).map(|(number, _)| *number).collect()
     }
 
     pub fn is_too_large(&self) -> bool {
@@ -448,6 +466,7 @@ impl Echo {
                 put_prefixed(&mut out, template);
                 put_len(&mut out, *to_at as usize);
             }
+            EchoState::NotShown => out.push(2),
             EchoState::Shown { to } => {
                 out.push(1);
                 put_texts(&mut out, to);
@@ -469,6 +488,7 @@ impl Echo {
             1 => EchoState::Shown {
                 to: texts(&mut reader)?,
             },
+            2 => EchoState::NotShown,
             _ => return None,
         };
         reader.finish().ok()?;
