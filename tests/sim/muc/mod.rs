@@ -191,6 +191,12 @@ fn rooms_of_a_hub_where_everything_fails() {
     run(HUB);
 }
 
+/// A hub with three peers: one room has mirrors at each of them.
+#[test]
+fn rooms_of_four_sites_where_everything_fails() {
+    run(Faults { peers: 3, ..HUB });
+}
+
 const HUB: Faults = Faults {
     peers: 2,
     cuts: true,

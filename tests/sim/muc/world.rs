@@ -231,7 +231,7 @@ impl World {
             // The hub's rooms are what this is about; a peer may have one of its own.
             let rooms = if site == 0 { ROOMS } else { random.below(2) };
             for room in 0..rooms {
-                let room = a_room(server, room, &mut random);
+                let room = a_room(server, room, 1 + faults.peers, &mut random);
                 server.rooms.insert(room.jid.clone(), room);
             }
             for user in 0..USERS {
@@ -775,7 +775,7 @@ impl Way {
     }
 }
 
-fn a_room(server: &Server, number: u64, random: &mut Random) -> Room {
+fn a_room(server: &Server, number: u64, sites: usize, random: &mut Random) -> Room {
     let host = server.host();
     let config = Config {
         moderated: random.one_in(4),
@@ -798,7 +798,7 @@ fn a_room(server: &Server, number: u64, random: &mut Random) -> Room {
     room.exists = !random.one_in(4);
     room.affiliations.insert("u1@b.example".to_owned(), Affiliation::Admin);
     for user in 0..USERS {
-        for site in ["a", "b", "c"] {
+        for site in ('a'..='z').take(sites.max(3)) {
             if random.one_in(3) {
                 let user = format!("u{user}@{site}.example");
                 room.affiliations.entry(user).or_insert(Affiliation::Member);
