@@ -4,19 +4,20 @@
 //! The clocks are shortened: the split is declared after some seconds, not minutes.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     thread::sleep,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use narrows_lab::{
     Ejabberd, Layout, Profile, Prosody, ServerSpec, World,
     client::{Client, Failure, MUC_ADMIN, Outcome},
+    load::heard,
     scenario::{FAR_USERS, Side, Stage, WorldStage},
 };
 
 use crate::{
-    cast::{enter, make_room, sign_in},
+    cast::{Cast, enter, make_room, sign_in},
     faults::{held_pair, kill_set_up, unthrottled},
     seen::{PATIENCE, heard_times, hears, presence_of, sees, was_put_out},
     stage::{in_company, world},
@@ -194,6 +195,83 @@ fn split_and_heal(name: &str, a: ServerSpec, b: ServerSpec, blow: Blow) {
         Ok(())
     };
     play().unwrap_or_else(|failure| panic!("{name}: {failure}"));
+}
+
+/// A link that comes and goes, each time for less than `split.hold`, while both sides talk: everybody has everything once and in order, and
+/// nobody sees anybody leave or become away.
+fn flapping(name: &str, a: ServerSpec, b: ServerSpec) {
+    const FLAPS: usize = 6;
+    const DOWN: Duration = Duration::from_secs(5);
+    const UP: Duration = Duration::from_secs(3);
+    let _company = in_company();
+    // Found down soon, and up again soon: otherwise most of the flaps would pass unnoticed.
+    let link = ["ack_delay: 500ms", "quiet_after: 1s", "dead_after: 2s"];
+    let pair = held_pair().yaml("mirror", "split: { hold: 30s }");
+    let layout = Layout::Sidecar(link.into_iter().fold(pair, |pair, line| pair.yaml("link", line)));
+    let world = &world(name, Profile::lan(), unthrottled(a), unthrottled(b), 0, layout);
+    let play = || -> Outcome {
+        let mut cast = Cast::gather(world, "flaps")?;
+        let mut seen_down = 0;
+        for _ in 0..FLAPS {
+            for (up, lasts) in [(false, DOWN), (true, UP)] {
+                match up {
+                    true => world.link.up(),
+                    false => world.link.down(),
+                }
+                let since = Instant::now();
+                while since.elapsed() < lasts {
+                    for speaker in 0..5 {
+                        cast.say(speaker, "")?;
+                    }
+                    sleep(Duration::from_millis(500));
+                }
+                let is_up = world.b.sidecar().metrics()?.sum("narrows_link_up", &[]) == 1.0;
+                seen_down += usize::from(!up && !is_up);
+            }
+        }
+        cast.settle(Duration::from_secs(60))?;
+        let outcomes = cast.outcomes();
+        println!("{name}: the link was seen down {seen_down} times\n{outcomes}");
+        // Near users hear each other before the room has heard them (`echo: auto`): what is late for that is in order of its sender.
+        let bad = outcomes.lost() + outcomes.returned + outcomes.room.doubled + outcomes.talk_doubled;
+        if bad > 0 || !outcomes.expelled.is_empty() || seen_down < FLAPS / 2 {
+            return Err(Failure(outcomes.to_string()));
+        }
+        for client in cast.far.iter().chain([&cast.alice, &cast.adam]) {
+            let mut last = BTreeMap::new();
+            for (sender, number) in heard(client, "groupchat") {
+                if last.insert(sender.clone(), number).is_some_and(|last| last >= number) {
+                    return Err(Failure(format!("{} heard {number} of {sender} late", client.user())));
+                }
+            }
+            let shown = |stanza: &&narrows_lab::client::Stanza| {
+                stanza.is_presence() && (stanza.kind() == "unavailable" || stanza.raw.contains("<show>away</show>"))
+            };
+            if let Some(presence) = client.transcript().iter().find(shown) {
+                return Err(Failure(format!("{} is shown {}", client.user(), presence.raw)));
+            }
+        }
+        let splits = |site: &narrows_lab::Site| {
+            Ok::<_, Failure>(site.sidecar().metrics()?.sum("narrows_mirror_splits_total", &[]))
+        };
+        match splits(&world.a)? + splits(&world.b)? {
+            0.0 => Ok(()),
+            splits => Err(Failure(format!("{splits} splits were declared"))),
+        }
+    };
+    play().unwrap_or_else(|failure| panic!("{name}: {failure}"));
+}
+
+/// The room on Prosody, its far users on ejabberd.
+#[test]
+fn flapping_prosody_and_ejabberd() {
+    flapping("fpe", Prosody::stock(), Ejabberd::stock());
+}
+
+/// The room on ejabberd, its far users on Prosody.
+#[test]
+fn flapping_ejabberd_and_prosody() {
+    flapping("fep", Ejabberd::stock(), Prosody::stock());
 }
 
 /// `split.join: provisional`: users enter the room while it is out of reach, one under a nick that is taken there meanwhile. They talk; when the
