@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     codec::entry::Cast,
-    stanza::{Kind, Stanza, bare, escape_attribute, escape_text, ns, resource_of},
+    stanza::{Kind, Stanza, bare, domain_of, escape_attribute, escape_text, ns, resource_of},
     time::Now,
 };
 
@@ -36,16 +36,21 @@ impl Mirror {
                     ..cast
                 },
                 &stanza,
+                held,
                 now,
             );
         }
-        self.handle_known(cast, &stanza, now)
+        self.handle_known(cast, &stanza, held, now)
     }
 
-    fn handle_known(&mut self, cast: Cast, stanza: &Stanza, now: Now) -> Option<Cast> {
+    fn handle_known(&mut self, cast: Cast, stanza: &Stanza, held: Duration, now: Now) -> Option<Cast> {
         let Some(from) = stanza.from().map(Cow::into_owned) else {
             return Some(cast);
         };
+        // An error may be the word of a sidecar, for a server that is away.
+        if !stanza.is_error() {
+            self.near.hear(domain_of(&from), now.mono - held);
+        }
         let name = bare(&from);
         if stanza.kind() == Kind::Iq {
             self.near.handle_far(stanza, now);

@@ -27,6 +27,12 @@ pub(super) const LINK_DOWN: Refusal = (
     "The link to this room is down.",
 );
 pub(super) const NICK_TAKEN: Refusal = (ErrorType::Cancel, Condition::Conflict, "The nick is taken.");
+/// XEP-0199 §4.1 has any error for an answer; this one tells that it is the network.
+const SERVICE_AWAY: Refusal = (
+    ErrorType::Wait,
+    Condition::RemoteServerTimeout,
+    "The link to this service is down.",
+);
 const NICK_STAYS: Refusal = (
     ErrorType::Wait,
     Condition::NotAcceptable,
@@ -43,8 +49,8 @@ const VISITOR: Refusal = (
 enum Asked {
     Crosses,
     Answered(Stanza),
-    /// The room cannot be asked now.
-    Refused,
+    /// Who is asked cannot be asked now.
+    Refused(Refusal),
 }
 
 /// What becomes of something said to a room or in it.
@@ -94,8 +100,8 @@ impl Mirror {
                     self.deliver_stanza(&answer);
                     return None;
                 }
-                Asked::Refused => {
-                    self.refuse(&stanza, LINK_DOWN);
+                Asked::Refused(refusal) => {
+                    self.refuse(&stanza, refusal);
                     return None;
                 }
             },
@@ -359,22 +365,27 @@ impl Mirror {
             .iter()
             .any(|namespace| node.child(namespace, "query").is_some());
         if commands && self.is_detached() && stanza.stanza_type().as_deref() == Some("set") {
-            return Asked::Refused;
+            return Asked::Refused(LINK_DOWN);
         }
         let is_get = stanza.stanza_type().as_deref() == Some("get");
         if is_get && node.child(ns::PING, "ping").is_some() {
+            // XEP-0199 §4.3: whether a server is there.
+            if !to.contains(['@', '/']) {
+                return match self.link {
+                    Link::Live if self.near.is_there(to, now) => self.pong(stanza),
+                    Link::Detached { .. } => Asked::Refused(SERVICE_AWAY),
+                    Link::Live | Link::Resyncing | Link::Waiting { .. } => Asked::Crosses,
+                };
+            }
             let own = session.is_some_and(|session| {
                 session.joined && session.provisional.is_none() && resource_of(to) == Some(&session.nick)
             });
             let own = own || self.is_detached() && self.is_provisional(name, from);
             return match (own, self.link) {
                 // XEP-0410 §3.2: what comes back is the room's own answer to an occupant.
-                (true, Link::Live) => {
-                    self.stats.pings_answered += 1;
-                    near::result(stanza, "").map_or(Asked::Crosses, Asked::Answered)
-                }
+                (true, Link::Live) => self.pong(stanza),
                 // Undecided: a client that hears anything else may enter again.
-                (true, Link::Detached { .. }) => Asked::Refused,
+                (true, Link::Detached { .. }) => Asked::Refused(LINK_DOWN),
                 (true, Link::Resyncing | Link::Waiting { .. }) | (false, _) => Asked::Crosses,
             };
         }
@@ -386,6 +397,11 @@ impl Mirror {
             return Asked::Answered(answer);
         }
         Asked::Crosses
+    }
+
+    fn pong(&mut self, ping: &Stanza) -> Asked {
+        self.stats.pings_answered += 1;
+        near::result(ping, "").map_or(Asked::Crosses, Asked::Answered)
     }
 }
 

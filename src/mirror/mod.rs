@@ -307,6 +307,7 @@ impl Mirror {
     pub fn stats(&self) -> MirrorStats {
         MirrorStats {
             ghosts: self.primary.ghosts(),
+            pings_answered: self.stats.pings_answered + self.primary.pongs(),
             found: self.primary.found(),
             overflows: self.stats.overflows + self.primary.overflows(),
             ..self.stats

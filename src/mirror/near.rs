@@ -8,6 +8,8 @@
 //! * anything else may differ by who asks, and is repeated to the same user only.
 //!
 //! Only what came whole, as an answer to the same question, is repeated; errors never are.
+//!
+//! Whether a service is there (XEP-0199) is known for a while from anything that its server has said.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -25,6 +27,10 @@ const QUESTIONS_MAX: usize = 1_000;
 /// Answers kept, and the size of one: some room lists are megabytes, and change all the time.
 const ANSWERS_MAX: usize = 500;
 const ANSWER_BYTES_MAX: usize = 8 * 1024;
+
+/// What a server has said shows for so long that it is there. One that asks far servers regularly (as modules that keep streams alive do)
+/// asks once a minute.
+const THERE_FOR: Duration = Duration::from_secs(60);
 
 /// Who a kept answer is for.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -60,6 +66,8 @@ pub struct Near {
     answers: BTreeMap<Key, Answer>,
     /// Keys in the order in which their answers came.
     order: VecDeque<Key>,
+    /// When each of the peer's domains last said something. A peer speaks for those of its configuration only.
+    heard: BTreeMap<String, Mono>,
 }
 
 impl Near {
@@ -70,7 +78,20 @@ impl Near {
             asked: VecDeque::new(),
             answers: BTreeMap::new(),
             order: VecDeque::new(),
+            heard: BTreeMap::new(),
         }
+    }
+
+    /// Something of this domain has crossed, which its server said then.
+    pub fn hear(&mut self, domain: &str, at: Mono) {
+        match self.heard.get_mut(domain) {
+            Some(last) => *last = at.max(*last),
+            None => drop(self.heard.insert(domain.to_owned(), at)),
+        }
+    }
+
+    pub fn is_there(&self, domain: &str, now: Now) -> bool {
+        self.heard.get(domain).is_some_and(|at| now.mono.since(*at) < THERE_FOR)
     }
 
     pub fn set_lifetime(&mut self, lifetime: Duration) {

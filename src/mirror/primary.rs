@@ -15,6 +15,7 @@ use bytes::Bytes;
 use super::{
     Output, ROOMS_MAX, SplitFar,
     muc::{LOST, MucUser, SELF_PRESENCE},
+    near,
     room::{SESSIONS_MAX, begin_row, row, text},
     rows::{self, Rows},
     tail::{Inside, LINES_MAX, Tails},
@@ -88,6 +89,8 @@ pub struct Primary {
     /// No guest is to be asked about before: those in their rooms are many, and looked through only then.
     wake_at: Option<Mono>,
     ghosts: u64,
+    /// Questions of rooms about guests that were answered here.
+    pongs: u64,
     overflows: u64,
     tails: Tails,
     rows: Rows,
@@ -106,6 +109,7 @@ impl Primary {
             next_burst: None,
             wake_at: None,
             ghosts: 0,
+            pongs: 0,
             overflows: 0,
             tails: Tails::default(),
             rows: Rows::default(),
@@ -216,6 +220,10 @@ impl Primary {
         self.ghosts
     }
 
+    pub fn pongs(&self) -> u64 {
+        self.pongs
+    }
+
     pub fn found(&self) -> u64 {
         self.tails.found()
     }
@@ -304,6 +312,11 @@ impl Primary {
         }
         match stanza.kind() {
             Kind::Iq => {
+                if let Some(pong) = self.pong(&stanza, from, to) {
+                    self.pongs += 1;
+                    self.outputs.push_back(Output::Ask(pong));
+                    return None;
+                }
                 let Some(id) = stanza.id().filter(|id| self.is_ours(id)) else {
                     return Some(stanza);
                 };
@@ -398,6 +411,14 @@ impl Primary {
             guest.asking = Asking::No;
             self.write(room, address, now);
         }
+    }
+
+    /// A room asks whether a guest is still there, as Openfire's do, and puts out who does not answer. The peer tells when one has gone, so
+    /// whoever is inside is there, whatever the link does.
+    fn pong(&self, stanza: &Stanza, from: &str, to: &str) -> Option<Stanza> {
+        let guest = self.rooms.get(from)?.get(to)?;
+        let asks = stanza.stanza_type().as_deref() == Some("get") && node_of(stanza).child(ns::PING, "ping").is_some();
+        (asks && guest.joined).then(|| near::result(stanza, ""))?
     }
 
     /// Marks the guests as away. Says whether there are any.

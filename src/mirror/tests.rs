@@ -235,6 +235,97 @@ fn answers_self_pings_of_occupants_only() {
     }
 }
 
+/// XEP-0199: a far service that has just said something is there; one that was silent, or has only failed to be reached, is asked; and
+/// while the link is gone the answer decides nothing.
+#[test]
+fn answers_pings_of_services_that_were_heard() {
+    let ping =
+        |to: &str| format!("<iq type='get' from='b9@b.example/r' to='{to}' id='p1'><ping xmlns='urn:xmpp:ping'/></iq>");
+    let mut site = Site::populated(MirrorSettings::default());
+    let near = |site: &mut Site, to: &str| {
+        let seen = site.local(&ping(to));
+        assert_eq!(seen.crossed.len() + seen.delivered.len(), 1, "{to}: {seen:?}");
+        seen.delivered.first().cloned()
+    };
+    site.pass(THERE_FOR_SECONDS);
+    assert_eq!(near(&mut site, "conference.a.example"), None);
+    site.presence("alice", "<show>dnd</show>", &["b1@b.example/r"]);
+    let pong = near(&mut site, "conference.a.example").unwrap();
+    for part in [
+        "type='result'",
+        "from='conference.a.example'",
+        "to='b9@b.example/r'",
+        "id='p1'",
+    ] {
+        assert!(pong.contains(part), "{pong}");
+    }
+    // Another service of the same site, a user there, and what is said to have waited for long, or is an error, prove nothing.
+    for to in ["a.example", "alice@a.example", "alice@a.example/r"] {
+        assert_eq!(near(&mut site, to), None);
+    }
+    site.far(
+        "<message from='a.example' type='error' id='m'><error type='wait'/></message>",
+        &["b1@b.example/r"],
+    );
+    assert_eq!(near(&mut site, "a.example"), None);
+    site.held = Duration::from_secs(THERE_FOR_SECONDS);
+    site.far(
+        "<message from='alice@a.example' id='m'><body>late</body></message>",
+        &["b1@b.example/r"],
+    );
+    assert_eq!(near(&mut site, "a.example"), None);
+    site.held = Duration::ZERO;
+    site.far(
+        "<message from='alice@a.example' id='m'><body>now</body></message>",
+        &["b1@b.example/r"],
+    );
+    assert!(near(&mut site, "a.example").is_some());
+    site.down();
+    assert_eq!(near(&mut site, "a.example"), None);
+    site.pass(300);
+    let undecided = near(&mut site, "a.example").unwrap();
+    assert!(
+        undecided.contains("remote-server-timeout") && undecided.contains("type='wait'"),
+        "{undecided}"
+    );
+}
+
+/// Openfire's rooms put out who does not answer them: they are answered for who is inside, also while the link is gone, and for nobody else.
+#[test]
+fn rooms_that_ask_after_guests_are_answered() {
+    let mut site = hosting_two();
+    let ask = |from: &str, to: &str| {
+        format!("<iq type='get' from='{from}' to='{to}' id='g1'><ping xmlns='urn:xmpp:ping'/></iq>")
+    };
+    for down in [false, true] {
+        if down {
+            site.down();
+        }
+        let seen = site.local(&ask(MESS, "a1@a.example/r"));
+        let pong = [
+            "type='result'",
+            "from='a1@a.example/r'",
+            &format!("to='{MESS}'"),
+            "id='g1'",
+        ];
+        assert!(has(&seen.asked, &pong) && seen.crossed.is_empty(), "{seen:?}");
+        // A stranger, and another occupant, who asks the guest's client.
+        for (from, to) in [(MESS, "a9@a.example/r"), (&format!("{MESS}/bob"), "a1@a.example/r")] {
+            let seen = site.local(&ask(from, to));
+            assert_eq!((seen.asked.len(), seen.crossed.len()), (0, 1), "{from} {to}: {seen:?}");
+        }
+    }
+    assert_eq!(site.mirror.stats().pings_answered, 2);
+    site.far(
+        "<presence from='a1@a.example/r' type='unavailable'></presence>",
+        &[&format!("{MESS}/a1")],
+    );
+    assert_eq!(site.local(&ask(MESS, "a1@a.example/r")).crossed.len(), 1);
+}
+
+/// As in `near.rs`.
+const THERE_FOR_SECONDS: u64 = 60;
+
 /// Nobody is told anything until the link has been down for `split_hold`; then far occupants leave, those beside stay, and a ping gets
 /// an answer that decides nothing. When all has come, who is there then is shown.
 #[test]
@@ -1222,10 +1313,9 @@ fn hosting_two() -> Site {
     let mut site = Site::new(MirrorSettings::default());
     site.up();
     for user in ["a1", "a2"] {
-        let join =
-            format!("<presence from='{user}@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/></presence>");
-        site.far(&join, &[&format!("{MESS}/{user}")]);
+        site.asks_to_enter(user);
         site.room_says_in(user);
+        site.room_ends(user);
     }
     site
 }
@@ -1248,6 +1338,13 @@ impl Site {
     fn room_remembers(&mut self, body: &str, to: &str) -> Vec<String> {
         let delay = format!("<delay xmlns='urn:xmpp:delay' from='{MESS}' stamp='2026-11-20T09:30:41Z'/>");
         words(&self.local(&room_line(body, to, &delay)))
+    }
+
+    /// A guest asks to enter, or, if it is inside, to be told all again.
+    fn asks_to_enter(&mut self, user: &str) -> Seen {
+        let join =
+            format!("<presence from='{user}@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/></presence>");
+        self.far(&join, &[&format!("{MESS}/{user}")])
     }
 
     fn room_ends(&mut self, to: &str) -> Vec<String> {
@@ -1344,6 +1441,7 @@ fn lost_words_are_found() {
         site.room_remembers(line, "a1");
     }
     assert_eq!(site.room_ends("a1"), ["->a1"]);
+    site.asks_to_enter("a1");
     assert_eq!(site.room_remembers("five", "a1"), ["five>a1 late"]);
 }
 
@@ -1547,6 +1645,7 @@ fn the_first_words_are_found() {
         &[&format!("{MESS}/a1")],
     );
     site.room_says_in("a1");
+    site.room_ends("a1");
     let asked = site.killed();
     site.is_inside(&asked[0]);
     site.room_says_in("a1");
@@ -1576,6 +1675,7 @@ fn words_do_not_wait_for_ever() {
     site.room_says_in("a1");
     assert_eq!(site.room_remembers("two", "a1"), Vec::<String>::new());
     assert_eq!(site.room_ends("a1"), ["->a1"]);
+    site.asks_to_enter("a1");
     assert_eq!(site.room_remembers("two", "a1"), ["two>a1 late"]);
 
     let mut site = asked_again();
