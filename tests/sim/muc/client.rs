@@ -70,6 +70,8 @@ pub struct Stay {
     pub asked: Option<String>,
     /// It has wanted another nick: which one it has is known to the room only, for a while.
     pub has_changed_nick: bool,
+    /// It has asked to be out: that it is, is no news.
+    pub leaves: bool,
     pub view: View,
 }
 
@@ -186,7 +188,8 @@ impl Client {
                 let (question, room) = (asked.question, bare(&asked.to).to_owned());
                 // XEP-0410 §3: only this says that one is out; not what the far nick, or a server on the way, says.
                 let out = stanza_type == Some("error") && stanza.contains("<not-acceptable ");
-                let inside = self.stays.get(&room).and_then(|stay| stay.view.inside.clone());
+                let stay = self.stays.get(&room).filter(|stay| !stay.leaves);
+                let inside = stay.and_then(|stay| stay.view.inside.clone());
                 if question == Question::SelfPing
                     && out
                     && let Some(nick) = inside
@@ -204,6 +207,7 @@ impl Client {
         let id = self.id();
         let stay = self.stays.entry(room.to_owned()).or_default();
         stay.asked = Some(id.clone());
+        stay.leaves = false;
         if stay.view.inside.is_none() {
             stay.view = View::default();
             stay.has_changed_nick = false;
@@ -306,7 +310,8 @@ impl Client {
             }
             26..=27 => {
                 // Who leaves waits no longer to be let in.
-                self.stays.get_mut(room)?.asked = None;
+                let stay = self.stays.get_mut(room)?;
+                (stay.asked, stay.leaves) = (None, true);
                 Act {
                     stanza_type: Some("unavailable"),
                     ..presence(format!("{room}/{nick}"), "<status>bye</status>".to_owned())
