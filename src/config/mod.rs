@@ -476,9 +476,12 @@ pub struct Split {
     /// Default `leave`: it is clear to everyone who does not hear. `away` is quieter in large rooms.
     pub near: SplitNear,
 
-    /// What rooms here show after that of the occupants beyond the link. `away`: they are away. `hold`: nothing.
+    /// What rooms here show after that of the occupants beyond the link. `away`: they are away. `hold`: nothing. `leave`: they have left;
+    /// when the link is back they enter again, are told what has changed, and what the room's history has of what was said
+    /// meanwhile (20 lines in servers as shipped); if that may not be all, they are told so. Taken up by whoever enters after it is set.
     ///
-    /// Default `away`: it is the truth. In both cases they remain occupants, so what the room says waits for them.
+    /// Default `away`: it is the truth. As with `hold` they remain occupants, so what the room says waits for them, all of it. `leave`
+    /// is for rooms in which those who do not hear must not stand, or where nothing may wait.
     pub far: SplitFar,
 
     /// What becomes of a user's wish to enter a far room meanwhile. `refuse`: it gets an error that clients take for "later".
@@ -500,6 +503,7 @@ pub enum SplitNear {
 #[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum SplitFar {
+    Leave,
     Away,
     Hold,
 }
@@ -748,6 +752,7 @@ impl Mirror {
                 SplitNear::Hold => mirror::SplitNear::Hold,
             },
             split_far: match self.split.far {
+                SplitFar::Leave => mirror::SplitFar::Leave,
                 SplitFar::Away => mirror::SplitFar::Away,
                 SplitFar::Hold => mirror::SplitFar::Hold,
             },

@@ -141,8 +141,8 @@ fn wrong_values_are_shown_where_they_are() {
         ),
         (
             "link:",
-            "mirror: {split: {far: leave}}\nlink:",
-            "n.yaml:5:23: mirror.split.far: `leave` is not possible here, only away, hold",
+            "mirror: {split: {far: gone}}\nlink:",
+            "n.yaml:5:23: mirror.split.far: `gone` is not possible here, only leave, away, hold",
         ),
         (
             "link:",

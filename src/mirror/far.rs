@@ -54,7 +54,7 @@ impl Mirror {
         let name = bare(&from);
         if stanza.kind() == Kind::Iq {
             self.near.handle_far(stanza, now);
-            return Some(cast);
+            return self.primary.handle_cast(cast, now);
         }
         if self.rooms.contains_key(name) {
             let recipients: Vec<String> = cast.recipients.iter().filter_map(address_in).collect();
@@ -65,8 +65,7 @@ impl Mirror {
             };
             return without(cast, &withheld);
         }
-        self.primary.handle_far(stanza, now);
-        Some(cast)
+        self.primary.handle_cast(cast, now)
     }
 
     /// What the room says of an occupant.

@@ -34,6 +34,7 @@
 //! stay occupants all the time, so the room goes on addressing them, and what it says waits in the spool. What a room said while a
 //! process was killed is found in its history (`tail.rs`).
 
+mod absent;
 mod far;
 mod local;
 mod muc;
@@ -205,7 +206,11 @@ impl Mirror {
                 if self.load_row(kind, room, what, value, now).is_some() {
                     useless.remove(key);
                     let rows = match kind {
-                        rows::Kind::Guest | rows::Kind::Tail | rows::Kind::Held => self.primary.rows(),
+                        rows::Kind::Guest
+                        | rows::Kind::Tail
+                        | rows::Kind::Held
+                        | rows::Kind::Seen
+                        | rows::Kind::SeenOccupant => self.primary.rows(),
                         rows::Kind::Room | rows::Kind::Occupant | rows::Kind::Echo => &mut self.rows,
                     };
                     rows.note(key, value);
@@ -232,6 +237,8 @@ impl Mirror {
             rows::Kind::Guest => self.primary.load(room, std::str::from_utf8(what).ok()?, value, now)?,
             rows::Kind::Tail => self.primary.load_tail(room, value)?,
             rows::Kind::Held => self.primary.load_held(room, what, value)?,
+            rows::Kind::Seen => self.primary.load_seen(room, value)?,
+            rows::Kind::SeenOccupant => self.primary.load_seen_occupant(room, what, value)?,
             rows::Kind::Room => {
                 let domain = Domain::new(domain_of(room)).ok()?;
                 if !self.far.contains(&domain) {
@@ -335,11 +342,12 @@ impl Mirror {
     }
 
     /// All that the peer had when the link came up is here.
-    pub fn handle_caught_up(&mut self) {
+    pub fn handle_caught_up(&mut self, now: Now) {
         if self.link != Link::Resyncing {
             return;
         }
         self.link = Link::Live;
+        self.guests_back |= self.primary.return_all(now);
         let rooms: Vec<String> = self.rooms.keys().cloned().collect();
         let mut healed = std::mem::take(&mut self.guests_back);
         for name in rooms {
@@ -373,9 +381,9 @@ impl Mirror {
         self.primary.verify_soon(local, now);
     }
 
-    /// Whether words of our rooms wait here, that were accepted.
-    pub fn holds_words(&self) -> bool {
-        self.primary.holds_words()
+    /// Whether words of our rooms wait here, that were accepted, or rooms are to let somebody in again who is to hear theirs.
+    pub fn awaits_rooms(&self) -> bool {
+        self.primary.holds_words() || self.primary.awaits_rooms()
     }
 
     /// Whether users of the peer are in rooms of this domain of ours.

@@ -23,7 +23,10 @@ pub struct MucUser {
 
 /// XEP-0045 §15.6.2
 pub const SELF_PRESENCE: u16 = 110;
-const NEW_NICK: u16 = 303;
+pub const NEW_ROOM: u16 = 201;
+pub const BANNED: u16 = 301;
+pub const MEMBERS_ONLY: u16 = 322;
+pub const NEW_NICK: u16 = 303;
 /// Removed because of an error or a lost server.
 pub const LOST: u16 = 333;
 
@@ -80,6 +83,11 @@ impl MucUser {
                 .items
                 .iter()
                 .all(|item| item.role.is_empty() || item.role == "none")
+    }
+
+    /// Whether somebody has left of his own will: nobody has put him out, and he does not go on under another nick.
+    pub fn is_plain_leave(&self) -> bool {
+        self.is_leave() && !self.destroyed && self.codes.iter().all(|&code| code == SELF_PRESENCE)
     }
 
     /// Whether it tells its recipients that they are out themselves. ejabberd tells so of a room that is destroyed without saying whose

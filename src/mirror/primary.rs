@@ -14,9 +14,10 @@ use bytes::Bytes;
 
 use super::{
     Output, ROOMS_MAX, SplitFar,
+    absent::{Out, password_of},
     muc::{LOST, MucUser, SELF_PRESENCE},
     near,
-    room::{SESSIONS_MAX, begin_row, row, text},
+    room::{Room, SESSIONS_MAX, begin_row, row, text},
     rows::{self, Rows},
     tail::{Inside, LINES_MAX, Tails},
     words::{AWAY, away, has_body, lost_presence, node_of, to_attribute},
@@ -28,7 +29,7 @@ use crate::{
 };
 
 /// How often a room is asked about each far occupant. One question costs its server some microseconds.
-const VERIFY_EVERY: Duration = Duration::from_secs(300);
+pub(super) const VERIFY_EVERY: Duration = Duration::from_secs(300);
 /// After a stream to our server began anew: its rooms may still be loading.
 const VERIFY_SOON: Duration = Duration::from_secs(5);
 /// Questions at once; the others have their turn when these are answered.
@@ -38,15 +39,19 @@ const VERIFY_NEXT: Duration = Duration::from_secs(2);
 
 /// A far user in one of our rooms.
 #[derive(Clone, Debug)]
-struct Guest {
-    nick: String,
-    joined: bool,
+pub(super) struct Guest {
+    pub(super) nick: String,
+    pub(super) joined: bool,
     /// What it last sent to the room, without what only a join has.
-    presence: Stanza,
-    away: bool,
-    asking: Asking,
+    pub(super) presence: Stanza,
+    /// With which it entered.
+    pub(super) password: Option<String>,
+    pub(super) away: bool,
+    /// It is out of the room, or about to come back.
+    pub(super) out: Option<Out>,
+    pub(super) asking: Asking,
     /// When the room is asked about it next.
-    verify_at: Mono,
+    pub(super) verify_at: Mono,
 }
 
 /// What a room was asked about a guest.
@@ -67,7 +72,7 @@ enum Question {
 
 /// Whether a guest is to be told all that the room has to say to who enters.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-enum Asking {
+pub(super) enum Asking {
     No,
     /// It has asked to enter.
     Asked,
@@ -78,10 +83,12 @@ enum Asking {
 #[derive(Debug)]
 pub struct Primary {
     local: Vec<Domain>,
-    split_far: SplitFar,
+    pub(super) split_far: SplitFar,
     epoch: Epoch,
     /// By room, then by full address.
-    rooms: BTreeMap<String, BTreeMap<String, Guest>>,
+    pub(super) rooms: BTreeMap<String, BTreeMap<String, Guest>>,
+    /// Rooms as guests were shown them, who may be taken out of them.
+    pub(super) shown: BTreeMap<String, Room>,
     /// Questions that the room has not answered, by id.
     asked: BTreeMap<String, Asked>,
     asked_last: u64,
@@ -91,10 +98,12 @@ pub struct Primary {
     ghosts: u64,
     /// Questions of rooms about guests that were answered here.
     pongs: u64,
-    overflows: u64,
-    tails: Tails,
-    rows: Rows,
-    outputs: VecDeque<Output>,
+    pub(super) overflows: u64,
+    /// Lines that were fetched for guests that came back.
+    pub(super) returned_lines: u64,
+    pub(super) tails: Tails,
+    pub(super) rows: Rows,
+    pub(super) outputs: VecDeque<Output>,
 }
 
 impl Primary {
@@ -104,6 +113,7 @@ impl Primary {
             split_far,
             epoch,
             rooms: BTreeMap::new(),
+            shown: BTreeMap::new(),
             asked: BTreeMap::new(),
             asked_last: 0,
             next_burst: None,
@@ -111,6 +121,7 @@ impl Primary {
             ghosts: 0,
             pongs: 0,
             overflows: 0,
+            returned_lines: 0,
             tails: Tails::default(),
             rows: Rows::default(),
             outputs: VecDeque::new(),
@@ -130,12 +141,22 @@ impl Primary {
         let flags = reader.byte().ok()?;
         let nick = text(&mut reader)?;
         let presence = Stanza::parse(Bytes::from(text(&mut reader)?)).ok()?;
+        let password = match flags & 4 != 0 {
+            true => Some(text(&mut reader)?),
+            false => None,
+        };
+        let out = match flags & 8 != 0 {
+            true => Some(Out::decode(&mut reader)?),
+            false => None,
+        };
         let guest = Guest {
             nick,
             joined: flags & 1 != 0,
             presence,
+            password,
             away: flags & 2 != 0,
-            asking: match (flags & 4 != 0, flags & 8 != 0) {
+            out,
+            asking: match (flags & 16 != 0, flags & 32 != 0) {
                 (false, _) => Asking::No,
                 (true, false) => Asking::Asked,
                 (true, true) => Asking::Told,
@@ -163,8 +184,8 @@ impl Primary {
     pub fn begin(&mut self, now: Now) {
         let mut inside: BTreeMap<String, Inside> = BTreeMap::new();
         for (room, guests) in &self.rooms {
-            let Inside { guests: all, asking } = inside.entry(room.clone()).or_default();
-            for (address, guest) in guests.iter().filter(|(_, guest)| guest.joined) {
+            for (address, guest) in guests.iter().filter(|(_, guest)| guest.joined && guest.out.is_none()) {
+                let Inside { guests: all, asking } = inside.entry(room.clone()).or_default();
                 all.insert(address.clone());
                 asking.extend((guest.asking != Asking::No).then(|| address.clone()));
             }
@@ -203,7 +224,7 @@ impl Primary {
         })
     }
 
-    fn wake_by(&mut self, at: Mono) {
+    pub(super) fn wake_by(&mut self, at: Mono) {
         self.wake_at = Some(self.wake_at.map_or(at, |wake| wake.min(at)));
     }
 
@@ -211,9 +232,10 @@ impl Primary {
         self.rooms.values().map(BTreeMap::len).sum()
     }
 
-    /// Whether guests are marked as away because of the link.
+    /// Whether guests are marked as away because of the link, or out.
     pub fn has_absent(&self) -> bool {
-        self.rooms.values().flat_map(BTreeMap::values).any(|guest| guest.away)
+        let mut guests = self.rooms.values().flat_map(BTreeMap::values);
+        guests.any(|guest| guest.away || guest.out.is_some())
     }
 
     pub fn ghosts(&self) -> u64 {
@@ -225,7 +247,7 @@ impl Primary {
     }
 
     pub fn found(&self) -> u64 {
-        self.tails.found()
+        self.tails.found() + self.returned_lines
     }
 
     pub fn overflows(&self) -> u64 {
@@ -233,6 +255,7 @@ impl Primary {
     }
 
     pub fn forget(&mut self, now: Now) {
+        self.give_up_absent(now);
         self.tails.forget(now, &mut self.outputs);
         for (room, guests) in std::mem::take(&mut self.rooms) {
             for address in guests.keys() {
@@ -242,8 +265,28 @@ impl Primary {
         self.asked.clear();
     }
 
+    /// What far users send to our server, copy by copy: gives it back, unless it has to come after something else.
+    pub fn handle_cast(&mut self, cast: Cast, now: Now) -> Option<Cast> {
+        let mut comes_back = false;
+        // Only presences go to several rooms at once.
+        let copies = match cast.template.starts_with(b"<presence") {
+            true => cast.recipients.len(),
+            false => 1,
+        };
+        for copy in (0..copies).filter_map(|index| cast.copy(index)) {
+            let Ok(stanza) = Stanza::parse(copy) else { continue };
+            comes_back |= self.wake(&stanza, now);
+            self.handle_far(&stanza, now);
+        }
+        if comes_back {
+            self.outputs.push_back(Output::Deliver(cast));
+            return None;
+        }
+        Some(cast)
+    }
+
     /// A stanza of a far user for our server.
-    pub fn handle_far(&mut self, stanza: &Stanza, now: Now) {
+    fn handle_far(&mut self, stanza: &Stanza, now: Now) {
         let (Some(from), Some(to)) = (stanza.from(), stanza.to()) else {
             return;
         };
@@ -265,30 +308,41 @@ impl Primary {
                 let Some(presence) = stanza.without_child(ns::MUC, "x") else {
                     return;
                 };
-                if stanza.is_join() {
+                let is_join = stanza.is_join();
+                if is_join {
                     self.tails.enters(name, &from, now, &mut self.outputs);
                 }
+                let password = match is_join && self.split_far == SplitFar::Leave {
+                    true => password_of(stanza),
+                    false => known.and_then(|guest| guest.password.clone()),
+                };
                 let guest = Guest {
                     // Until the room says otherwise.
                     nick: known.map_or(nick, |guest| &guest.nick).to_owned(),
                     joined: known.is_some_and(|guest| guest.joined),
                     presence,
+                    password,
                     away: false,
-                    asking: match stanza.is_join() {
+                    out: known.and_then(|guest| guest.out.clone()),
+                    asking: match is_join {
                         true => Asking::Asked,
                         false => known.map_or(Asking::No, |guest| guest.asking),
                     },
                     verify_at: known.map_or(now.mono + VERIFY_EVERY, |guest| guest.verify_at),
                 };
+                let nick = guest.nick.clone();
                 self.rooms
                     .entry(name.to_owned())
                     .or_default()
                     .insert(from.clone().into_owned(), guest);
+                if is_join {
+                    self.track(name, &from, &nick);
+                }
                 self.write(name, &from, now);
             }
             Some("unavailable") => {
                 self.tails.leaves(name, &from, now);
-                self.remove(name, &from, now);
+                self.leaves_for_good(name, &from, now);
             }
             Some(_) => {}
         }
@@ -326,23 +380,34 @@ impl Primary {
             }
             Kind::Presence => {
                 let name = bare(from);
+                let Some(guests) = self.rooms.get(name) else {
+                    return Some(stanza);
+                };
+                let node = node_of(&stanza);
+                // Our own word about a guest: those beyond the link know better.
+                if stanza.stanza_type().is_none()
+                    && node
+                        .child(ns::SERVER, "status")
+                        .is_some_and(|status| status.text == AWAY)
+                    && guests
+                        .values()
+                        .any(|guest| guest.away && resource_of(from) == Some(&guest.nick))
+                {
+                    let is_self = MucUser::of(&node).is_some_and(|muc| muc.is_self());
+                    if is_self && guests.contains_key(to) {
+                        self.tails.entered(name, to, now, &mut self.outputs);
+                    }
+                    return None;
+                }
+                let stanza = self.watch(stanza, &node, name, resource_of(from), to, now)?;
                 let (Some(guests), Some(nick)) = (self.rooms.get_mut(name), resource_of(from)) else {
                     return Some(stanza);
                 };
                 match stanza.stanza_type().as_deref() {
                     None => {
-                        let node = node_of(&stanza);
                         let is_self = MucUser::of(&node).is_some_and(|muc| muc.is_self());
                         let enters = is_self && guests.contains_key(to);
                         let waited = enters && self.tails.entered(name, to, now, &mut self.outputs);
-                        // Our own word about a guest: those beyond the link know better.
-                        if node
-                            .child(ns::SERVER, "status")
-                            .is_some_and(|status| status.text == AWAY)
-                            && guests.values().any(|guest| guest.away && guest.nick == nick)
-                        {
-                            return None;
-                        }
                         if let Some(guest) = guests.get_mut(to)
                             && is_self
                         {
@@ -366,7 +431,7 @@ impl Primary {
                         }
                     }
                     Some("unavailable") if guests.contains_key(to) => {
-                        let muc = MucUser::of(&node_of(&stanza)).unwrap_or_default();
+                        let muc = MucUser::of(&node).unwrap_or_default();
                         // The presence under the new nick may be lost with a process.
                         if let Some(new) = muc.new_nick().filter(|_| muc.is_self())
                             && let Some(guest) = guests.get_mut(to)
@@ -392,11 +457,11 @@ impl Primary {
             }
             Kind::Message => {
                 let name = bare(from);
-                let Some(guest) = self.rooms.get_mut(name).and_then(|guests| guests.get_mut(to)) else {
+                let Some(guest) = self.rooms.get(name).and_then(|guests| guests.get(to)) else {
                     return Some(stanza);
                 };
                 let asking = guest.asking;
-                let heard = self.tails.hear(stanza, name, to, now, &mut self.outputs)?;
+                let heard = self.hear_word(stanza, name, to, now)?;
                 // XEP-0045 §7.2.15: the subject comes last.
                 if asking == Asking::Told && is_subject(&heard) {
                     self.answered_to(name, to, now);
@@ -421,33 +486,39 @@ impl Primary {
         (asks && guest.joined).then(|| near::result(stanza, ""))?
     }
 
-    /// Marks the guests as away. Says whether there are any.
+    /// Marks the guests as away, or has them leave. Says whether there are any.
     pub fn split(&mut self, now: Now) -> bool {
-        if self.split_far == SplitFar::Hold {
-            return false;
-        }
-        self.speak_for(now, |guest| {
-            if !guest.joined || guest.away {
+        let leaves = match self.split_far {
+            SplitFar::Leave => true,
+            SplitFar::Away => false,
+            SplitFar::Hold => return false,
+        };
+        let left = leaves && self.leave_all(now);
+        let marked = self.speak_for(now, |guest, is_tracked| {
+            if !guest.joined || guest.away || guest.out.is_some() || leaves && is_tracked {
                 return None;
             }
             guest.away = true;
             away(&guest.presence)
-        })
+        });
+        left || marked
     }
 
     /// Puts back what the guests last said of themselves.
     pub fn heal(&mut self, now: Now) -> bool {
-        self.speak_for(now, |guest| {
+        self.speak_for(now, |guest, _| {
             std::mem::take(&mut guest.away).then(|| guest.presence.clone())
         })
     }
 
     /// Has guests say something in their rooms.
-    fn speak_for(&mut self, now: Now, says: impl Fn(&mut Guest) -> Option<Stanza>) -> bool {
+    fn speak_for(&mut self, now: Now, says: impl Fn(&mut Guest, bool) -> Option<Stanza>) -> bool {
         let mut spoken = Vec::new();
         for (room, guests) in &mut self.rooms {
+            let shown = self.shown.get(room);
             for (address, guest) in guests {
-                if let Some(stanza) = says(guest) {
+                let is_tracked = shown.is_some_and(|shown| shown.sessions.contains_key(address));
+                if let Some(stanza) = says(guest, is_tracked) {
                     spoken.push((room.clone(), address.clone(), stanza));
                 }
             }
@@ -505,17 +576,24 @@ impl Primary {
         }
         self.next_burst = None;
         let mut due = Vec::new();
+        let mut again = Vec::new();
         let mut wake_at: Option<Mono> = None;
         for (room, guests) in &mut self.rooms {
             for (address, guest) in guests.iter_mut().filter(|(_, guest)| guest.joined) {
                 if guest.verify_at <= now.mono && due.len() < VERIFY_BURST {
                     guest.verify_at = now.mono + VERIFY_EVERY;
-                    due.push((room.clone(), address.clone(), guest.nick.clone()));
+                    match &guest.out {
+                        None => due.push((room.clone(), address.clone(), guest.nick.clone())),
+                        Some(_) => again.push((room.clone(), address.clone())),
+                    }
                 }
                 wake_at = Some(wake_at.map_or(guest.verify_at, |wake| wake.min(guest.verify_at)));
             }
         }
         self.wake_at = wake_at;
+        for (room, address) in again {
+            self.ask_again(&room, &address, now);
+        }
         if due.len() == VERIFY_BURST {
             self.next_burst = Some(now.mono + VERIFY_NEXT);
         }
@@ -577,7 +655,7 @@ impl Primary {
         let Some(guest) = self.rooms.get(&room).and_then(|guests| guests.get(&address)) else {
             return;
         };
-        if bare(from) != room || !guest.joined {
+        if bare(from) != room || !guest.joined || guest.out.is_some() {
             return;
         }
         // The nick's change may have been on its way when we asked: the next question is about the new one.
@@ -626,7 +704,7 @@ impl Primary {
         let guests = self.rooms.get(room).into_iter();
         let mut others = guests.flat_map(|guests| guests.range::<str, _>(after));
         let other = others
-            .find(|(_, guest)| guest.joined)
+            .find(|(_, guest)| guest.joined && guest.out.is_none())
             .map(|(address, _)| address.clone());
         if let Some(other) = other.filter(|_| self.tails.is_suspected(room)) {
             self.verify_now(room, &other, now);
@@ -652,7 +730,8 @@ impl Primary {
         }
     }
 
-    fn remove(&mut self, room: &str, address: &str, now: Now) {
+    pub(super) fn remove(&mut self, room: &str, address: &str, now: Now) {
+        self.untrack(room, address);
         self.tails.left(room, address, now, &mut self.outputs);
         let Some(guests) = self.rooms.get_mut(room) else { return };
         if guests.remove(address).is_some() {
@@ -664,19 +743,28 @@ impl Primary {
         }
     }
 
-    fn write(&mut self, room: &str, address: &str, now: Now) {
+    pub(super) fn write(&mut self, room: &str, address: &str, now: Now) {
         let Some(guest) = self.rooms.get(room).and_then(|guests| guests.get(address)) else {
             return;
         };
         let mut value = begin_row();
-        let asking = match guest.asking {
-            Asking::No => 0,
-            Asking::Asked => 4,
-            Asking::Told => 12,
-        };
-        value.push(u8::from(guest.joined) | u8::from(guest.away) << 1 | asking);
+        let flags = [
+            guest.joined,
+            guest.away,
+            guest.password.is_some(),
+            guest.out.is_some(),
+            guest.asking != Asking::No,
+            guest.asking == Asking::Told,
+        ];
+        value.push((0..).zip(flags).map(|(bit, flag)| u8::from(flag) << bit).sum());
         put_prefixed(&mut value, guest.nick.as_bytes());
         put_prefixed(&mut value, guest.presence.bytes());
+        if let Some(password) = &guest.password {
+            put_prefixed(&mut value, password.as_bytes());
+        }
+        if let Some(out) = &guest.out {
+            out.encode(&mut value);
+        }
         if !self.rows.put(guest_key(room, address), value.into(), &mut self.outputs) {
             self.overflows += 1;
             self.remove(room, address, now);

@@ -28,17 +28,22 @@ pub enum Kind {
     Guest = b'g',
     Tail = b't',
     Held = b'h',
+    /// A room of ours as its guests were shown it, and its occupants.
+    Seen = b's',
+    SeenOccupant = b'n',
 }
 
 impl Kind {
     /// Rooms before what stands in them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 8] = [
         Self::Room,
         Self::Occupant,
         Self::Echo,
         Self::Guest,
         Self::Tail,
         Self::Held,
+        Self::Seen,
+        Self::SeenOccupant,
     ];
 
     /// The key of a room's own row, or of something in it.

@@ -31,6 +31,8 @@ pub enum SplitNear {
 /// What a room shows of its occupants beyond a link that is down.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum SplitFar {
+    /// That they have left: they are out of it until the link is back.
+    Leave,
     /// That they are away.
     Away,
     /// Nothing.

@@ -63,16 +63,18 @@ struct Tail {
     served: Option<BTreeSet<u64>>,
     /// Marks of those who entered while it was in doubt: the history that they got has what was lost.
     newcomers: BTreeSet<u64>,
+    /// A mark of the latest subject, if one was told.
+    subject: Option<u64>,
     /// The latest copy without its address, and its mark: the next ones need not be read.
     copy: Option<(u64, u64)>,
 }
 
 /// A line of a room's history.
-#[derive(Debug)]
-struct Line {
-    stanza: Stanza,
-    mark: u64,
-    stamp: Option<Wall>,
+#[derive(Clone, Debug)]
+pub struct Line {
+    pub stanza: Stanza,
+    pub mark: u64,
+    pub stamp: Option<Wall>,
 }
 
 /// A copy that waits.
@@ -152,10 +154,14 @@ pub struct Inside {
 }
 
 /// What a group message is here.
-enum Word {
+pub enum Word {
     Said(u64),
-    Line { mark: u64, stamp: Option<Wall> },
-    Subject,
+    Line {
+        mark: u64,
+        stamp: Option<Wall>,
+    },
+    /// With a mark of it.
+    Subject(u64),
     Other,
 }
 
@@ -395,8 +401,8 @@ impl Tails {
         }
         match (Tail::new(now).read(stanza, room), *stray) {
             (Word::Line { .. }, Stray::Told | Stray::Ended) => true,
-            (Word::Subject, Stray::Told) => self.strays.remove(&key).is_some(),
-            (Word::Line { .. } | Word::Subject, _) | (Word::Said(_) | Word::Other, _) => false,
+            (Word::Subject(_), Stray::Told) => self.strays.remove(&key).is_some(),
+            (Word::Line { .. } | Word::Subject(_), _) | (Word::Said(_) | Word::Other, _) => false,
         }
     }
 
@@ -422,6 +428,52 @@ impl Tails {
         if self.tails.remove(room).is_some() {
             self.changed.insert(room.to_owned());
         }
+    }
+
+    /// What a group message says that a room sends to a guest.
+    pub fn read(&mut self, stanza: &Stanza, room: &str, now: Now) -> Word {
+        let tail = self.tails.entry(room.to_owned()).or_insert_with(|| Tail::new(now));
+        tail.read(stanza, room)
+    }
+
+    /// The last words that a guest was sent, as marks, and the subject.
+    pub fn heard(&self, room: &str, guest: &str) -> (VecDeque<u64>, Option<u64>) {
+        let Some(tail) = self.tails.get(room) else {
+            return (VecDeque::new(), None);
+        };
+        let mut said = tail.said.clone();
+        let mark = mark_of(&[guest.as_bytes()]);
+        if tail.served.as_ref().is_some_and(|served| !served.contains(&mark)) {
+            said.pop_back();
+        }
+        (said, tail.subject)
+    }
+
+    /// A guest has all that a room's history tells, and this is the subject.
+    pub fn caught_up(&mut self, room: &str, guest: &str, history: &VecDeque<Line>, subject: Option<u64>, now: Now) {
+        let tail = self.tails.entry(room.to_owned()).or_insert_with(|| Tail::new(now));
+        let begin = latest_in(history, &tail.said).map_or(0, |at| at + 1);
+        let to = mark_of(&[guest.as_bytes()]);
+        if begin < history.len() {
+            history.range(begin..).for_each(|line| tail.push(line.mark));
+            tail.served = Some(BTreeSet::from([to]));
+        } else if let Some(served) = &mut tail.served {
+            served.insert(to);
+        }
+        tail.subject = subject;
+        tail.said_at = now.wall;
+        self.changed.insert(room.to_owned());
+    }
+
+    /// Whether what a room repeats to this guest is what it was asked for.
+    pub fn is_asked(&self, room: &str, guest: &str) -> bool {
+        self.checks.get(room).is_some_and(|check| check.is_for_us(guest))
+    }
+
+    /// What waits in a room does so no longer.
+    pub fn settle(&mut self, room: &str, now: Now, outputs: &mut VecDeque<Output>) {
+        self.conclude(room, now, outputs);
+        self.checks.remove(room);
     }
 
     /// A message of a room to somebody in it: gives it back, unless it waits or is for us alone.
@@ -485,7 +537,7 @@ impl Tails {
                 }
                 Some(stanza)
             }
-            (Word::Subject, Some(check)) if check.is_for_us(to) => {
+            (Word::Subject(_), Some(check)) if check.is_for_us(to) => {
                 self.conclude(room, now, outputs);
                 self.checks.remove(room);
                 self.expect_stray(room, to, Stray::Ended, now);
@@ -493,7 +545,13 @@ impl Tails {
                 outputs.push_back(Output::Cross(stanza));
                 None
             }
-            (Word::Subject | Word::Other, _) => Some(stanza),
+            (Word::Subject(mark), _) => {
+                if tail.subject.replace(mark) != Some(mark) {
+                    self.changed.insert(room.to_owned());
+                }
+                Some(stanza)
+            }
+            (Word::Other, _) => Some(stanza),
         }
     }
 
@@ -615,6 +673,7 @@ impl Tail {
             said: VecDeque::new(),
             served: None,
             newcomers: BTreeSet::new(),
+            subject: None,
             copy: None,
         }
     }
@@ -630,7 +689,10 @@ impl Tail {
         let node = node_of(stanza);
         if !has_body(&node) {
             return match node.child(ns::SERVER, "subject") {
-                Some(_) => Word::Subject,
+                Some(subject) => {
+                    let nick = resource_of(&from).unwrap_or_default();
+                    Word::Subject(mark_of(&[nick.as_bytes(), subject.text.as_bytes()]))
+                }
                 None => Word::Other,
             };
         }
@@ -694,16 +756,7 @@ impl Tail {
             found += u64::from(!copies.is_empty());
             copies
         };
-        let is_latest = |&at: &usize| Some(&history[at].mark) == self.said.back();
-        // Where words repeat, the place before which most is the same.
-        let alike = |at: usize| {
-            let before = history.range(..=at).rev();
-            before
-                .zip(self.said.iter().rev())
-                .take_while(|(line, mark)| line.mark == **mark)
-                .count()
-        };
-        let latest = (0..history.len()).filter(is_latest).max_by_key(|&at| (alike(at), at));
+        let latest = latest_in(history, &self.said);
         let mut begin = match latest {
             Some(at) => at + 1,
             // Nothing was said to anybody: all since they are there.
@@ -771,6 +824,9 @@ impl Tail {
         {
             out.extend_from_slice(&mark.to_be_bytes());
         }
+        if let Some(subject) = self.subject {
+            out.extend_from_slice(&subject.to_be_bytes());
+        }
         out.into()
     }
 
@@ -786,6 +842,10 @@ impl Tail {
         let said = (0..said).map(|_| mark(&mut reader)).collect::<Option<_>>()?;
         let served = (0..served).map(|_| mark(&mut reader)).collect::<Option<_>>()?;
         let newcomers = (0..newcomers).map(|_| mark(&mut reader)).collect::<Option<_>>()?;
+        let subject = match reader.is_empty() {
+            true => None,
+            false => Some(mark(&mut reader)?),
+        };
         reader.finish().ok()?;
         Some(Self {
             since,
@@ -793,9 +853,23 @@ impl Tail {
             said,
             served: has_served.then_some(served),
             newcomers,
+            subject,
             copy: None,
         })
     }
+}
+
+/// Where the last of these marks stands in a history. Where words repeat, the place before which most is the same.
+pub fn latest_in(history: &VecDeque<Line>, said: &VecDeque<u64>) -> Option<usize> {
+    let is_latest = |&at: &usize| Some(&history[at].mark) == said.back();
+    let alike = |at: usize| {
+        let before = history.range(..=at).rev();
+        before
+            .zip(said.iter().rev())
+            .take_while(|(line, mark)| line.mark == **mark)
+            .count()
+    };
+    (0..history.len()).filter(is_latest).max_by_key(|&at| (alike(at), at))
 }
 
 /// Copies of one message are one event; the same words to the same guest are said again.

@@ -158,7 +158,7 @@ impl Site {
     fn up(&mut self) -> Seen {
         self.mirror.handle_link_up(self.now);
         let mut seen = self.drain();
-        self.mirror.handle_caught_up();
+        self.mirror.handle_caught_up(self.now);
         seen.delivered.extend(self.drain().delivered);
         seen
     }
@@ -370,7 +370,7 @@ fn a_split_is_shown_late_and_healed_with_the_truth() {
     );
     let said = format!("<message from='{ROOM}/alice' type='groupchat' id='a9'><body>x</body></message>");
     assert_eq!(site.far(&said, &both).delivered.len(), 2);
-    site.mirror.handle_caught_up();
+    site.mirror.handle_caught_up(site.now);
     let seen = site.drain();
     assert_eq!(seen.delivered.len(), 4);
     assert!(has(&seen.delivered, &["/alice'", "<show>xa</show>", "to='b1@"]));
@@ -519,7 +519,7 @@ fn a_leave_during_a_split_is_told_once() {
         ns::MUC_USER
     );
     assert_eq!(site.far(&gone, &["b1@b.example/r"]).delivered.len(), 0);
-    site.mirror.handle_caught_up();
+    site.mirror.handle_caught_up(site.now);
     let seen = site.drain();
     assert!(!has(&seen.delivered, &["/b2'"]), "{seen:?}");
 }
@@ -903,7 +903,7 @@ fn who_was_entering_is_shown_again() {
     site.join("b4");
     assert_eq!(site.presence("b4", "", &["b1@b.example/r"]).delivered.len(), 0);
     site.self_presence("b4", "b4@b.example/r");
-    site.mirror.handle_caught_up();
+    site.mirror.handle_caught_up(site.now);
     let seen = site.drain();
     for nick in ["/alice'", "/b3'", "/b4'"] {
         assert!(has(&seen.delivered, &[nick, "to='b1@"]), "{nick}: {seen:?}");
@@ -1259,6 +1259,13 @@ fn every_setting_is_obeyed() {
         let seen = site.split().delivered;
         assert!(seen.len() == 2 && has(&seen, &["<show>away</show>"]), "{seen:?}");
     }
+    for site in new(|settings| settings.split_far = SplitFar::Leave) {
+        // Of others it is not known who is there.
+        let mut site = hosting_with(site);
+        site.room_shows("bob", "a1");
+        let seen = site.split().delivered;
+        assert!(has(&seen, &["unavailable", "from='a1@a.example/r'"]), "{seen:?}");
+    }
     for mut site in populated(|settings| settings.split_near = SplitNear::Hold) {
         assert_eq!(site.split(), Seen::default());
     }
@@ -1543,7 +1550,7 @@ fn who_enters_while_words_wait_has_them() {
     let asked = site.killed();
     site.room_says("two", "a1");
     site.room_says("two", "a2");
-    assert!(site.mirror.holds_words());
+    assert!(site.mirror.awaits_rooms());
     site.far(
         "<presence from='a3@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/></presence>",
         &[&format!("{MESS}/a3")],
@@ -1556,7 +1563,7 @@ fn who_enters_while_words_wait_has_them() {
         site.room_remembers("one", "a1");
         site.room_remembers("two", "a1");
         assert!(!site.room_ends("a1").contains(&"two>a3 late".to_owned()));
-        assert!(!site.mirror.holds_words());
+        assert!(!site.mirror.awaits_rooms());
         site.killed();
     }
 }
@@ -1874,7 +1881,7 @@ fn who_is_refused_after_all_is_out() {
             &site.far(&error, &["b3@b.example/r"]).delivered,
             &["not accepted", "to='b1@"]
         ));
-        site.mirror.handle_caught_up();
+        site.mirror.handle_caught_up(site.now);
         site.drain();
         assert_eq!(site.mirror.levels().sessions, 2);
         assert_eq!(site.mirror.rooms[ROOM].occupants.contains_key("b3"), taken);
@@ -1918,4 +1925,284 @@ fn nobody_is_let_in_near_by_in_doubt() {
     assert!(has(&seen.delivered, &["/b3'", "unavailable", "to='b1@"]));
     assert!(has(&seen.delivered, &["unavailable", "to='b3@", "code='110'"]) && !has(&seen.delivered, &["333"]));
     assert_eq!(site.mirror.levels().sessions, 2);
+}
+
+/// A room of ours with `bob` of our own users, and `a1` and `a2` of the peer's, who are taken out of it while the link is down.
+fn hosting_leavers() -> Site {
+    let mut site = Site::new(MirrorSettings {
+        split_far: SplitFar::Leave,
+        ..MirrorSettings::default()
+    });
+    site.up();
+    for user in ["a1", "a2"] {
+        site.enters(user);
+    }
+    site
+}
+
+impl Site {
+    fn enters(&mut self, user: &str) {
+        let join = format!(
+            "<presence from='{user}@a.example/r'><x xmlns='http://jabber.org/protocol/muc'><password>se&amp;same</password></x></presence>"
+        );
+        self.far(&join, &[&format!("{MESS}/{user}")]);
+        self.room_shows("bob", user);
+        for other in ["a1", "a2"].iter().filter(|other| **other != user) {
+            let address = format!("{other}@a.example/r");
+            if self.mirror.primary.is_tracked(MESS, &address) {
+                self.room_shows(other, user);
+                self.room_shows(user, other);
+            }
+        }
+        self.room_says_in(user);
+        self.room_ends(user);
+    }
+
+    /// Our room shows an occupant to a guest.
+    fn room_shows(&mut self, nick: &str, to: &str) -> Seen {
+        self.local(&room_presence(
+            nick,
+            to,
+            "",
+            "<item affiliation='none' role='participant'/>",
+        ))
+    }
+
+    /// Our room tells a guest that somebody has left.
+    fn room_hides(&mut self, nick: &str, to: &str, more: &str) -> Seen {
+        let item = format!("<item affiliation='none' role='none'/>{more}");
+        let status = "<status>The link to this user&apos;s server is down.</status>";
+        let text = room_presence(nick, to, " type='unavailable'", &item);
+        self.local(&text.replacen('>', &format!(">{status}"), 1))
+    }
+
+    /// The guests are out, and the room has said so to them.
+    fn all_out(&mut self) {
+        let seen = self.split();
+        assert_eq!(seen.delivered.len(), 2, "{seen:?}");
+        assert!(has(
+            &seen.delivered,
+            &["unavailable", "from='a1@a.example/r'", "<status>"]
+        ));
+        for (nick, to, own) in [
+            ("a1", "a2", ""),
+            ("a1", "a1", "<status code='110'/>"),
+            ("a2", "a2", "<status code='110'/>"),
+        ] {
+            assert_eq!(self.room_hides(nick, to, own), Seen::default());
+        }
+    }
+
+    /// The room lets a guest in again, and tells it of these.
+    fn lets_back(&mut self, user: &str, others: &[&str]) -> Vec<String> {
+        let mut crossed: Vec<String> = others
+            .iter()
+            .flat_map(|nick| self.room_shows(nick, user).crossed)
+            .collect();
+        crossed.extend(self.room_says_in(user).crossed);
+        crossed
+    }
+}
+
+fn room_presence(nick: &str, to: &str, more: &str, item: &str) -> String {
+    format!(
+        "<presence from='{MESS}/{nick}' to='{to}@a.example/r'{more}><x xmlns='{}'>{item}</x></presence>",
+        ns::MUC_USER
+    )
+}
+
+/// Guests leave, and are in again when the link is back, with their password; what the room says of both stays here. What was said
+/// meanwhile comes out of the history, after what they had heard; who is gone is gone; nothing else crosses.
+#[test]
+fn guests_that_were_out_are_told_what_is_new() {
+    let mut site = hosting_leavers();
+    for user in ["a1", "a2"] {
+        assert_eq!(site.room_says("one", user), [format!("one>{user}")]);
+    }
+    site.all_out();
+    let seen = site.up();
+    assert_eq!(seen.delivered.len(), 2, "{seen:?}");
+    assert!(has(
+        &seen.delivered,
+        &["from='a1@a.example/r'", "<password>se&amp;same</password>", "<history "]
+    ));
+    // `bob` has left, and `eve` has come.
+    let crossed = site.lets_back("a1", &["eve"]);
+    assert_eq!(crossed.len(), 2, "{crossed:?}");
+    assert!(has(&crossed, &["mess@conference.b.example/eve", "to='a1@a.example/r'"]));
+    assert!(has(&crossed, &["mess@conference.b.example/bob", "unavailable"]));
+    for line in ["zero", "one", "two", "three"] {
+        assert_eq!(site.room_remembers(line, "a1"), [""; 0]);
+    }
+    assert_eq!(site.room_ends("a1"), ["two>a1 late", "three>a1 late"]);
+    // Those who are in see the other come, and had never seen it go.
+    assert_eq!(site.room_shows("a2", "a1"), Seen::default());
+    assert_eq!(site.room_says("four", "a1"), ["four>a1"]);
+    let stats = site.mirror.stats();
+    assert_eq!((stats.splits, stats.heals, stats.found), (1, 1, 2));
+}
+
+/// What a guest has said meanwhile is said when it is in again; one that has left meanwhile does not come back, and those who were shown it
+/// are told.
+#[test]
+fn a_guest_comes_back_before_its_words() {
+    let mut site = hosting_leavers();
+    site.all_out();
+    site.mirror.handle_link_up(site.now);
+    let said = "<message from='a1@a.example/r' type='groupchat'><body>hello</body></message>";
+    let seen = site.far(said, &[MESS]);
+    assert_eq!(seen.delivered.len(), 2);
+    assert!(seen.delivered[0].contains("protocol/muc'") && seen.delivered[1].contains("hello"));
+    let seen = site.far(
+        "<presence from='a2@a.example/r' type='unavailable'></presence>",
+        &[&format!("{MESS}/a2")],
+    );
+    assert_eq!(seen.crossed.len(), 2, "{seen:?}");
+    assert!(has(&seen.crossed, &["to='a2@a.example/r'", "code='110'"]));
+    assert!(has(
+        &seen.crossed,
+        &["to='a1@a.example/r'", "mess@conference.b.example/a2"]
+    ));
+    site.mirror.handle_caught_up(site.now);
+    assert_eq!(site.drain().delivered, [""; 0]);
+}
+
+/// Where the history does not reach back to what was heard, that is said; what is in it comes.
+#[test]
+fn a_gap_is_announced() {
+    let mut site = hosting_leavers();
+    for user in ["a1", "a2"] {
+        site.room_says("one", user);
+    }
+    site.all_out();
+    site.up();
+    site.lets_back("a1", &["bob"]);
+    site.room_remembers("eight", "a1");
+    site.room_remembers("nine", "a1");
+    let words = site.room_ends("a1");
+    assert_eq!(words.len(), 3, "{words:?}");
+    assert!(words[0].contains("may be missing"));
+    assert_eq!(words[1..], ["eight>a1 late", "nine>a1 late"]);
+    // A subject that is new crosses.
+    site.lets_back("a2", &["bob"]);
+    let subject =
+        format!("<message from='{MESS}/bob' to='a2@a.example/r' type='groupchat'><subject>new</subject></message>");
+    let seen = site.local(&subject);
+    assert!(has(&seen.crossed, &["<subject>new"]), "{seen:?}");
+}
+
+/// A room that does not let a guest in again: its client is told that it is out and why, and the others that it is gone. With a nick that
+/// was taken it goes on under another.
+#[test]
+fn who_is_not_let_back_is_told() {
+    let refuse = |condition: &str| {
+        format!(
+            "<presence from='{MESS}/a1' to='a1@a.example/r' type='error'><error type='auth'><{condition} xmlns='{}'/></error></presence>",
+            ns::STANZA_ERRORS
+        )
+    };
+    for (condition, code) in [
+        ("forbidden", "301"),
+        ("registration-required", "322"),
+        ("not-authorized", "333"),
+    ] {
+        let mut site = hosting_leavers();
+        site.all_out();
+        site.up();
+        let seen = site.local(&refuse(condition));
+        assert_eq!(seen.crossed.len(), 2, "{seen:?}");
+        assert!(has(
+            &seen.crossed,
+            &["to='a1@a.example/r'", "code='110'", &format!("code='{code}'")]
+        ));
+        assert!(has(
+            &seen.crossed,
+            &["to='a2@a.example/r'", "mess@conference.b.example/a1"]
+        ));
+        assert_eq!(site.mirror.levels().guests, 1);
+    }
+    let mut site = hosting_leavers();
+    site.all_out();
+    site.up();
+    let seen = site.local(&refuse("conflict"));
+    assert!(has(&seen.crossed, &["code='303'", "code='110'", "nick='a1_'"]));
+    assert!(has(
+        &seen.delivered,
+        &["to='mess@conference.b.example/a1_'", "protocol/muc'"]
+    ));
+    let renamed = room_presence(
+        "a1_",
+        "a1",
+        "",
+        "<item affiliation='none' role='participant'/><status code='110'/>",
+    );
+    assert!(has(&site.local(&renamed).crossed, &["mess@conference.b.example/a1_"]));
+}
+
+/// A room that is made anew by who comes back is not the one that it was in.
+#[test]
+fn nobody_makes_a_room_anew() {
+    let mut site = hosting_leavers();
+    site.all_out();
+    site.up();
+    let made = room_presence(
+        "a1",
+        "a1",
+        "",
+        "<item affiliation='owner' role='moderator'/><status code='110'/><status code='201'/>",
+    );
+    let seen = site.local(&made);
+    assert_eq!(seen.delivered.len(), 2);
+    assert!(has(&seen.delivered, &["unavailable", "from='a1@a.example/r'"]));
+    for user in ["a1", "a2"] {
+        assert!(has(
+            &seen.crossed,
+            &[&format!("to='{user}@a.example/r'"), "code='110'", "code='333'"]
+        ));
+    }
+    assert_eq!(site.mirror.levels().guests, 0);
+}
+
+/// Killed in any state of it, a process goes on where it was; a room that had answered a part is asked again, and nothing is said twice.
+#[test]
+fn a_kill_does_not_lose_who_is_out() {
+    let mut site = hosting_leavers();
+    for user in ["a1", "a2"] {
+        site.room_says("one", user);
+    }
+    site.split();
+    site.killed();
+    for (nick, own) in [("a1", "<status code='110'/>"), ("a2", "<status code='110'/>")] {
+        assert_eq!(site.room_hides(nick, nick, own), Seen::default());
+    }
+    site.killed();
+    assert_eq!(site.up().delivered.len(), 2);
+    site.lets_back("a1", &["bob"]);
+    site.room_remembers("one", "a1");
+    site.room_remembers("two", "a1");
+    assert_eq!(site.killed(), [""; 0]);
+    assert_eq!(site.up().delivered.len(), 2);
+    assert_eq!(site.lets_back("a1", &["bob"]), [""; 0]);
+    for line in ["one", "two"] {
+        assert_eq!(site.room_remembers(line, "a1"), [""; 0]);
+    }
+    assert_eq!(site.room_ends("a1"), ["two>a1 late"]);
+    // The first answer, which comes late, is for nobody.
+    assert_eq!(site.room_remembers("two", "a1"), [""; 0]);
+}
+
+/// A room in which nobody is but guests might not outlive their leave, and nobody there sees whether they hear.
+#[test]
+fn guests_among_themselves_stay() {
+    let mut site = hosting_leavers();
+    for user in ["a1", "a2"] {
+        let bob = room_presence(
+            "bob",
+            user,
+            " type='unavailable'",
+            "<item affiliation='none' role='none'/>",
+        );
+        assert_eq!(site.local(&bob).crossed.len(), 1);
+    }
+    assert_eq!(site.split().delivered, [""; 0]);
 }

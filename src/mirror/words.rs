@@ -126,6 +126,29 @@ pub fn away(presence: &Stanza) -> Option<Stanza> {
         .with_child(&format!("<status>{}</status>", escape_text(AWAY)))
 }
 
+/// What a template says, as a mark. Prosody writes the attributes of one tag in any order.
+pub fn form_of(template: &Bytes) -> u64 {
+    fn write(node: &mut Node, out: &mut Vec<u8>) {
+        node.attributes.sort();
+        let attributes = node.attributes.iter().flat_map(|(name, value)| [name, value]);
+        for part in [&node.namespace, &node.name, &node.text].into_iter().chain(attributes) {
+            out.extend_from_slice(part.as_bytes());
+            out.push(0);
+        }
+        out.push(1);
+        for child in &mut node.children {
+            write(child, out);
+        }
+        out.push(2);
+    }
+    let mut out = Vec::new();
+    match Stanza::parse(template.clone()) {
+        Ok(stanza) => write(&mut node_of(&stanza), &mut out),
+        Err(_) => out.extend_from_slice(template),
+    }
+    mark_of(&[&out])
+}
+
 pub fn to_attribute(address: &str) -> Bytes {
     format!(" to='{}'", escape_attribute(address)).into()
 }

@@ -619,7 +619,7 @@ impl Relay {
         self.is_settled()
             && self.outward.acked() == self.outward.last()
             && self.inward.is_quiet()
-            && !self.mirror.holds_words()
+            && !self.mirror.awaits_rooms()
     }
 
     fn handle_stanza(&mut self, leg: LegId, n: u64, pair: DomainPair, stanza: Stanza, now: Now) {
@@ -908,14 +908,14 @@ impl Relay {
             self.received = received;
             self.note_received();
         }
-        self.note_caught_up();
+        self.note_caught_up(now);
     }
 
     /// Whether all has come that the peer had for us when the link came up.
-    fn note_caught_up(&mut self) {
+    fn note_caught_up(&mut self, now: Now) {
         if self.catching_up.is_some_and(|last| self.received.upto >= last) {
             self.catching_up = None;
-            self.mirror.handle_caught_up();
+            self.mirror.handle_caught_up(now);
         }
     }
 
@@ -952,7 +952,7 @@ impl Relay {
         // What follows from it comes after it, and with it.
         self.drain_mirror(now);
         self.note_received();
-        self.note_caught_up();
+        self.note_caught_up(now);
         self.drain_mirror(now);
         if self.is_inbox_full() {
             self.close_link(LinkClose::InboxFull, now);

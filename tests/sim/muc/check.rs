@@ -42,6 +42,8 @@ pub struct Declared<'a> {
     /// What a room said while a process was killed may be found in its history, which one session is asked to have repeated: then it comes
     /// as old, and of that repetition nothing else crosses.
     pub found: bool,
+    /// Who was out of a room while the link was down, and is not let in again, is told why.
+    pub out: bool,
 }
 
 impl Declared<'_> {
@@ -55,7 +57,8 @@ impl Declared<'_> {
             refused: faults.mirror,
             truth: faults.mirror && faults.kills,
             settled: false,
-            found: faults.mirror && faults.kills,
+            found: faults.mirror && (faults.kills || faults.leaves),
+            out: faults.mirror && faults.leaves,
         }
     }
 
@@ -84,6 +87,7 @@ impl Declared<'_> {
             || self.is_echo(stanza)
             || self.shows && is_show(stanza)
             || self.refused && is_request(stanza)
+            || self.out && (is_of_return(stanza) || words::body(stanza).is_some())
     }
 
     fn may_be_extra(self, heard: &Bytes) -> bool {
@@ -92,6 +96,7 @@ impl Declared<'_> {
             || self.is_echo(stanza) && !words::is_old(stanza)
             || self.shows && is_show(stanza)
             || self.refused && is_refusal(stanza)
+            || self.out && (is_put_out(stanza) || words::body(stanza).is_some() || words::is_notice(stanza))
             || self.truth && muc_user(stanza).is_some_and(|x| has_status(x, "110") && has_status(x, "333"))
     }
 }
@@ -120,6 +125,27 @@ fn is_answer(stanza: &str) -> bool {
 fn has_got_id(sent: &str, heard: &str) -> bool {
     let id = attribute(heard, "id").filter(|id| id.starts_with("narrows-") && attribute(sent, "id").is_none());
     id.is_some_and(|id| heard.replacen(&format!(" id='{id}'"), "", 1) == sent)
+}
+
+/// What a room says to who leaves and enters again, beside who is there and what was said: the subject, a refusal, and how ejabberd's
+/// rooms show themselves and take leave.
+fn is_of_return(stanza: &str) -> bool {
+    let is_of_room_itself =
+        || attribute(stanza, "from").is_some_and(|from| is_of_room(from) && resource_of(from).is_none());
+    match name(stanza) {
+        "presence" => {
+            is_own_leave(stanza).is_some() || attribute(stanza, "type") == Some("error") || is_of_room_itself()
+        }
+        "message" => child(stanza, "subject").is_some() && child(stanza, "body").is_none(),
+        _ => false,
+    }
+}
+
+/// That one is out of a room, or goes on in it under another nick.
+fn is_put_out(stanza: &str) -> bool {
+    name(stanza) == "presence"
+        && attribute(stanza, "type") == Some("unavailable")
+        && muc_user(stanza).is_some_and(|x| has_status(x, "110"))
 }
 
 /// Who is there and how, as a room tells it or is told.
@@ -285,6 +311,9 @@ impl World {
         assert!(self.faults.kills || lost.is_empty());
         self.tally.lost += lost.len() as u64;
         self.check_rooms(&lost);
+        if !self.faults.kills && !self.faults.restarts && !self.faults.vanishing {
+            self.check_heard(&lost);
+        }
         self.check_clients(&lost);
     }
 
@@ -309,6 +338,60 @@ impl World {
                             room.jid,
                             self.transcript(&room.jid, jid)
                         );
+                    }
+                }
+            }
+        }
+    }
+
+    /// P3: who is in a room has heard all that was said since it entered, once and in order, or was told that something is missing.
+    fn check_heard(&self, lost: &Lost) {
+        for client in &self.clients {
+            for (site, server) in self.servers.iter().enumerate().filter(|(site, _)| *site != client.site) {
+                for room in server.rooms.values() {
+                    let inside = client
+                        .stays
+                        .get(&room.jid)
+                        .is_some_and(|stay| stay.view.inside.is_some());
+                    let Some(&since) = room.since.get(&client.jid).filter(|_| inside) else {
+                        continue;
+                    };
+                    if lost.contains(&(room.jid.clone(), client.jid.clone())) {
+                        continue;
+                    }
+                    let (pair, end) = if site == 0 { (client.site - 1, 0) } else { (site - 1, 1) };
+                    let is_for = |bytes: &&Bytes| {
+                        let stanza = xml::text(bytes);
+                        let of = |name| attribute(stanza, name).unwrap_or_default();
+                        bare(of("from")) == room.jid && of("to") == client.jid && of("type") == "groupchat"
+                    };
+                    let heard = self.ways[pair][end].heard.iter().filter(is_for);
+                    let heard: Vec<&str> = heard
+                        .filter_map(|bytes| Some(inner(child(xml::text(bytes), "body")?)))
+                        .collect();
+                    let asks = |sent: &&Sent| {
+                        let stanza = xml::text(&sent.bytes);
+                        let of = |name| attribute(stanza, name).unwrap_or_default();
+                        of("from") == client.jid && bare(of("to")) == room.jid && stanza.contains("protocol/muc'")
+                    };
+                    let asked = self.ways[pair][1 - end].sent.iter().filter(asks).count();
+                    let is_told = heard.iter().any(|body| words::is_gap(body));
+                    let mut last = 0;
+                    for (author, body) in &room.said[since..] {
+                        let places = (0..heard.len()).filter(|&at| heard[at] == body);
+                        let places: Vec<usize> = places.collect();
+                        let whose = || format!("{body:?} of {author}: {} in {}", client.jid, room.jid);
+                        assert!(is_told || !places.is_empty(), "never heard: {}", whose());
+                        if asked == 1 {
+                            assert!(places.len() <= 1, "heard twice: {}", whose());
+                        }
+                        // What was heard near by came before its turn.
+                        if asked == 1 && domain_of(author) != domain_of(&client.jid) {
+                            if let Some(&at) = places.first() {
+                                assert!(at >= last, "out of order: {}", whose());
+                                last = at;
+                            }
+                        }
                     }
                 }
             }
@@ -509,7 +592,8 @@ fn check_way(way: &Way, declared: Declared<'_>, heard_here: (&Speeches, usize), 
         }
         let of_flow = |bytes: &&&Bytes| key(bytes) == (from.clone(), to.clone());
         let doubted: Vec<&Bytes> = doubted.iter().filter(of_flow).copied().collect();
-        if is_room {
+        // Who was out has words from the room's history, see `check_heard`.
+        if is_room && !declared.out {
             words::check(&written, &read, &doubted, declared, heard_here);
         }
     }
@@ -736,6 +820,7 @@ mod tests {
         truth: false,
         settled: false,
         found: false,
+        out: false,
     };
 
     /// Each declared difference lets through what it is about, and nothing else does.

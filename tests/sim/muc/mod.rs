@@ -59,6 +59,7 @@ const NONE: Faults = Faults {
     restarts: false,
     vanishing: false,
     mirror: false,
+    leaves: false,
 };
 
 /// Nothing fails: everybody is told everything, in order.
@@ -71,6 +72,17 @@ fn rooms_in_a_quiet_world() {
 #[test]
 fn rooms_over_a_bad_link() {
     run(Faults { cuts: true, ..NONE });
+}
+
+/// Who is beyond a link that is down for long is out of the rooms meanwhile, and nobody there notices: all that was said is heard once it is
+/// back, once and in order, or they are told that something is missing.
+#[test]
+fn rooms_that_guests_leave_during_splits() {
+    run(Faults {
+        cuts: true,
+        leaves: true,
+        ..NONE
+    });
 }
 
 /// The link comes and goes faster than anything can be done about it.

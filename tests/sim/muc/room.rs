@@ -142,6 +142,10 @@ pub struct Room {
     subject: Option<(String, String, Wall)>,
     history: VecDeque<Line>,
     archived: u64,
+    /// All that was ever said to everybody: by whom, and the words.
+    pub said: Vec<(String, String)>,
+    /// How much had been said when a session entered that is in, or out only because of its link.
+    pub since: BTreeMap<String, usize>,
     /// Questions to occupants under way, by the id that they were given: who asked, and under which id.
     asked: BTreeMap<String, (String, String)>,
     /// Whether the server itself has left somebody with a roster that is not the room's: see `server-behaviour` of restricted
@@ -217,6 +221,8 @@ impl Room {
             subject: None,
             history: VecDeque::new(),
             archived: 0,
+            said: Vec::new(),
+            since: BTreeMap::new(),
             asked: BTreeMap::new(),
             keeps_from_some: false,
             expelled: BTreeSet::new(),
@@ -358,6 +364,7 @@ impl Room {
             presence: Presence::default(),
         });
         occupant.sessions.insert(0, from.to_owned());
+        self.since.entry(from.to_owned()).or_insert(self.said.len());
         self.set_presence(nick, presence);
         self.welcome(nick, from, x, made, tools);
     }
@@ -501,6 +508,9 @@ impl Room {
             return;
         };
         let status = child(stanza, "status");
+        if !status.is_some_and(|status| status.contains("The link to this user")) {
+            self.since.remove(from);
+        }
         let beside = Beside {
             status,
             ..Beside::default()
@@ -539,6 +549,7 @@ impl Room {
             return;
         };
         self.expelled.insert(from.to_owned());
+        self.since.remove(from);
         let status = match tools.flavour {
             Flavour::Prosody => format!("<status>Kicked: {}</status>", condition.replace('-', " ")),
             Flavour::Ejabberd => format!(
@@ -566,6 +577,7 @@ impl Room {
         };
         occupant.role = Role::None;
         let sessions = occupant.sessions.clone();
+        self.since.retain(|session, _| !sessions.contains(session));
         let recipients = self.recipients(nick, &sessions[0], "presence", tools.flavour);
         let event = tools.event();
         for to in recipients.iter().filter(|to| shown || sessions.contains(to)) {
@@ -822,6 +834,8 @@ impl Room {
                     Flavour::Ejabberd => stanza_id + &payload,
                 };
             }
+            let body = child(stanza, "body").map(inner).unwrap_or_default();
+            self.said.push((from.to_owned(), body.to_owned()));
             self.history.push_back(Line {
                 nick: nick.clone(),
                 id: id.clone(),
@@ -1258,6 +1272,7 @@ impl Room {
             }
         }
         self.occupants.clear();
+        self.since.clear();
         self.exists = false;
         self.subject = None;
         self.history.clear();
@@ -1290,6 +1305,7 @@ impl Room {
                     }
                 }
                 self.occupants.clear();
+                self.since.clear();
             }
         }
     }

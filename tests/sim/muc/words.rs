@@ -43,7 +43,12 @@ pub fn is_old(stanza: &str) -> bool {
 pub fn is_notice(stanza: &str) -> bool {
     let from = attribute(stanza, "from").unwrap_or_default();
     let is_room = domain_of(from).starts_with("conference.") && resource_of(from).is_none();
-    is_room && child(stanza, "body").is_some_and(|body| body.contains("was not accepted by the room"))
+    is_room && child(stanza, "body").is_some_and(|body| body.contains("was not accepted by the room") || is_gap(body))
+}
+
+/// That words are missing which were said while one was out.
+pub fn is_gap(body: &str) -> bool {
+    body.contains("may be missing")
 }
 
 /// Whether these are the same words of the room, the second of them from its history.

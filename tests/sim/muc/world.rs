@@ -9,7 +9,7 @@ use bytes::Bytes;
 use narrows::{
     codec::position::Epoch,
     link::session::{LinkError, SessionConfig},
-    mirror::MirrorSettings,
+    mirror::{MirrorSettings, SplitFar},
     queue::rules::{Action, Conditions, Direction, Placement, Rule, Type},
     queue::{
         class::{Class, Classes},
@@ -51,6 +51,8 @@ pub struct Faults {
     pub vanishing: bool,
     /// The relays mirror rooms: what may differ then is in [`super::check::Declared`].
     pub mirror: bool,
+    /// Guests leave their rooms for as long as a split lasts.
+    pub leaves: bool,
 }
 
 /// One direction of one pair, as the two servers see it.
@@ -178,6 +180,10 @@ fn settings(here: &Server, there: &Server, faults: Faults, random: &mut Random) 
         true => MirrorSettings {
             enabled: true,
             split_hold: Duration::from_secs(random.pick(&[10, 300])),
+            split_far: match faults.leaves {
+                true => SplitFar::Leave,
+                false => SplitFar::Away,
+            },
             ..MirrorSettings::default()
         },
         false => MirrorSettings {
