@@ -386,11 +386,12 @@ impl World {
                             assert!(places.len() <= 1, "heard twice: {}", whose());
                         }
                         // What was heard near by came before its turn.
-                        if asked == 1 && domain_of(author) != domain_of(&client.jid) {
-                            if let Some(&at) = places.first() {
-                                assert!(at >= last, "out of order: {}", whose());
-                                last = at;
-                            }
+                        if asked == 1
+                            && domain_of(author) != domain_of(&client.jid)
+                            && let Some(&at) = places.first()
+                        {
+                            assert!(at >= last, "out of order: {}", whose());
+                            last = at;
                         }
                     }
                 }
