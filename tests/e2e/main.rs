@@ -9,6 +9,7 @@ mod boards;
 mod cast;
 mod faults;
 mod hub;
+mod leave;
 mod management;
 mod mirror;
 mod occupants;
