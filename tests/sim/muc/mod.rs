@@ -85,6 +85,17 @@ fn rooms_that_guests_leave_during_splits() {
     });
 }
 
+/// The same, and sidecars are killed.
+#[test]
+fn rooms_that_guests_leave_between_killed_sidecars() {
+    run(Faults {
+        cuts: true,
+        kills: true,
+        leaves: true,
+        ..NONE
+    });
+}
+
 /// The link comes and goes faster than anything can be done about it.
 #[test]
 fn rooms_over_a_flapping_link() {
