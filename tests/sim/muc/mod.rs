@@ -220,6 +220,12 @@ fn rooms_of_four_sites_where_everything_fails() {
     run(Faults { peers: 3, ..HUB });
 }
 
+/// The same, where guests leave their rooms for as long as a split lasts.
+#[test]
+fn rooms_of_a_hub_that_guests_leave() {
+    run(Faults { leaves: true, ..HUB });
+}
+
 const HUB: Faults = Faults {
     peers: 2,
     cuts: true,
