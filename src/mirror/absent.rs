@@ -334,6 +334,12 @@ impl Primary {
         Some(self.rooms.get(room)?.get(address)?.place())
     }
 
+    /// Whether a guest that is taken for gone may be in its room.
+    fn is_in_doubt(&self, room: &str, address: &str) -> bool {
+        let guest = self.rooms.get(room).and_then(|guests| guests.get(address));
+        guest.is_some_and(|guest| guest.place() == Place::Gone && guest.out.as_ref().is_some_and(|out| out.in_doubt))
+    }
+
     fn guest_mut(&mut self, room: &str, address: &str) -> Option<&mut Guest> {
         self.rooms.get_mut(room)?.get_mut(address)
     }
@@ -604,7 +610,8 @@ impl Primary {
                     return self.put_out(stanza, node, &muc, room, to, place, now);
                 }
                 let is_for_now = muc.is_plain_leave() && self.is_out(room, nick, to);
-                if is_for_now || matches!(place, Place::Gone | Place::Parting) {
+                let is_renamed = muc.is_self() && muc.new_nick().is_some() && self.is_in_doubt(room, to);
+                if is_for_now || matches!(place, Place::Gone | Place::Parting) && !is_renamed {
                     return None;
                 }
                 self.note_hidden(room, nick, to);
@@ -690,6 +697,12 @@ impl Primary {
         now: Now,
     ) -> Option<Stanza> {
         match place {
+            // It was in before a process was killed, and the room answers what it asked itself.
+            Place::Gone if self.is_in_doubt(room, to) => {
+                let is_known = self.was_shown(room, nick, to, &stanza);
+                self.note_shown(room, nick, to, &stanza);
+                return (!is_known).then_some(stanza);
+            }
             Place::Gone | Place::Parting => return None,
             Place::Here | Place::Leaving { .. } => {
                 self.note_shown(room, nick, to, &stanza);

@@ -208,6 +208,22 @@ fn seeds_of_rooms_that_cost_more() {
     live(1063, vanishing);
 }
 
+/// Answers of rooms to who came back, which a killed process had half read: they were for the client, which had asked to enter once more
+/// (306), or wanted another nick (1430).
+#[test]
+fn seeds_of_rooms_that_guests_leave() {
+    let leaves = Faults {
+        mirror: true,
+        cuts: true,
+        kills: true,
+        leaves: true,
+        ..NONE
+    };
+    for seed in [306, 1430] {
+        live(seed, leaves);
+    }
+}
+
 /// A hub with two peers, and all of it at once.
 #[test]
 fn rooms_of_a_hub_where_everything_fails() {
