@@ -32,7 +32,8 @@
 //!
 //! The primary marks the peer's users as away when the split is declared, and puts their last presence back when it is over. They
 //! stay occupants all the time, so the room goes on addressing them, and what it says waits in the spool. What a room said while a
-//! process was killed is found in its history (`tail.rs`).
+//! process was killed is found in its history (`tail.rs`). Or it has them leave, and come back when the split is over
+//! (`absent.rs`).
 
 mod absent;
 mod far;
