@@ -4,6 +4,8 @@
 //! that one build holds all ten bugs; `PLANTED=name` switches one on when it runs. Each must make a simulated world fail, and name its
 //! seed; with none switched on, the same worlds must hold.
 //!
+//! On 2026-12-01 the first seeds that found them were, in the order below: 28, 12, 16, 16, 16, 2, 2, 1, 0 and 0.
+//!
 //! `cargo test --test planted` sees that every pattern still stands in the code exactly once. The copy takes a build of its own, a minute
 //! or two, and its run some more: `cargo test --test planted -- --ignored --nocapture`.
 
@@ -43,8 +45,8 @@ const ALL: [Planted; 10] = [
         file: "src/mirror/mod.rs",
         line: ".and_then(|room| room.echoes.get(&number))",
         instead: ".and_then(|room| room.echoes.get(&number)).filter(|_| !PLANTED)",
-        worlds: "muc::rooms_of_a_hub_where_everything_fails",
-        seeds: 400,
+        worlds: "muc::rooms_between_killed_sidecars",
+        seeds: 100,
     },
     Planted {
         name: "nobody-comes-back",

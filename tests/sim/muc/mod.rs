@@ -177,7 +177,8 @@ fn seeds_of_mirrored_rooms_with_splits() {
 /// words that the room's tail was asked for, heard twice (37) or never (41, 77, 154, 182); the words of one whose change of nick was lost (251);
 /// words that waited for a room's answer and came after their hearer's leave (856, 1157, 1409); a guest that we asked
 /// a room to let in again after it had left (978); a guest that the room was asked about by a nick that it had no more, and that we told it
-/// was out (772). In the checks: two sessions of one user are two senders (802).
+/// was out (772); a room's answer to us that its guests got, or theirs that we took (8, 9, 74, 80, 145, 165, 213, 518, 962), and words of one author
+/// out of order for who had just entered (530). In the checks: two sessions of one user are two senders (802).
 #[test]
 fn seeds_of_mirrored_rooms_with_kills() {
     let kills = Faults {
@@ -185,7 +186,9 @@ fn seeds_of_mirrored_rooms_with_kills() {
         kills: true,
         ..NONE
     };
-    for seed in [37, 41, 77, 89, 154, 182, 251, 772, 802, 856, 978, 1157, 1409] {
+    for seed in [
+        8, 9, 37, 41, 74, 77, 80, 89, 145, 154, 165, 182, 213, 251, 518, 530, 772, 802, 856, 962, 978, 1157, 1409,
+    ] {
         live(seed, kills);
     }
     for seed in [106, 112] {
