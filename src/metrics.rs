@@ -1,7 +1,7 @@
 //! Every metric there is: name, kind, help and labels, in one list.
 //!
 //! A metric is a constant with the labels in its type: `metrics::LINK_UP.set("shore", 1.0)`. Labels are peers (a handful, from
-//! the configuration) and closed sets of words; never addresses or rooms, which have no bound and are personal data. All
+//! the configuration) and closed sets of words; never addresses, which have no bound and are personal data, and rooms only as many as the operator asks for. All
 //! series exist from the start, at 0: a counter that is born at 1 hides its first event from `rate()`.
 //! Without a recorder (in tests, in tools) every call does nothing.
 
@@ -42,6 +42,8 @@ pub enum Words {
     Peers,
     /// The name of a configured rule: at most 100 at a time, and not many more over all reloads.
     Rules,
+    /// The name of a room, of at most as many as are asked for (`admin.room_metrics`), and `other`.
+    Rooms,
     /// One of these. Anything else is counted as the last of them.
     Closed(&'static [&'static str]),
 }
@@ -177,6 +179,20 @@ impl Label for Rule {
     }
 }
 
+/// A room's address, where the operator has asked for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Room;
+
+impl Label for Room {
+    const NAME: &'static str = "room";
+    const WORDS: Words = Words::Rooms;
+    type Value<'v> = &'v str;
+
+    fn text(room: &str) -> SharedString {
+        SharedString::from_owned(room.to_owned())
+    }
+}
+
 /// A label whose words are ours alone.
 macro_rules! words {
     ($(#[$doc:meta])* $type:ident, $name:literal: $($(#[$word_doc:meta])* $variant:ident = $word:expr),+ $(,)?) => {
@@ -283,7 +299,7 @@ words! {
     RuleMode, "mode": Applied = "applied", Observed = "observed",
 }
 words! {
-    AdminPath, "path": Page = "page", Metrics = "metrics", Healthz = "healthz", Readyz = "readyz", Status = "status", Reload = "reload", Other = "other",
+    AdminPath, "path": Page = "page", Metrics = "metrics", Healthz = "healthz", Readyz = "readyz", Status = "status", Trace = "trace", Reload = "reload", Other = "other",
 }
 words! {
     Version, "version": This = env!("CARGO_PKG_VERSION"),
@@ -414,6 +430,9 @@ declare! {
     PROCESS_FDS_MAX: Gauge<> = "process_max_fds", "File descriptors that may be open.";
     ADMIN_REQUESTS: Counter<AdminPath> = "narrows_admin_requests_total", "Requests to the admin port, by path.";
 
+    TRACE_MISSED: Counter<> = "narrows_trace_missed_total",
+        "Lines that somebody who watches stanzas (narrows trace) was too slow for. The stanzas themselves are not concerned.";
+
     LINK_UP: Gauge<Peer> = "narrows_link_up", "Whether the link to the peer is up (1) or down (0).";
     LINK_CHANGED: Gauge<Peer> = "narrows_link_changed_timestamp_seconds",
         "Since when the link is up or down, in seconds since 1970.";
@@ -470,6 +489,8 @@ declare! {
         "From when an entry was accepted until the peer said that it is stored there, which it may do up to link.ack_delay later. One entry a second and peer is watched.";
 
     STANZAS: Counter<Peer, StanzaKind> = "narrows_stanzas_total", "Stanzas of the local server for the peer, each copy counted, by kind.";
+    ROOM_BYTES: Counter<Peer, Room> = "narrows_room_bytes_total",
+        "Bytes of entries, before compression, that a room put on the spool or that came for it, of at most admin.room_metrics rooms a peer; room=other: all others. None by default.";
     STANZA_BYTES: Counter<Peer, Direction> = "narrows_stanza_bytes_total",
         "What plain S2S would have carried over the link: the bytes of every copy of every stanza.";
     SAVED: Counter<Peer, Mechanism> = "narrows_saved_bytes_total",
@@ -631,7 +652,7 @@ fn register(metric: &Metric, peers: &[&str]) {
             let words = match words {
                 Words::Peers => peers,
                 // They come with the first report of their peer.
-                Words::Rules => &[],
+                Words::Rules | Words::Rooms => &[],
                 Words::Closed(words) => words,
             };
             series
@@ -703,7 +724,12 @@ mod tests {
     fn all_series_exist_from_the_start() {
         let rendered = install(["early"]).unwrap();
         let text = rendered.text();
-        let named = |metric: &&&Metric| metric.labels.iter().any(|(_, words)| *words == Words::Rules);
+        let named = |metric: &&&Metric| {
+            metric
+                .labels
+                .iter()
+                .any(|(_, words)| matches!(words, Words::Rules | Words::Rooms))
+        };
         for metric in ALL.iter().filter(|metric| !named(metric)) {
             assert!(text.contains(&format!("# HELP {} ", metric.name)), "{}", metric.name);
             assert!(text.contains(&format!("# TYPE {} ", metric.name)), "{}", metric.name);

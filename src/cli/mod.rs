@@ -11,7 +11,7 @@
 //! | 3 | `Config` | the configuration is wrong, or a file that it names cannot be used; of `reload`: then nothing has changed |
 //! | 4 | `Bind` | an address cannot be listened on: taken, or not permitted |
 //! | 5 | `Store` | the store cannot be opened or written: disk, permission, damage |
-//! | 6 | `Unreachable` | of `status`, `top` and `reload`: nobody answers at the admin port |
+//! | 6 | `Unreachable` | of `status`, `top`, `trace` and `reload`: nobody answers at the admin port |
 //!
 //! A supervisor need not try again after 2 and 3 (systemd: `RestartPreventExitStatus=2 3`).
 
@@ -36,6 +36,7 @@ pub mod run;
 mod sockets;
 pub mod status;
 mod top;
+mod trace;
 
 /// How the process ended. The table above is for people, and is in `--help` too.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -64,7 +65,7 @@ Exit codes:
   3  the configuration is wrong, or a file that it names cannot be used
   4  an address cannot be listened on: taken, or not permitted
   5  the store cannot be opened or written: disk, permission, damage
-  6  of status, top and reload: nobody answers at the admin port";
+  6  of status, top, trace and reload: nobody answers at the admin port";
 
 /// Carries XMPP group chat over links that are thin, slow and often gone.
 #[derive(Debug, Parser)]
@@ -123,6 +124,18 @@ enum Command {
         admin: Option<SocketAddr>,
         #[arg(short, long, value_name = "FILE")]
         config: Option<PathBuf>,
+    },
+    /// Show what a running sidecar does with each stanza, and why, until Ctrl-C
+    ///
+    /// Users' addresses and what they write are hidden. A watcher that is slow misses something and is told so; it never slows the sidecar.
+    Trace {
+        /// The admin port, if not the one in the configuration
+        #[arg(long, value_name = "ADDRESS", conflicts_with = "config")]
+        admin: Option<SocketAddr>,
+        #[arg(short, long, value_name = "FILE")]
+        config: Option<PathBuf>,
+        #[command(flatten)]
+        wanted: trace::Wanted,
     },
     /// Have a running sidecar read its configuration again; no connection is closed. SIGHUP does the same
     Reload {
@@ -187,6 +200,7 @@ fn execute(command: Command) -> Exit {
         Command::Status { admin, config, json } => status(admin, config.as_deref(), json),
         Command::Reload { admin, config } => reload(admin, config.as_deref()),
         Command::Top { admin, config } => top(admin, config.as_deref()),
+        Command::Trace { admin, config, wanted } => trace(admin, config.as_deref(), &wanted),
         Command::Demo { arguments } => demo(&arguments),
     }
 }
@@ -292,6 +306,24 @@ fn top(admin: Option<SocketAddr>, config: Option<&Path>) -> Exit {
         Ok(()) => Exit::Ok,
         Err(error) => {
             eprintln!("narrows: the terminal: {error}");
+            Exit::Failed
+        }
+    }
+}
+
+fn trace(admin: Option<SocketAddr>, config: Option<&Path>, wanted: &trace::Wanted) -> Exit {
+    let address = match admin_port(admin, config) {
+        Ok(address) => address,
+        Err(exit) => return exit,
+    };
+    match trace::run(address, wanted) {
+        Ok(()) => Exit::Ok,
+        Err(trace::TraceError::Unreachable(error)) => {
+            eprintln!("narrows: nobody answers at {address}: {error}");
+            Exit::Unreachable
+        }
+        Err(error) => {
+            eprintln!("narrows: {error}");
             Exit::Failed
         }
     }

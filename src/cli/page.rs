@@ -119,6 +119,9 @@ fn write_page(html: &mut String, status: &Status, history: &History) -> fmt::Res
     Ok(())
 }
 
+/// Of each peer.
+const ROOMS_SHOWN: usize = 10;
+
 /// A screen of them.
 const EVENTS_SHOWN: usize = 15;
 
@@ -175,6 +178,13 @@ fn write_peer(html: &mut String, peer: &PeerStatus) -> fmt::Result {
             count(rooms.guests, "user", "users")
         ),
     )?;
+    if !peer.room_costs.is_empty() {
+        let costs = peer.room_costs.iter().take(ROOMS_SHOWN);
+        let costs: Vec<String> = costs
+            .map(|room| format!("{} {}", Escaped(&room.room), bytes(room.bytes())))
+            .collect();
+        row("dearest rooms, before compression", costs.join("; "))?;
+    }
     if rooms.split > 0 {
         row(
             "split",

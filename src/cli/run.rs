@@ -32,7 +32,7 @@ use super::{
     page::{self, History, page},
     reload::{Outcome, Plan},
     sockets::Inherited,
-    status::{self, EventStatus, PeerStatus, QueueStatus, RoomsStatus, Saved, Status, Traffic},
+    status::{self, EventStatus, PeerStatus, QueueStatus, RoomStatus, RoomsStatus, Saved, Status, Traffic},
 };
 use crate::{
     config::{self, Compression, Config, Identity, Management},
@@ -49,12 +49,13 @@ use crate::{
         receipts::Receipts,
         store::{self, StoreError},
         tls::{self, Acceptor, ChainAndKey, Connector, Roots, ServerTrust, TlsError},
+        trace::{Show, Taps},
         watch::Event,
     },
     link::session::SessionConfig,
     metrics,
     queue::class::Class,
-    relay::{self, Relay, Settings},
+    relay::{self, Relay, Settings, cost::Cost},
     stanza::Domain,
     stream::{Site, dialback::Secret},
 };
@@ -170,6 +171,7 @@ async fn assemble(file: PathBuf, config: Config, leveller: Leveller, mut inherit
         reins: BTreeMap::new(),
         leaving: BTreeSet::new(),
         reports: Reports::default(),
+        taps: Taps::default(),
         config,
     };
     running.tell_limits();
@@ -198,6 +200,8 @@ async fn assemble(file: PathBuf, config: Config, leveller: Leveller, mut inherit
         page: Arc::new(move || page(&status_too(), &lock(&history))),
         status: Arc::new(move || serde_json::to_value(status()).unwrap_or_default()),
         reload,
+        taps: running.taps.clone(),
+        show: show(&running.config),
     };
     background.spawn(async move {
         if let Err(error) = admin::serve(admin_listener, admin).await {
@@ -246,6 +250,7 @@ struct Running {
     /// Peers that were removed and whose owners have not ended yet.
     leaving: BTreeSet<config::Name>,
     reports: Reports,
+    taps: Taps,
 }
 
 /// By which an owner is led.
@@ -278,6 +283,8 @@ impl Running {
             link_times: self.times,
             report,
             settings: rein.settings.subscribe(),
+            watchers: self.taps.watchers(),
+            room_metrics: self.config.admin.room_metrics.into(),
             draining: rein.draining.subscribe(),
         });
         self.reins.insert(peer.name.clone(), rein);
@@ -703,16 +710,26 @@ fn link_times(config: &Config) -> LinkTimes {
     }
 }
 
+/// What of users may be seen at the admin port.
+fn show(config: &Config) -> Show {
+    match config.admin.show {
+        config::Shown::Nothing => Show::Nothing,
+        config::Shown::Addresses => Show::Addresses,
+        config::Shown::Bodies => Show::Bodies,
+    }
+}
+
 type Reports = Arc<Mutex<Vec<(config::Peer, watch::Receiver<Report>)>>>;
 
 fn status_of(running: &Running, started: Instant) -> Arc<dyn Fn() -> Status + Send + Sync> {
     let site = running.config.site.to_string();
+    let show = show(&running.config);
     let (reports, legs) = (Arc::clone(&running.reports), running.legs.clone());
     Arc::new(move || {
         let reports = lock(&reports);
         let peers: Vec<PeerStatus> = reports
             .iter()
-            .map(|(peer, report)| peer_status(peer, &report.borrow()))
+            .map(|(peer, report)| peer_status(peer, &report.borrow(), show))
             .collect();
         Status {
             site: site.clone(),
@@ -728,7 +745,7 @@ fn status_of(running: &Running, started: Instant) -> Arc<dyn Fn() -> Status + Se
     })
 }
 
-fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
+fn peer_status(peer: &config::Peer, report: &Report, show: Show) -> PeerStatus {
     let (levels, relay) = (report.levels, &report.relay);
     // Of the entries' bytes; what an earlier process left waits too.
     let share_waiting = levels.spool_bytes as f64 / relay.entry_bytes.max(levels.spool_bytes).max(1) as f64;
@@ -779,6 +796,11 @@ fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
             split: report.rooms.rooms_split as u64,
             guests: report.rooms.guests as u64,
         },
+        room_costs: report
+            .room_costs
+            .iter()
+            .map(|(room, cost)| room_status(room, cost, show))
+            .collect(),
         saved: Saved {
             mirror: report.saved.mirror,
             rules: report.saved.rules,
@@ -788,6 +810,19 @@ fn peer_status(peer: &config::Peer, report: &Report) -> PeerStatus {
             sampled_compressed: relay.sampled_compressed_bytes,
         },
         events: report.events.iter().map(event_status).collect(),
+    }
+}
+
+fn room_status(room: &str, cost: &Cost, show: Show) -> RoomStatus {
+    let room = match show {
+        Show::Nothing => format!("room {}", cost.number),
+        Show::Addresses | Show::Bodies => room.to_owned(),
+    };
+    RoomStatus {
+        room,
+        sent_bytes: cost.sent_bytes,
+        received_bytes: cost.received_bytes,
+        copies: cost.copies,
     }
 }
 

@@ -46,9 +46,30 @@ pub struct PeerStatus {
     /// Copies of which nobody can tell whether the server got them.
     pub in_doubt: u64,
     pub rooms: RoomsStatus,
+    /// The rooms that cost most, the dearest first.
+    pub room_costs: Vec<RoomStatus>,
     pub saved: Saved,
     /// The last that is worth telling, the newest last.
     pub events: Vec<EventStatus>,
+}
+
+/// What a room has cost since the process started.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(default)]
+pub struct RoomStatus {
+    /// Its address, or a number where addresses are not to be seen (`admin.show`).
+    pub room: String,
+    /// Bytes of queue entries, before compression.
+    pub sent_bytes: u64,
+    pub received_bytes: u64,
+    /// What plain S2S would have carried, in stanzas.
+    pub copies: u64,
+}
+
+impl RoomStatus {
+    pub fn bytes(&self) -> u64 {
+        self.sent_bytes + self.received_bytes
+    }
 }
 
 /// Bytes of plain S2S that this side did not send, by what saved them.

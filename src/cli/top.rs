@@ -21,7 +21,7 @@ use ratatui::{
 
 use super::{
     page::by_class,
-    status::{self, PeerStatus, QueueStatus, Status, bytes, part, period},
+    status::{self, PeerStatus, QueueStatus, RoomStatus, Status, bytes, part, period},
 };
 
 /// The sidecar looks at itself once a second.
@@ -116,12 +116,20 @@ fn draw(frame: &mut Frame<'_>, view: &View) {
         Layout::vertical([Constraint::Length(1), Constraint::Fill(1), Constraint::Length(1)]).areas(frame.area());
     frame.render_widget(headline(&view.now), head);
     if table.saturating_mul(3) + EVENTS_MIN <= middle.height {
+        let rooms = dearest(&view.now);
+        // What is left when the rest has its room: a head, the rooms, and a line that parts them from what follows.
+        let left = middle.height - table.saturating_mul(3) - EVENTS_MIN;
+        let lines = u16::try_from(rooms.len())
+            .unwrap_or(u16::MAX)
+            .min(left.saturating_sub(2));
+        let room_table = Constraint::Length(if lines == 0 { 0 } else { lines + 2 });
         let table = Constraint::Length(table);
-        let areas = Layout::vertical([table, table, table, Constraint::Fill(1)]);
-        let [links, queues, savings, events] = areas.areas(middle);
+        let areas = Layout::vertical([table, table, table, room_table, Constraint::Fill(1)]);
+        let [links, queues, savings, room_area, events] = areas.areas(middle);
         draw_links(frame, view, links);
         draw_queues(frame, view, queues);
         draw_savings(frame, view, savings);
+        draw_rooms(frame, &rooms[..usize::from(lines)], room_area);
         draw_events(frame, view, events);
     } else {
         let areas = Layout::vertical([Constraint::Fill(1), Constraint::Length(EVENTS_MIN)]);
@@ -318,6 +326,39 @@ fn draw_savings(frame: &mut Frame<'_>, view: &View, area: Rect) {
             "near by",
         ],
         [10, 10, 10, 7, 9, 9, 9, 9],
+        rows.collect(),
+    );
+}
+
+/// The rooms of all peers, the dearest first.
+fn dearest(status: &Status) -> Vec<(&PeerStatus, &RoomStatus)> {
+    let mut rooms: Vec<_> = status
+        .peers
+        .iter()
+        .flat_map(|peer| peer.room_costs.iter().map(move |room| (peer, room)))
+        .collect();
+    rooms.sort_by_key(|(_, room)| std::cmp::Reverse(room.bytes()));
+    rooms
+}
+
+fn draw_rooms(frame: &mut Frame<'_>, rooms: &[(&PeerStatus, &RoomStatus)], area: Rect) {
+    if rooms.is_empty() {
+        return;
+    }
+    let rows = rooms.iter().map(|(peer, room)| {
+        Row::new([
+            room.room.clone(),
+            peer.name.clone(),
+            bytes(room.sent_bytes),
+            bytes(room.received_bytes),
+            room.copies.to_string(),
+        ])
+    });
+    draw_table(
+        frame,
+        area,
+        ["ROOM, by bytes", "peer", "out", "in", "stanzas"],
+        [32, 10, 10, 10, 9],
         rows.collect(),
     );
 }

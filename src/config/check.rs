@@ -41,6 +41,9 @@ const EXPIRY_MAX: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Below this, what is waited for is given up while it crosses.
 const EXPIRY_MIN: Duration = Duration::from_secs(1);
 
+/// With twenty peers these are as many series as all others together.
+const ROOM_METRICS_MAX: u64 = 100;
+
 /// More is as good as all of it.
 const WEIGHTS: std::ops::RangeInclusive<u64> = 1..=1000;
 
@@ -166,6 +169,12 @@ fn listeners(config: &Config, report: &mut Report) {
             );
         }
     }
+    within(
+        config.admin.room_metrics.into(),
+        0..=ROOM_METRICS_MAX,
+        at!["admin", "room_metrics"],
+        report,
+    );
     if !config.admin.listen.0.ip().is_loopback() {
         report.warning(
             at!["admin", "listen"],

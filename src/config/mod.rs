@@ -518,10 +518,32 @@ pub enum SplitJoin {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Admin {
-    /// Where `/metrics`, `/healthz`, `/readyz` and `/status` are served over plain HTTP, and `POST /reload` has this file read again.
+    /// Where `/metrics`, `/healthz`, `/readyz`, `/status` and `/trace` are served over plain HTTP, and `POST /reload` has this file read again.
     ///
     /// Default `127.0.0.1:9275`: there is no password, so it stays on the machine. `narrows status` and `narrows reload` ask here.
     pub listen: ListenAddress,
+
+    /// What of users may be seen here by whoever asks for it: `nothing`, `addresses`, or `bodies` (addresses too).
+    ///
+    /// Default `nothing`: rooms have numbers in place of names, and `narrows trace` hides addresses and bodies. `addresses`: names of rooms in
+    /// `narrows top`, `/status` and `/`, and `narrows trace --addresses`. `bodies`: also `narrows trace --bodies`, which shows what people
+    /// write to each other to everybody who may connect to this port.
+    pub show: Shown,
+
+    /// Of how many rooms of each peer the metrics tell the bytes (`narrows_room_bytes_total`), by their addresses.
+    ///
+    /// Default `0`: none. Each room is a series in Prometheus for as long as that keeps them, and its address is personal data. A room gets
+    /// one when it causes a good part of all bytes, and keeps it until a restart; the others are `other`.
+    #[schemars(range(max = 100))]
+    pub room_metrics: u8,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, Eq, JsonSchema, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Shown {
+    Nothing,
+    Addresses,
+    Bodies,
 }
 
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
@@ -805,6 +827,8 @@ impl Default for Admin {
     fn default() -> Self {
         Self {
             listen: ListenAddress(([127, 0, 0, 1], 9275).into()),
+            show: Shown::Nothing,
+            room_metrics: 0,
         }
     }
 }

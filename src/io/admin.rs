@@ -1,6 +1,7 @@
 //! The admin port: metrics, health, status and a page over plain HTTP.
 //!
-//! It has no password, so by default it is only on the loopback address. Nothing that it says holds users' addresses, and
+//! It has no password, so by default it is only on the loopback address. What it says holds users' addresses only where the
+//! configuration allows it (`admin.show`), and
 //! nothing can be changed through it but that the configuration file is read again. A client that hangs holds one of a few places for a minute and no more.
 
 use std::{
@@ -8,17 +9,22 @@ use std::{
     future::Future,
     io,
     pin::Pin,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
 
 use axum::{
     Router,
-    extract::State,
+    body::Body,
+    extract::{ConnectInfo, RawQuery, State, connect_info::Connected},
     http::{StatusCode, header},
     response::{IntoResponse, Response},
     routing::{get, post},
+    serve::IncomingStream,
 };
 use serde_json::Value;
 use tokio::{
@@ -28,7 +34,11 @@ use tokio::{
     time::Sleep,
 };
 
-use crate::metrics::{ADMIN_REQUESTS, AdminPath, Rendered};
+use super::trace::{Filter, Show, Taps};
+use crate::{
+    metrics::{ADMIN_REQUESTS, AdminPath, Rendered},
+    queue::{class::Class, rules::Direction},
+};
 
 /// One Prometheus or two, a health check, a person: far fewer than this at a time.
 const CONNECTIONS_MAX: usize = 32;
@@ -59,6 +69,9 @@ pub struct Admin {
     pub status: Arc<dyn Fn() -> Value + Send + Sync>,
     /// `POST /reload`: who reads the configuration again.
     pub reload: mpsc::Sender<Reload>,
+    /// `/trace`: where one may watch, and how much of users may be seen there.
+    pub taps: Taps,
+    pub show: Show,
 }
 
 impl fmt::Debug for Admin {
@@ -87,7 +100,7 @@ async fn serve_within(listener: TcpListener, admin: Admin, age_max: Duration) ->
         age_max,
     };
     tokio::select! {
-        result = axum::serve(listener, router(admin)) => result,
+        result = axum::serve(listener, router(admin).into_make_service_with_connect_info::<Patience>()) => result,
         never = tidy => never,
     }
 }
@@ -99,10 +112,11 @@ fn router(admin: Admin) -> Router {
         .route("/healthz", get(healthz))
         .route("/readyz", get(readyz))
         .route("/status", get(status))
+        .route("/trace", get(trace))
         .route("/reload", post(reload))
         .fallback(async || {
             ADMIN_REQUESTS.increment(AdminPath::Other);
-            let paths = "there are /, /metrics, /healthz, /readyz, /status and, to be posted to, /reload\n";
+            let paths = "there are /, /metrics, /healthz, /readyz, /status, /trace and, to be posted to, /reload\n";
             (StatusCode::NOT_FOUND, paths)
         })
         .with_state(admin)
@@ -157,6 +171,75 @@ async fn reload(State(admin): State<Admin>) -> Response {
     }
 }
 
+/// What is asked of `/trace`, or what is wrong with the question.
+fn read_question(query: &str) -> Result<(Filter, Show), String> {
+    let (mut filter, mut show) = (Filter::default(), Show::Nothing);
+    for (key, value) in query.split('&').filter_map(|part| part.split_once('=')) {
+        let value = unescaped(value).ok_or_else(|| format!("{key} is not UTF-8"))?;
+        match (key, value.as_str()) {
+            ("peer", _) => filter.peer = Some(value),
+            ("room", _) => filter.room = Some(value),
+            ("class", word) => {
+                let class = Class::ALL.into_iter().find(|class| class.as_label() == word);
+                filter.class = Some(class.ok_or_else(|| format!("there is no class {word:?}"))?);
+            }
+            ("direction", "sent") => filter.direction = Some(Direction::Sent),
+            ("direction", "received") => filter.direction = Some(Direction::Received),
+            ("show", "addresses") => show = Show::Addresses,
+            ("show", "bodies") => show = Show::Bodies,
+            (key, value) => return Err(format!("{key}={value:?} is not known")),
+        }
+    }
+    Ok((filter, show))
+}
+
+/// Takes `%40` for `@` ([RFC 3986 §2.1](https://www.rfc-editor.org/rfc/rfc3986#section-2.1)).
+fn unescaped(text: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        let escaped = after.get(..2).and_then(|digits| std::str::from_utf8(digits).ok());
+        let escaped = escaped.and_then(|digits| u8::from_str_radix(digits, 16).ok());
+        match escaped.filter(|_| first == b'%') {
+            Some(byte) => {
+                bytes.push(byte);
+                rest = &after[2..];
+            }
+            None => {
+                bytes.push(first);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8(bytes).ok()
+}
+
+async fn trace(
+    State(admin): State<Admin>,
+    ConnectInfo(patience): ConnectInfo<Patience>,
+    RawQuery(query): RawQuery,
+) -> Response {
+    ADMIN_REQUESTS.increment(AdminPath::Trace);
+    let (filter, show) = match read_question(&query.unwrap_or_default()) {
+        Ok(read) => read,
+        Err(why) => return (StatusCode::BAD_REQUEST, format!("{why}\n")).into_response(),
+    };
+    if show > admin.show {
+        let why = "the configuration does not allow to show this: see admin.show\n";
+        return (StatusCode::FORBIDDEN, why).into_response();
+    }
+    let Some(lines) = admin.taps.tap(filter, show) else {
+        return (StatusCode::SERVICE_UNAVAILABLE, "too many watch already\n").into_response();
+    };
+    // It lasts as long as somebody reads.
+    patience.0.store(true, Ordering::Relaxed);
+    let headers = [
+        (header::CONTENT_TYPE, "application/x-ndjson"),
+        (header::CACHE_CONTROL, "no-store"),
+    ];
+    (headers, Body::from_stream(lines)).into_response()
+}
+
 fn probe(probe: &Probe) -> Response {
     match probe() {
         Ok(()) => "ok\n".into_response(),
@@ -181,6 +264,7 @@ impl axum::serve::Listener for Few {
         let connection = Connection {
             stream,
             end: Box::pin(tokio::time::sleep(self.age_max)),
+            patience: Patience::default(),
             _place: place,
         };
         (connection, peer)
@@ -191,16 +275,27 @@ impl axum::serve::Listener for Few {
     }
 }
 
+/// Whether a connection may grow old.
+#[derive(Clone, Debug, Default)]
+struct Patience(Arc<AtomicBool>);
+
+impl Connected<IncomingStream<'_, Few>> for Patience {
+    fn connect_info(stream: IncomingStream<'_, Few>) -> Self {
+        stream.io().patience.clone()
+    }
+}
+
 struct Connection {
     stream: TcpStream,
     end: Pin<Box<Sleep>>,
+    patience: Patience,
     /// Given back when the connection is dropped.
     _place: Option<OwnedSemaphorePermit>,
 }
 
 impl Connection {
     fn too_old(&mut self, cx: &mut Context<'_>) -> bool {
-        self.end.as_mut().poll(cx).is_ready()
+        !self.patience.0.load(Ordering::Relaxed) && self.end.as_mut().poll(cx).is_ready()
     }
 }
 
@@ -253,6 +348,7 @@ mod tests {
     async fn answers_over_a_socket() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
+        let taps = Taps::default();
         let trouble: Arc<Mutex<Option<String>>> = Arc::default();
         let seen = Arc::clone(&trouble);
         let (reload, mut wishes) = mpsc::channel::<Reload>(1);
@@ -268,8 +364,10 @@ mod tests {
             page: Arc::new(|| "<p>ship".to_owned()),
             status: Arc::new(|| json!({"site": "ship"})),
             reload,
+            taps: taps.clone(),
+            show: Show::Addresses,
         };
-        let server = tokio::spawn(serve(listener, admin));
+        let server = tokio::spawn(serve_within(listener, admin, Duration::from_secs(5)));
 
         let metrics = ask(address, "GET /metrics").await;
         assert!(metrics.starts_with("HTTP/1.1 200 OK\r\n"), "{metrics}");
@@ -299,6 +397,28 @@ mod tests {
         );
         assert!(ask(address, "POST /reload").await.starts_with("HTTP/1.1 503 "));
 
+        assert!(
+            ask(address, "GET /trace?show=bodies")
+                .await
+                .starts_with("HTTP/1.1 403 ")
+        );
+        assert!(ask(address, "GET /trace?class=none").await.starts_with("HTTP/1.1 400 "));
+        assert!(ask(address, "GET /trace?rooms=x").await.starts_with("HTTP/1.1 400 "));
+        // One lasts as long as somebody reads, and goes with them.
+        let watchers = taps.watchers();
+        let mut watcher = TcpStream::connect(address).await.unwrap();
+        let question = b"GET /trace?show=addresses&class=iq HTTP/1.0\r\n\r\n";
+        watcher.write_all(question).await.unwrap();
+        let mut begin = [0; 12];
+        watcher.read_exact(&mut begin).await.unwrap();
+        assert_eq!(&begin, b"HTTP/1.0 200");
+        assert!(watchers.any());
+        drop(watcher);
+        while watchers.any() {
+            tokio::task::yield_now().await;
+        }
+        assert!(ask(address, "GET /trace?room=%ff").await.starts_with("HTTP/1.1 400 "));
+        assert_eq!(unescaped("a%40b%2").as_deref(), Some("a@b%2"));
         assert!(ask(address, "GET /other").await.starts_with("HTTP/1.1 404 "));
         assert!(ask(address, "POST /status").await.starts_with("HTTP/1.1 405 "));
         server.abort();
@@ -316,6 +436,8 @@ mod tests {
             page: Arc::new(|| "<p>ship".to_owned()),
             status: Arc::new(|| Value::Null),
             reload: mpsc::channel(1).0,
+            taps: Taps::default(),
+            show: Show::Nothing,
         };
         let server = tokio::spawn(serve_within(listener, admin, Duration::from_millis(200)));
         let mut hanging = Vec::new();

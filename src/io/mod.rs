@@ -13,6 +13,7 @@ pub mod peer;
 pub mod receipts;
 pub mod store;
 pub mod tls;
+pub mod trace;
 mod verifier;
 pub mod watch;
 pub mod wire;

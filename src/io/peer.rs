@@ -23,16 +23,18 @@ use super::{
     legs::{LegEvent, LegHandle},
     link::{LinkConnection, LinkEvent, LinkReader, LinkTimes, LinkWriter, PeerLink, Survivor, TcpStats, survivor},
     store::{Answer, Request, Store, StoreError},
-    watch::{Events, Look, Pace, Run},
+    trace::{self, Watchers},
+    watch::{Events, Look, Pace, RoomSeries, Run},
 };
 use crate::{
     codec::position::Seq,
     link::session::SessionStats,
     metrics::{self as m, Direction, EchoEvent, Layer, Mechanism, NearAnswer, RuleMode, Squeezed, StanzaKind},
     mirror::{self, MirrorStats},
+    pii::Pii,
     queue::{class::Class, journal::Levels, ledger::Level, rules::Mode},
-    relay::{Drop as Dropped, Input, LaneFault, LaneKey, LinkClose, Output, Relay, RelayStats, Settings},
-    stanza::Kind,
+    relay::{Drop as Dropped, Input, LaneFault, LaneKey, LinkClose, Output, Relay, RelayStats, Settings, cost::Cost},
+    stanza::{Kind, Stanza},
     stream::CloseReason,
     time::{Deadline, Mono, Now, Wall},
 };
@@ -45,6 +47,9 @@ const LANE_EVENTS_MAX: usize = 1024;
 
 /// How often figures that are read rather than counted go to the metrics. Prometheus rarely asks more often.
 const REPORT_EVERY: Duration = Duration::from_secs(1);
+
+/// Rooms that `/status` names: a screen of them, and the tenth hardly matters.
+const ROOMS_SHOWN: usize = 10;
 
 /// After a SIGTERM: for what is accepted to be on disk and what is with a lane to be confirmed.
 const DRAIN_MAX: Duration = Duration::from_secs(10);
@@ -71,6 +76,10 @@ pub struct Peer {
     pub report: watch::Sender<Report>,
     /// What the administrator has changed since.
     pub settings: watch::Receiver<Settings>,
+    /// Who watches stanzas.
+    pub watchers: Watchers,
+    /// Of how many rooms the metrics tell.
+    pub room_metrics: usize,
     pub draining: watch::Receiver<bool>,
 }
 
@@ -92,6 +101,8 @@ pub struct Report {
     pub acked_ago: Option<Duration>,
     pub relay: RelayStats,
     pub rooms: mirror::Levels,
+    /// The dearest rooms, the dearest first.
+    pub room_costs: Vec<(Arc<str>, Cost)>,
     pub tcp: TcpTotals,
     pub saved: Saved,
     pub events: Events,
@@ -143,6 +154,8 @@ struct Owner {
     /// Reasons for which something was dropped, that the log has, and how often as the metrics have it.
     told_dropped: BTreeMap<Dropped, u64>,
     told_overflow: bool,
+    watchers: Watchers,
+    room_series: RoomSeries,
 }
 
 /// What has been counted by sessions and connections that are gone.
@@ -247,7 +260,10 @@ pub async fn run(peer: Peer) -> Result<(), StoreError> {
         report,
         mut settings,
         mut draining,
+        watchers,
+        room_metrics,
     } = peer;
+    let mut taps = watchers.clone();
     let mut owner = Owner {
         name,
         relay,
@@ -271,7 +287,10 @@ pub async fn run(peer: Peer) -> Result<(), StoreError> {
         watched: Watched::default(),
         told_dropped: BTreeMap::new(),
         told_overflow: false,
+        watchers,
+        room_series: RoomSeries::new(room_metrics),
     };
+    owner.look_who_watches();
     let mut report_tick = tokio::time::interval(REPORT_EVERY);
     let mut drain_until = None;
     owner.link.dial();
@@ -292,7 +311,11 @@ pub async fn run(peer: Peer) -> Result<(), StoreError> {
             ready = writable(writer, transmit) => owner.handle_writable(ready),
             Some(event) = legs.recv() => owner.handle_leg(event),
             () = clock.sleep_until(deadline) => owner.handle_timeout(),
-            _ = report_tick.tick() => owner.tell(),
+            _ = report_tick.tick() => {
+                owner.look_who_watches();
+                owner.tell();
+            }
+            () = taps.changed() => owner.look_who_watches(),
             Ok(()) = settings.changed() => {
                 let settings = Box::new(settings.borrow_and_update().clone());
                 owner.handle(Input::Settings(settings));
@@ -515,6 +538,7 @@ impl Owner {
                 Output::CloseLink(why) => self.close_link(&why),
             }
         }
+        self.show_trace();
         for took in self.relay.take_delivered(self.clock.now()) {
             m::DELIVERY.record_period((), took);
         }
@@ -538,6 +562,36 @@ impl Owner {
             }
             self.tell();
         }
+    }
+
+    /// While somebody watches, or the log has a line for each stanza, the relay notes what becomes of each.
+    fn look_who_watches(&mut self) {
+        let logged = tracing::enabled!(tracing::Level::DEBUG);
+        self.relay.set_traced(logged || self.watchers.any());
+    }
+
+    fn show_trace(&mut self) {
+        while let Some(event) = self.relay.poll_trace() {
+            self.watchers.show(&self.name, &event);
+            if tracing::enabled!(tracing::Level::DEBUG) {
+                let stanza = event.stanza.clone().and_then(|bytes| Stanza::parse(bytes).ok());
+                let from = stanza.as_ref().and_then(Stanza::from).unwrap_or_default();
+                let to = stanza.as_ref().and_then(Stanza::to).unwrap_or_default();
+                debug!(
+                    peer = %self.name,
+                    entry = event.entry.as_ref().map(tracing::field::display),
+                    direction = trace::direction(event.direction),
+                    class = event.class.map(Class::as_label),
+                    kind = event.kind().map(Kind::as_str),
+                    from = %Pii(&*from),
+                    to = %Pii(&*to),
+                    "Stanza {}: {}.",
+                    event.decision.as_label(),
+                    event.decision
+                );
+            }
+        }
+        self.watchers.miss(self.relay.take_trace_missed());
     }
 
     fn open_lane(&mut self, lane: LaneKey, life: u64) {
@@ -795,6 +849,9 @@ impl Owner {
         if mirrored.overflows > 0 && !std::mem::replace(&mut self.told_overflow, true) {
             warn!(peer = %self.name, "A room is too large to be mirrored, or rooms are too many. This is said once; the metrics count them.");
         }
+        for (room, bytes) in self.room_series.bytes(self.relay.rooms()) {
+            m::ROOM_BYTES.follow((peer, &room), bytes);
+        }
         m::STORE_BYTES.set(peer, self.store.stats().bytes_on_disk() as f64);
 
         self.report.send_replace(Report {
@@ -809,6 +866,7 @@ impl Owner {
             acked_ago: self.watched.acked_at.map(|at| now.wall.since(at)),
             relay: stats,
             rooms,
+            room_costs: self.relay.rooms().top(ROOMS_SHOWN),
             tcp,
             saved,
             events: self.watched.events.clone(),

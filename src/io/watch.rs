@@ -1,8 +1,56 @@
 //! What is watched of one peer over time, for those who operate it: the pace of its queue, and what happened lately.
 
-use std::{collections::VecDeque, time::Duration};
+use std::{
+    collections::{BTreeSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
-use crate::time::{Mono, Now, Wall};
+use crate::{
+    relay::cost::Rooms,
+    time::{Mono, Now, Wall},
+};
+
+/// The rooms of one peer that the metrics name. A series cannot be taken back, so a room that has one keeps it.
+#[derive(Clone, Debug, Default)]
+pub struct RoomSeries {
+    max: usize,
+    named: BTreeSet<Arc<str>>,
+}
+
+/// Before anything of this size has passed, the first room that speaks would be a large one.
+const ROOM_BYTES_MIN: u64 = 10_000;
+
+impl RoomSeries {
+    pub fn new(max: usize) -> Self {
+        let named = BTreeSet::new();
+        Self { max, named }
+    }
+
+    /// The bytes of the rooms that have a name, and of the `other`s; nothing, if none is to have one.
+    ///
+    /// A room gets one when it causes half of what it would if all that get one caused the same.
+    pub fn bytes(&mut self, rooms: &Rooms) -> Vec<(Arc<str>, u64)> {
+        if self.max == 0 {
+            return Vec::new();
+        }
+        let part = (rooms.total_bytes() / (2 * self.max as u64)).max(ROOM_BYTES_MIN);
+        for (name, cost) in rooms.top(self.max) {
+            if self.named.len() < self.max && cost.bytes() >= part {
+                self.named.insert(name);
+            }
+        }
+        let mut other = rooms.total_bytes();
+        let mut all = Vec::new();
+        for name in &self.named {
+            let bytes = rooms.get(name).map_or(0, |cost| cost.bytes() - cost.doubtful_bytes);
+            other = other.saturating_sub(bytes);
+            all.push((Arc::clone(name), bytes));
+        }
+        all.push(("other".into(), other));
+        all
+    }
+}
 
 /// How fast the spool empties.
 ///
@@ -126,6 +174,7 @@ impl Run {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{relay::cost::Way, stanza::Stanza};
 
     fn at(seconds: u64) -> Mono {
         Mono::from_start(Duration::from_secs(1000 + seconds))
@@ -227,5 +276,35 @@ mod tests {
         }
         assert_eq!(events.iter().count(), EVENTS_MAX);
         assert_eq!(events.iter().last().unwrap().what, "999");
+    }
+
+    /// No more rooms have a series than were asked for, those that have one keep it, and nothing is missing from the sum.
+    #[test]
+    fn few_rooms_have_a_series() {
+        let mut rooms = Rooms::default();
+        let say = |rooms: &mut Rooms, room: &str, bytes: u64| {
+            let text = format!("<message from='u@a.example/r' to='{room}@c.b.example' type='groupchat'/>");
+            let stanza = Stanza::parse(text.into()).unwrap();
+            rooms.note(&stanza, Way::Sent, bytes, 1);
+        };
+        say(&mut rooms, "large", 50_000);
+        assert_eq!(RoomSeries::new(0).bytes(&rooms), []);
+        let mut series = RoomSeries::new(2);
+        for room in 0..1000 {
+            say(&mut rooms, &room.to_string(), 10);
+        }
+        let told = |series: &mut RoomSeries, rooms: &Rooms| -> Vec<(String, u64)> {
+            let all = series.bytes(rooms).into_iter();
+            all.map(|(name, bytes)| (name.to_string(), bytes)).collect()
+        };
+        let large = |bytes| ("large@c.b.example".to_owned(), bytes);
+        assert_eq!(told(&mut series, &rooms), [large(50_000), ("other".to_owned(), 10_000)]);
+        for room in ["second", "third"] {
+            say(&mut rooms, room, 60_000);
+        }
+        let all = told(&mut series, &rooms);
+        assert_eq!(all.len(), 3, "{all:?}");
+        assert!(all.contains(&large(50_000)), "{all:?}");
+        assert_eq!(all.iter().map(|(_, bytes)| bytes).sum::<u64>(), 180_000);
     }
 }

@@ -53,6 +53,9 @@ const STRIKES_MAX: u32 = 3;
 const RECIPIENTS_MAX: usize = 10_000;
 const RECIPIENT_BYTES_MAX: usize = 512;
 
+/// Arrivals whose number at the peer is remembered for those who watch.
+const ORIGINS_MAX: usize = 10_000;
+
 /// Answers of our own that wait for a lane. They are not durable; beyond this the newest is dropped and counted.
 const OWN_MAX: usize = 1024;
 
@@ -162,6 +165,12 @@ pub struct Inward {
     reading: Option<Seq>,
     lives: u64,
     stopped: bool,
+    /// Whether what becomes of each copy is told.
+    traced: bool,
+    /// The numbers that the peer has for what is still here, as far as it came since this process started.
+    origins: BTreeMap<Seq, Seq>,
+    /// What our server has confirmed since this was last asked, with the peer's number.
+    delivered: Vec<(Option<Seq>, Bytes)>,
     outputs: VecDeque<Output>,
 }
 
@@ -189,16 +198,25 @@ impl Inward {
             reading: None,
             lives: 0,
             stopped: false,
+            traced: false,
+            origins: BTreeMap::new(),
+            delivered: Vec::new(),
             outputs: VecDeque::new(),
         }
     }
 
     /// Takes in a cast for our server: one that has crossed and was [admitted](Self::admit), or one of our own. Gives the bytes of
     /// its entry.
-    pub fn put(&mut self, pair: &DomainPair, cast: Cast) -> usize {
+    pub fn put(&mut self, pair: &DomainPair, cast: Cast, origin: Option<Seq>) -> usize {
         let all_in_memory = self.taken == self.last;
         let seq = Seq(self.last.0 + 1);
         self.last = seq;
+        if let Some(origin) = origin.filter(|_| self.traced) {
+            self.origins.insert(seq, origin);
+            if self.origins.len() > ORIGINS_MAX {
+                self.origins.pop_first();
+            }
+        }
         let entry = Entry::Cast(cast.clone()).encode();
         let bytes = entry.len();
         self.outputs.push_back(Output::Change(Change::PutInbox { seq, entry }));
@@ -283,8 +301,38 @@ impl Inward {
             done.push(copy);
         }
         for copy in done {
+            if self.traced {
+                self.note_delivered(&copy);
+            }
             self.done(&copy);
         }
+    }
+
+    pub fn set_traced(&mut self, traced: bool) {
+        self.traced = traced;
+        if !traced {
+            self.origins.clear();
+            self.delivered.clear();
+        }
+    }
+
+    /// What our server has confirmed, with the peer's number, if it is known.
+    pub fn take_delivered(&mut self) -> Vec<(Option<Seq>, Bytes)> {
+        std::mem::take(&mut self.delivered)
+    }
+
+    fn note_delivered(&mut self, copy: &Copy) {
+        let (origin, stanza) = match copy {
+            Copy::Own(stanza) => (None, Some(stanza.clone())),
+            Copy::Of { seq, index } => {
+                let item = self.items.get(seq);
+                (
+                    self.origins.get(seq).copied(),
+                    item.and_then(|item| item.cast.copy(*index)),
+                )
+            }
+        };
+        self.delivered.extend(stanza.map(|stanza| (origin, stanza)));
     }
 
     pub fn handle_lane_down(&mut self, key: &LaneKey, life: u64, fault: LaneFault, now: Now, stats: &mut RelayStats) {
@@ -566,6 +614,7 @@ impl Inward {
         if item.unconfirmed == 0 {
             self.bytes -= item.bytes;
             self.items.remove(seq);
+            self.origins.remove(seq);
             self.outputs.push_back(Output::Change(Change::DropInbox { seq: *seq }));
         }
     }

@@ -17,21 +17,26 @@
 //! disk works: group commit without a timer. Whatever waits for the disk (acknowledging a leg or the peer, sending an entry,
 //! writing to a lane) names the batch that it waits for.
 
+pub mod cost;
 mod inward;
 mod outward;
 mod plain;
+pub mod trace;
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    sync::Arc,
     time::Duration,
 };
 
 use bytes::Bytes;
 
 use self::{
+    cost::{Rooms, Way},
     inward::Inward,
     outward::{Outward, Refused},
     plain::Plain,
+    trace::{Decision, EntryId, Event, Question, Refusal, Trace},
 };
 use crate::{
     codec::{
@@ -41,7 +46,7 @@ use crate::{
         position::{Added, Epoch, Received, Seq},
     },
     link::session::{self, LinkError, LinkSession, Sent, SessionConfig},
-    mirror::{self, Mirror, MirrorSettings},
+    mirror::{self, Mirror, MirrorSettings, MirrorStats},
     queue::{
         class::{Class, Classes},
         collapse::Placed,
@@ -50,7 +55,7 @@ use crate::{
             state_bytes,
         },
         ledger::Level,
-        rules::{Direction, Fate, Rule, Rules},
+        rules::{Action, Direction, Fate, Rule, Rules, Said},
         scheduler::{Answer, Expired, Offer},
     },
     stanza::{Condition, Domain, DomainPair, ErrorType, Stanza, bounce, domain_of},
@@ -372,6 +377,11 @@ pub struct Relay {
     uncommitted: VecDeque<(u64, Levels)>,
     stats: RelayStats,
     plain: Plain,
+    rooms: Rooms,
+    trace: Trace,
+    /// What the peer calls itself.
+    peer_site: Option<Arc<str>>,
+    site: Option<Arc<str>>,
     /// What the spool held at the start.
     inherited_bytes: u64,
     transmit_due: bool,
@@ -421,6 +431,10 @@ impl Relay {
             uncommitted: VecDeque::new(),
             stats: RelayStats::default(),
             plain: Plain::default(),
+            rooms: Rooms::default(),
+            trace: Trace::default(),
+            peer_site: None,
+            site: settings.site.as_deref().map(Arc::from),
             inherited_bytes: opening.levels.spool_bytes,
             transmit_due: false,
             outputs: VecDeque::new(),
@@ -448,6 +462,7 @@ impl Relay {
             }
             Input::LaneConfirmed { lane, life, stanzas } => {
                 self.inward.handle_lane_confirmed(&lane, life, stanzas, &mut self.stats);
+                self.trace_delivered(now);
             }
             Input::LaneDown { lane, life, fault } => {
                 self.inward.handle_lane_down(&lane, life, fault, now, &mut self.stats);
@@ -505,19 +520,27 @@ impl Relay {
         let session = self.link.session()?;
         let stats = &mut self.stats;
         let mut over_limit = Vec::new();
+        let (traced, mut sent) = (self.trace.is_on(), Vec::new());
         // A piece of what is large ends a batch: what comes now waits for this one piece, not for more of them.
         let mut part = false;
         while !part
             && session.batch_bytes() < self.settings.batch_bytes
             && self.outward.offer(self.committed, |offer| {
                 let is_part = matches!(offer, Offer::Part { .. });
+                let (seq, before) = (offer.seq(), stats.entries_sent);
                 let answer = answer(session, stats, &mut over_limit, offer, now);
                 part |= is_part && matches!(answer, Answer::Takes(_));
+                if traced && stats.entries_sent > before {
+                    sent.push(seq);
+                }
                 answer
             })
         {}
         let transmit = session.poll_transmit(now);
         self.transmit_due = transmit.is_some();
+        for seq in sent {
+            self.trace_entry(Decision::Sent, seq, None, None, now);
+        }
         for cast in over_limit {
             self.tell_over_limit(&cast);
         }
@@ -577,6 +600,28 @@ impl Relay {
         &self.mirror
     }
 
+    /// What the rooms have cost.
+    pub fn rooms(&self) -> &Rooms {
+        &self.rooms
+    }
+
+    /// Whether what becomes of each stanza is noted, for [`Self::poll_trace`].
+    pub fn set_traced(&mut self, traced: bool) {
+        if self.trace.is_on() != traced {
+            self.trace.turn(traced);
+            self.inward.set_traced(traced);
+        }
+    }
+
+    pub fn poll_trace(&mut self) -> Option<Event> {
+        self.trace.poll()
+    }
+
+    /// Events that were not noted, because nobody took the earlier ones away.
+    pub fn take_trace_missed(&mut self) -> u64 {
+        self.trace.take_missed()
+    }
+
     pub fn session(&self) -> Option<&LinkSession> {
         match &self.link {
             Link::Up { session, .. } => Some(session),
@@ -624,6 +669,9 @@ impl Relay {
 
     fn handle_stanza(&mut self, leg: LegId, n: u64, pair: DomainPair, stanza: Stanza, now: Now) {
         let plain = stanza.bytes().clone();
+        if self.trace.is_on() {
+            self.trace_rules(&stanza, Direction::Sent, now);
+        }
         // Before the mirror: what it knows is what crosses.
         let (stanza, answer) = match self.rules.judge(stanza, Direction::Sent) {
             Fate::Passes(stanza) | Fate::Replaced(stanza) => (Some(stanza), None),
@@ -633,6 +681,7 @@ impl Relay {
             && self.is_spool_full()
         {
             self.stats.refused += 1;
+            self.trace_sent(Decision::Refused(Refusal::QueueFull), stanza.bytes(), now);
             let text = "The queue for this destination is full. Try again later.";
             if let Some(answer) = bounce(stanza, ErrorType::Wait, Condition::ResourceConstraint, text) {
                 self.inward.send_own(pair, answer, &mut self.stats);
@@ -656,10 +705,15 @@ impl Relay {
     fn take_over(&mut self, stanza: Stanza, pair: DomainPair, now: Now) {
         let rtt = self.session().and_then(|session| session.stats().rtt);
         self.mirror.note_rtt(rtt);
-        let bytes = stanza.bytes().len() as u64;
-        match self.mirror.handle_local(stanza, now) {
+        let plain = stanza.bytes().clone();
+        let before = self.trace.is_on().then(|| self.mirror.stats());
+        let crosses = self.mirror.handle_local(stanza, now);
+        if let Some(before) = before {
+            self.trace_mirror(&plain, before, crosses.is_some(), now);
+        }
+        match crosses {
             Some(stanza) => self.cross(&stanza, pair, now),
-            None => self.stats.near_bytes += bytes,
+            None => self.stats.near_bytes += plain.len() as u64,
         }
     }
 
@@ -674,9 +728,13 @@ impl Relay {
             }
             Ok(_) => {}
             // The streams let nothing through without both addresses.
-            Err(Refused::NoAddress) => self.stats.dropped(Drop::Malformed),
+            Err(Refused::NoAddress) => {
+                self.stats.dropped(Drop::Malformed);
+                self.trace_sent(Decision::Lost(Drop::Malformed), stanza.bytes(), now);
+            }
             Err(Refused::ClassFull(class)) => {
                 self.stats.class_full[class as usize] += 1;
+                self.trace_sent(Decision::Refused(Refusal::ClassFull), stanza.bytes(), now);
                 let text = "Too much of this kind waits for this destination. Try again later.";
                 // What is volatile goes without a word.
                 if !self.settings.classes[class].volatile
@@ -687,6 +745,7 @@ impl Relay {
             }
             Err(Refused::TooLarge) => {
                 self.stats.dropped(Drop::OverPeerLimit);
+                self.trace_sent(Decision::Refused(Refusal::TooLarge), stanza.bytes(), now);
                 self.tell_too_long(pair, stanza);
             }
         }
@@ -724,6 +783,13 @@ impl Relay {
     /// What has waited too long goes, and its senders are told, if they may be: in one batch, so that a kill makes it neither twice nor never.
     fn expire(&mut self, now: Now) {
         while let Some(expired) = self.outward.take_expired(self.batch.number, now, &mut self.stats) {
+            if self.trace.is_on() {
+                let copy = match &expired.entry {
+                    Entry::Cast(cast) => cast.copy(0),
+                    Entry::Void => None,
+                };
+                self.trace_entry(Decision::Expired, expired.seq, Some(expired.class), copy, now);
+            }
             if let Expired {
                 entry: Entry::Cast(cast),
                 is_volatile: false,
@@ -755,6 +821,7 @@ impl Relay {
                         to_at,
                         recipients,
                     },
+                    None,
                 );
             }
         }
@@ -765,6 +832,17 @@ impl Relay {
         let (batch, stats) = (self.batch.number, &mut self.stats);
         let placed = self.outward.handle_stanza(stanza, &self.rules, batch, now, stats)?;
         stats.crossing_bytes += stanza.bytes().len() as u64;
+        self.rooms.note(stanza, Way::Sent, placed.bytes as u64, 1);
+        if self.trace.is_on() {
+            let decision = match (self.trace.note_placed(placed.seq, stanza.bytes()), placed.new) {
+                (_, true) => Decision::Queued {
+                    rule: self.placing_rule(stanza),
+                },
+                (copies, false) => Decision::Collapsed { copies },
+            };
+            let class = self.outward.class_of(placed.seq);
+            self.trace_entry(decision, placed.seq, class, Some(stanza.bytes().clone()), now);
+        }
         let uncommitted = self.uncommitted();
         uncommitted.spool_entries += u64::from(placed.new);
         uncommitted.spool_bytes += placed.bytes as u64;
@@ -780,6 +858,136 @@ impl Relay {
         // One was just made, if there was none.
         let last = self.uncommitted.len() - 1;
         &mut self.uncommitted[last].1
+    }
+
+    /// The name of an entry of ours.
+    fn own_id(&self, seq: Seq) -> EntryId {
+        EntryId {
+            site: self.site.clone(),
+            epoch: self.epoch,
+            seq,
+        }
+    }
+
+    /// Of a stanza that has no entry.
+    fn trace_sent(&mut self, decision: Decision, stanza: &Bytes, now: Now) {
+        self.trace.note(Event {
+            at: now.wall,
+            direction: Direction::Sent,
+            decision,
+            class: None,
+            entry: None,
+            stanza: Some(stanza.clone()),
+        });
+    }
+
+    fn trace_entry(&mut self, decision: Decision, seq: Seq, class: Option<Class>, stanza: Option<Bytes>, now: Now) {
+        if !self.trace.is_on() {
+            return;
+        }
+        let event = Event {
+            at: now.wall,
+            direction: Direction::Sent,
+            decision,
+            class: class.or_else(|| self.outward.class_of(seq)),
+            entry: Some(self.own_id(seq)),
+            stanza: stanza.or_else(|| self.trace.known(seq)),
+        };
+        self.trace.note(event);
+    }
+
+    fn trace_arrived(&mut self, decision: Decision, seq: Seq, stanza: Option<&Bytes>, now: Now) {
+        if !self.trace.is_on() {
+            return;
+        }
+        let event = Event {
+            at: now.wall,
+            direction: Direction::Received,
+            decision,
+            class: None,
+            entry: Some(self.peer_id(seq)),
+            stanza: stanza.cloned(),
+        };
+        self.trace.note(event);
+    }
+
+    /// The name of an entry of the peer's.
+    fn peer_id(&self, seq: Seq) -> EntryId {
+        EntryId {
+            site: self.peer_site.clone(),
+            epoch: self.received.epoch,
+            seq,
+        }
+    }
+
+    fn trace_delivered(&mut self, now: Now) {
+        for (origin, stanza) in self.inward.take_delivered() {
+            let event = Event {
+                at: now.wall,
+                direction: Direction::Received,
+                decision: Decision::Delivered,
+                class: None,
+                entry: origin.map(|seq| self.peer_id(seq)),
+                stanza: Some(stanza),
+            };
+            self.trace.note(event);
+        }
+    }
+
+    /// What the rules are about to do.
+    fn trace_rules(&mut self, stanza: &Stanza, direction: Direction, now: Now) {
+        let (said, _) = self.rules.explain(stanza.clone(), direction);
+        let decisions: Vec<Decision> = said
+            .into_iter()
+            .filter_map(|(rule, said)| match (said, &rule.then) {
+                (Said::Stripped, _) => Some(Decision::Stripped {
+                    rule: Arc::clone(&rule.name),
+                }),
+                // What is left of it may not be worth sending.
+                (Said::Decided, Action::Drop | Action::Strip(_)) => Some(Decision::RuledOut {
+                    rule: Arc::clone(&rule.name),
+                }),
+                (Said::Decided, Action::Place(_)) | (Said::Observed | Said::Passed(_), _) => None,
+            })
+            .collect();
+        for decision in decisions {
+            self.trace.note(Event {
+                at: now.wall,
+                direction,
+                decision,
+                class: None,
+                entry: None,
+                stanza: Some(stanza.bytes().clone()),
+            });
+        }
+    }
+
+    /// The rule that says how a stanza waits.
+    fn placing_rule(&self, stanza: &Stanza) -> Option<Arc<str>> {
+        let (said, _) = self.rules.explain(stanza.clone(), Direction::Sent);
+        let placed = said
+            .into_iter()
+            .find(|(rule, said)| *said == Said::Decided && matches!(rule.then, Action::Place(_)));
+        placed.map(|(rule, _)| Arc::clone(&rule.name))
+    }
+
+    /// What the mirror has done with a stanza of our server, by what it has counted.
+    fn trace_mirror(&mut self, stanza: &Bytes, before: MirrorStats, crosses: bool, now: Now) {
+        let stats = self.mirror.stats();
+        let decision = if stats.pings_answered > before.pings_answered {
+            Decision::Answered(Question::Ping)
+        } else if stats.discos_answered > before.discos_answered {
+            Decision::Answered(Question::Disco)
+        } else if stats.refused > before.refused {
+            Decision::Refused(Refusal::Split)
+        } else if stats.echoes > before.echoes {
+            Decision::Echoed
+        } else if !crosses {
+            Decision::Settled
+        } else {
+            return;
+        };
+        self.trace_sent(decision, stanza, now);
     }
 
     fn handle_committed(&mut self, batch: u64, levels: Levels, now: Now) {
@@ -878,6 +1086,7 @@ impl Relay {
                     received,
                     missing,
                 } => {
+                    self.peer_site = hello.site.as_deref().map(Arc::from);
                     self.handle_hello(received, missing, hello.last, now);
                 }
                 session::Output::Received { seq, held_ms, entry } => {
@@ -928,26 +1137,44 @@ impl Relay {
             }
             Link::Up { .. } | Link::Down | Link::Waiting { .. } => self.outward.handle_acked(acked),
         }
+        if self.trace.is_on() {
+            self.trace.forget(self.outward.acked());
+        }
     }
 
     fn handle_entry(&mut self, seq: Seq, held: Duration, entry: &Bytes, now: Now) {
         if self.received.add(seq) != Added::New {
             self.stats.duplicates += 1;
+            self.trace_arrived(Decision::Repeated, seq, None, now);
             return;
         }
         self.stats.entries_received += 1;
         match self.inward.admit(entry) {
             Ok(Some((pair, cast))) => {
                 self.stats.shared_received += u64::from(cast.recipients.len() > 1);
+                let copies = cast.recipients.len();
+                if let Some(stanza) = cast.copy(0).and_then(|copy| Stanza::parse(copy).ok()) {
+                    self.rooms
+                        .note(&stanza, Way::Received, entry.len() as u64, copies as u64);
+                    self.trace_arrived(Decision::Arrived { copies }, seq, Some(stanza.bytes()), now);
+                }
                 for cast in self.judge_received(&pair, cast, now) {
                     self.note_joins(&cast);
+                    let (copy, before) = (self.trace.is_on().then(|| cast.copy(0)).flatten(), self.mirror.stats());
                     if let Some(cast) = self.mirror.handle_far(cast, held, now) {
-                        self.put_inbox(&pair, cast);
+                        self.put_inbox(&pair, cast, Some(seq));
+                    } else if let Some(copy) = copy {
+                        let echo = self.mirror.stats().reflections_swallowed > before.reflections_swallowed;
+                        let decision = if echo { Decision::Swallowed } else { Decision::Kept };
+                        self.trace_arrived(decision, seq, Some(&copy), now);
                     }
                 }
             }
             Ok(None) => {}
-            Err(drop) => self.stats.dropped(drop),
+            Err(drop) => {
+                self.stats.dropped(drop);
+                self.trace_arrived(Decision::Lost(drop), seq, None, now);
+            }
         }
         // What follows from it comes after it, and with it.
         self.drain_mirror(now);
@@ -978,6 +1205,9 @@ impl Relay {
         for copy in (0..cast.recipients.len()).filter_map(|index| cast.copy(index)) {
             // It was read when it was admitted.
             let Ok(stanza) = Stanza::parse(copy) else { continue };
+            if self.trace.is_on() {
+                self.trace_rules(&stanza, Direction::Received, now);
+            }
             match self.rules.judge(stanza, Direction::Received) {
                 Fate::Passes(stanza) | Fate::Replaced(stanza) => {
                     let Some((template, to_at, attribute)) = stanza.split_to() else {
@@ -1005,8 +1235,9 @@ impl Relay {
         casts
     }
 
-    fn put_inbox(&mut self, pair: &DomainPair, cast: Cast) {
-        let bytes = self.inward.put(pair, cast);
+    /// `origin` is the number of the peer's entry that it is.
+    fn put_inbox(&mut self, pair: &DomainPair, cast: Cast, origin: Option<Seq>) {
+        let bytes = self.inward.put(pair, cast, origin);
         let uncommitted = self.uncommitted();
         uncommitted.inbox_entries += 1;
         uncommitted.inbox_bytes += bytes as u64;
@@ -1019,7 +1250,7 @@ impl Relay {
                 mirror::Output::PutRow { key, value } => self.batch.changes.push(Change::PutState { key, value }),
                 mirror::Output::DropRow { key } => self.batch.changes.push(Change::DropState { key }),
                 mirror::Output::Deliver(cast) => match self.inward.pair_of(&cast) {
-                    Some(pair) => self.put_inbox(&pair, cast),
+                    Some(pair) => self.put_inbox(&pair, cast, None),
                     None => self.stats.dropped(Drop::Malformed),
                 },
                 mirror::Output::Ask(stanza) => match pair_of(&stanza) {
@@ -1073,7 +1304,10 @@ impl Relay {
         self.gather(&mut reads, now);
         // After everything has its number: what this reads is looked at with that in mind.
         self.outward.advance();
-        self.outward.settle(now, &mut self.stats);
+        for replaced in self.outward.settle(now, &mut self.stats) {
+            let stanza = self.trace.known(replaced.seq);
+            self.trace_entry(Decision::Replaced, replaced.seq, Some(replaced.class), stanza, now);
+        }
         self.gather(&mut reads, now);
         // A batch is only ever given away here, when everything that belongs together is in it: a position without its
         // entries would lose them. A read must see what was written before it.

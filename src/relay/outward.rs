@@ -26,7 +26,7 @@ use crate::{
         news::News,
         place::{Line, Place, Sort},
         rules::{Placement, Rules},
-        scheduler::{Answer, Expired, Offer, Scheduler},
+        scheduler::{Answer, Expired, GivenUp, Offer, Scheduler},
     },
     stanza::Stanza,
     time::{Deadline, Mono, Now, Wall},
@@ -189,6 +189,11 @@ impl Outward {
     /// How much of a class waits.
     pub fn level(&self, class: Class) -> Level {
         self.ledger.level(class)
+    }
+
+    /// Where an entry is counted that waits.
+    pub fn class_of(&self, seq: Seq) -> Option<Class> {
+        self.ledger.class(seq)
     }
 
     /// A far session enters one of our rooms.
@@ -415,11 +420,13 @@ impl Outward {
     }
 
     /// Writes voids in the place of what later entries have made needless.
-    pub fn settle(&mut self, now: Now, stats: &mut RelayStats) {
-        for given_up in self.scheduler.take_given_up() {
+    pub fn settle(&mut self, now: Now, stats: &mut RelayStats) -> Vec<GivenUp> {
+        let all = self.scheduler.take_given_up();
+        for given_up in &all {
             stats.superseded[given_up.class as usize] += 1;
             self.write_void(given_up.seq, given_up.accepted, now);
         }
+        all
     }
 
     /// What has waited for as long as its class may. A void takes its place in this batch, so whoever is told is told in it too.

@@ -360,7 +360,7 @@ fn answers_of_our_own_are_never_in_doubt() {
         template,
         recipients: vec![" to='v@b.example/r'".into()],
     };
-    inward.put(&pair, cast);
+    inward.put(&pair, cast, None);
     inward.send_own(pair.clone(), Bytes::from_static(b"<iq/>"), &mut stats);
     inward.advance(at(0), &mut stats);
     let lane = LaneKey { pair, lane: 0 };
@@ -989,4 +989,103 @@ fn every_setting_of_a_class_is_obeyed() {
     }
     assert_eq!(short.relay.stats().expired[Class::Bulk as usize], 30);
     assert!(!short.read.is_empty(), "whose words expire is told");
+}
+
+/// Whoever watches is told what becomes of each stanza, and why; nobody is told anything while nobody watches.
+///
+/// Send what is dropped by a rule, placed by one, shared, replaced and given up, and compare what is told with what was decided.
+#[test]
+fn what_becomes_of_a_stanza_is_told() {
+    let rule = |name: &str, when, then| Rule {
+        name: name.into(),
+        direction: Direction::Sent,
+        when,
+        then,
+        observe: false,
+    };
+    let larger = Conditions {
+        larger_than: Some(500),
+        ..Conditions::default()
+    };
+    let to_nobody = Conditions {
+        to: Some(Pattern::new("nobody@b.example")),
+        ..Conditions::default()
+    };
+    let slow = Placement {
+        class: Some(Class::Bulk),
+        expiry: None,
+    };
+    let settings = Settings {
+        collapse_window: Duration::from_millis(50),
+        rules: vec![
+            rule("none", to_nobody, Action::Drop),
+            rule("slow", larger, Action::Place(slow)),
+        ],
+        site: Some("shore".to_owned()),
+        ..settings()
+    };
+    let pair = DomainPair {
+        local: settings.local[0].clone(),
+        far: settings.far[0].clone(),
+    };
+    let mut whole = Whole::new(settings);
+    let mut n = 0;
+    let mut say = |whole: &mut Whole, ms: u64, text: String| {
+        n += 1;
+        let stanza = Stanza::parse(text.into()).unwrap();
+        let (leg, pair) = (LegId(1), pair.clone());
+        whole.relay.handle(Input::Stanza { leg, n, pair, stanza }, at(ms));
+        whole.finish();
+    };
+    let told = |whole: &mut Whole| -> Vec<String> {
+        std::iter::from_fn(|| whole.relay.poll_trace())
+            .map(|event| {
+                let entry = event.entry.map(|entry| entry.to_string()).unwrap_or_default();
+                let class = event.class.map_or("", Class::as_label);
+                format!("{entry} {class} {}", event.decision)
+            })
+            .collect()
+    };
+    let chat = |to: &str, body: &str| {
+        format!("<message from='room@a.example/n' to='{to}@b.example/r' type='groupchat'><body>{body}</body></message>")
+    };
+    say(&mut whole, 0, chat("u", "unwatched"));
+    assert_eq!(told(&mut whole), [""; 0]);
+
+    whole.relay.set_traced(true);
+    for user in ["u", "v", "nobody"] {
+        say(&mut whole, 0, chat(user, "hello"));
+    }
+    say(&mut whole, 0, chat("u", &"x".repeat(500)));
+    for status in ["here", "there"] {
+        let ms = if status == "here" { 0 } else { 5000 };
+        whole.relay.handle(Input::Timeout, at(ms));
+        let text = format!("<presence from='u@a.example/r' to='v@b.example'><status>{status}</status></presence>");
+        say(&mut whole, ms, text);
+    }
+    say(
+        &mut whole,
+        5000,
+        "<iq from='u@a.example/r' to='v@b.example/r' type='get' id='1'><query xmlns='x'/></iq>".into(),
+    );
+    for ms in [6000, 66_000] {
+        whole.relay.handle(Input::Timeout, at(ms));
+        whole.finish();
+    }
+    assert_eq!(
+        told(&mut whole),
+        [
+            "shore-0001/2 message a new entry",
+            "shore-0001/2 message copy 2 of the entry",
+            "  the rule none drops it",
+            "shore-0001/3 bulk a new entry, placed by the rule slow",
+            "shore-0001/4 presence a new entry",
+            "shore-0001/5 presence a new entry",
+            "shore-0001/6 iq a new entry",
+            "shore-0001/4 presence a later one took its place",
+            "shore-0001/6 iq it waited too long",
+        ]
+    );
+    let costs = whole.relay.rooms().top(9);
+    assert_eq!((costs.len(), &*costs[0].0, costs[0].1.copies), (1, "room@a.example", 4));
 }

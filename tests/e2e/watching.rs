@@ -379,3 +379,313 @@ fn watch(world: &World, since: f64) -> Outcome<Vec<String>> {
     println!("{asked} queries; samples of each scrape: {series:?}; the longest took {took:.3?} s; firing: {firing:?}");
     Ok(wrong)
 }
+
+/// Where `narrows trace` writes at a site.
+fn trace_file(world: &World, name: &str) -> std::path::PathBuf {
+    world.dir().join(format!("trace-{name}"))
+}
+
+/// Starts `narrows trace` at a site, and waits until it sees something.
+fn trace(world: &World, site: &Site, name: &str, arguments: &[&str]) -> io::Result<Process> {
+    let mut command = site.command(env!("CARGO_BIN_EXE_narrows"))?;
+    command
+        .args(["trace", "--admin", &format!("127.0.0.1:{ADMIN_PORT}")])
+        .args(arguments);
+    Process::start("narrows trace", command, &trace_file(world, name))
+}
+
+/// Waits until a file holds all of these.
+fn until_holds(path: &Path, wanted: &[&str]) -> String {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let text = fs::read_to_string(path).unwrap_or_default();
+        let missing: Vec<&&str> = wanted.iter().filter(|wanted| !text.contains(**wanted)).collect();
+        if missing.is_empty() {
+            return text;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "no {missing:?} in {}:\n{text}",
+            path.display()
+        );
+        sleep(Duration::from_millis(100));
+    }
+}
+
+/// Whoever watches learns what becomes of each stanza and why, and nothing of users unless that is asked for and allowed; and the name of
+/// one entry leads through the logs of both sides.
+///
+/// Talk, with a chat state that a rule takes out, and compare what was decided with what watchers and logs were told.
+#[test]
+fn trace_tells_why_and_hides_who() {
+    let rule = "rules: [{name: states, match: {body: false}, strip: ['http://jabber.org/protocol/chatstates']}]";
+    let levels = [("log", "level: debug"), ("queue", rule), ("mirror", "echo: local")];
+    let stand = stand(
+        "trace",
+        Profile::lan(),
+        Prosody::stock(),
+        Ejabberd::stock(),
+        0,
+        pair_with(&levels),
+    );
+    let world = &stand.world;
+    let mut cast = Cast::gather(world, "secretroom").unwrap_or_else(|failure| panic!("{}", failure.0));
+    let watchers = [
+        trace(world, &world.a, "a", &["--json"]),
+        trace(world, &world.b, "b", &[]),
+        trace(world, &world.a, "class", &["--class", "iq"]),
+        trace(world, &world.a, "bodies", &["--bodies"]),
+    ]
+    .map(|process| process.expect("the binary was built for this test"));
+    // Not before they are there: what has passed is not shown.
+    for (site, count) in [(&world.a, 2.0), (&world.b, 1.0)] {
+        let deadline = Instant::now() + PATIENCE;
+        let asked = || {
+            let metrics = site.sidecar().metrics().expect("metrics are told");
+            metrics.sum("narrows_admin_requests_total", &["path=\"trace\""])
+        };
+        while asked() < count {
+            assert!(Instant::now() < deadline, "nobody watches at {}", site.domain());
+            sleep(Duration::from_millis(100));
+        }
+    }
+    let state = "<composing xmlns='http://jabber.org/protocol/chatstates'/>";
+    cast.alice
+        .message(&cast.room, "groupchat", state)
+        .expect("alice can speak");
+    for turn in 0..10 {
+        cast.say(turn % 5, "topsecret")
+            .unwrap_or_else(|failure| panic!("{}", failure.0));
+    }
+    let near = until_holds(
+        &trace_file(world, "a"),
+        &[
+            "\"decision\":\"dropped\"",
+            "the rule states drops it",
+            "\"decision\":\"queued\"",
+            "\"decision\":\"collapsed\"",
+            "copy 5 of the entry",
+            "\"decision\":\"sent\"",
+            "\"decision\":\"arrived\"",
+            "\"decision\":\"delivered\"",
+            "\"class\":\"message\"",
+        ],
+    );
+    let far = until_holds(
+        &trace_file(world, "b"),
+        &[
+            "came over the link for 5",
+            "delivered",
+            "echoed",
+            "swallowed",
+            "bytes hidden",
+        ],
+    );
+    for text in [&near, &far] {
+        for hidden in ["topsecret", "secretroom", "alice", world.a.domain(), world.b.domain()] {
+            assert!(!text.contains(hidden), "{hidden} is shown:\n{text}");
+        }
+    }
+    let refused = fs::read_to_string(trace_file(world, "bodies")).unwrap_or_default();
+    assert!(refused.contains("admin.show"), "{refused}");
+    let other_class = fs::read_to_string(trace_file(world, "class")).unwrap_or_default();
+    assert!(!other_class.contains("class message"), "{other_class}");
+
+    // An entry that was shared by all five: its name is in both logs, from the stanza that came to the copies that the server has.
+    let line = near
+        .lines()
+        .find(|line| line.contains("copy 5 of the entry"))
+        .expect("it was there");
+    let line: Value = serde_json::from_str(line).expect("a line is JSON");
+    let id = format!("entry={} ", text(&line, "entry"));
+    for (site, steps) in [
+        (&world.a, ["Stanza queued", "Stanza collapsed", "Stanza sent"]),
+        (&world.b, ["Stanza arrived", "Stanza delivered", "Stanza delivered"]),
+    ] {
+        until_holds(&site.sidecar().log_path(), &[&id]);
+        let log = fs::read_to_string(site.sidecar().log_path()).expect("there is a log");
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(&id)).collect();
+        for step in steps {
+            assert!(
+                lines.iter().any(|line| line.contains(step)),
+                "no {step} of {id} at {}: {lines:#?}",
+                site.domain()
+            );
+        }
+        assert!(
+            !log.contains("topsecret") && !log.contains("secretroom"),
+            "the log hides who and what"
+        );
+    }
+    drop(watchers);
+}
+
+/// Runs a command at a site to its end, and gives what it wrote.
+fn output_of(site: &Site, program: &str, arguments: &[&str]) -> io::Result<std::process::Output> {
+    site.command(program)?.args(arguments).output()
+}
+
+/// A browser without a screen, that asks for nothing by itself.
+const BROWSER: &str = "chromium-headless-shell";
+const BROWSER_OPTIONS: &[&str] = &[
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--enable-logging=stderr",
+];
+
+/// Where pictures for people go; nothing looks at them but they.
+fn picture(name: &str) -> String {
+    format!("{}/{name}", env!("CARGO_TARGET_TMPDIR"))
+}
+
+/// Has the browser read a page, and gives the page as the browser understands it, and what it has complained of.
+fn browse(site: &Site, url: &str, net_log: &Path) -> io::Result<(String, Vec<String>)> {
+    let log = format!("--log-net-log={}", net_log.display());
+    let output = output_of(site, BROWSER, &[BROWSER_OPTIONS, &[&log, "--dump-dom", url]].concat())?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let complaints = said.lines().filter(|line| line.contains(":CONSOLE")).map(str::to_owned);
+    Ok((
+        String::from_utf8_lossy(&output.stdout).into_owned(),
+        complaints.collect(),
+    ))
+}
+
+fn screenshot(site: &Site, url: &str, size: &str, name: &str) -> io::Result<()> {
+    let options = [
+        format!("--screenshot={}", picture(name)),
+        format!("--window-size={size}"),
+    ];
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    output_of(site, BROWSER, &[BROWSER_OPTIONS, &options, &[url]].concat()).map(drop)
+}
+
+/// The row of the page with this head, as it came over HTTP or out of the browser.
+fn row<'p>(page: &'p str, head: &str) -> &'p str {
+    let (_, rest) = page.split_once(&format!("<th>{head}")).unwrap_or_default();
+    let rest = rest.trim_start_matches("</th>").trim_start_matches("<td>");
+    rest.split(['<', '\n']).next().unwrap_or_default()
+}
+
+/// `narrows top` in a terminal of this size, as it stands after a while, in the colours that a browser can show.
+fn top(site: &Site, columns: u16, lines: u16) -> Outcome<String> {
+    let socket = site.dir().join("tmux");
+    let socket = socket.display().to_string();
+    let (width, height) = (columns.to_string(), lines.to_string());
+    let narrows = format!("{} top --admin 127.0.0.1:{ADMIN_PORT}", env!("CARGO_BIN_EXE_narrows"));
+    let tmux = |arguments: &[&str]| output_of(site, "tmux", &[&["-S", &socket], arguments].concat());
+    tmux(&["new-session", "-d", "-x", &width, "-y", &height, &narrows])?;
+    let deadline = Instant::now() + PATIENCE;
+    let screen = loop {
+        sleep(Duration::from_millis(500));
+        let screen = tmux(&["capture-pane", "-p"])?;
+        let screen = String::from_utf8_lossy(&screen.stdout).into_owned();
+        // Rates are known with the second answer.
+        if screen.contains("bit/s") {
+            break screen;
+        }
+        if Instant::now() > deadline {
+            return Err(Failure(format!("nothing is shown:\n{screen}")));
+        }
+    };
+    tmux(&["kill-server"])?;
+    Ok(screen)
+}
+
+/// The page of the admin port in a real browser: what the sidecar knows stands in it, nothing is asked of anybody else, and the browser has
+/// nothing to complain of. `narrows top` in a real terminal shows the same. Pictures of both are left in the build's directory.
+#[test]
+#[ignore = "needs Debian's packages chromium-headless-shell (100 MB to fetch) and tmux: cargo test --test e2e in_a_browser -- --ignored"]
+fn page_and_top_in_a_browser_and_a_terminal() {
+    let stand = stand(
+        "browse",
+        Profile::vsat128k(),
+        Prosody::stock(),
+        Ejabberd::stock(),
+        0,
+        pair_with(&[("admin", "show: addresses")]),
+    );
+    show_it(&stand.world).unwrap_or_else(|failure| panic!("{}", failure.0));
+}
+
+fn show_it(world: &World) -> Outcome {
+    let mut cast = Cast::gather(world, "bridge")?;
+    let mut speak = |turns: usize| -> Outcome {
+        for turn in 0..turns {
+            cast.say(
+                turn % 5,
+                "All stations: the supply boat is two hours late. Please confirm.",
+            )?;
+            sleep(Duration::from_millis(200));
+        }
+        Ok(())
+    };
+    speak(60)?;
+    world.link.down();
+    speak(30)?;
+    until("the link is seen to be down", &world.b, "narrows_link_up", |up| {
+        up == 0.0
+    })?;
+    let down = top(&world.b, 80, 24);
+    world.link.up();
+    until("the link is back", &world.b, "narrows_link_up", |up| up == 1.0)?;
+    speak(30)?;
+    let busy = top(&world.b, 80, 24)?;
+    println!("{busy}\n{}", down.unwrap_or_else(|failure| failure.0));
+    rest(world);
+    // The sidecar looks at itself once a second.
+    sleep(Duration::from_secs(2));
+
+    let url = format!("http://127.0.0.1:{ADMIN_PORT}/");
+    let net_log = world.dir().join("net-log.json");
+    let heads = ["crossed", "saved here by", "rooms", "dearest rooms, before compression"];
+    let deadline = Instant::now() + PATIENCE;
+    let dom = loop {
+        let (_, before) = world.b.sidecar().http("/")?;
+        let (dom, complaints) = browse(&world.b, &url, &net_log)?;
+        let (_, after) = world.b.sidecar().http("/")?;
+        assert!(complaints.is_empty(), "{complaints:#?}");
+        // A figure that has moved meanwhile says nothing.
+        if heads.iter().all(|head| row(&before, head) == row(&after, head)) {
+            for head in heads {
+                assert!(!row(&before, head).is_empty(), "the page has no {head}: {before}");
+                assert_eq!(row(&dom, head), row(&before, head), "{head}");
+            }
+            break dom;
+        }
+        assert!(Instant::now() < deadline, "the figures do not rest");
+    };
+    assert!(row(&dom, "rooms").starts_with("5 users here in 1 room there"), "{dom}");
+    assert!(
+        row(&dom, "dearest rooms, before compression").starts_with("bridge@"),
+        "{dom}"
+    );
+    assert!(dom.contains("<svg") && dom.contains("the link is down"), "{dom}");
+
+    let asked = fs::read_to_string(&net_log)?;
+    let asked: BTreeSet<&str> = asked
+        .split("\"url\":\"")
+        .skip(1)
+        .filter_map(|rest| rest.split('"').next())
+        .filter(|url| url.starts_with("http") || url.starts_with("ws"))
+        .collect();
+    assert_eq!(
+        asked,
+        BTreeSet::from([url.as_str()]),
+        "the browser asks for more than the page"
+    );
+
+    screenshot(&world.b, &url, "1000,900", "page.png")?;
+    let escaped = busy.replace('&', "&amp;").replace('<', "&lt;");
+    let html = format!(
+        "<meta charset=utf-8><body style='margin:0;background:#181a1b;color:#ddd'><pre style='font:15px/1.25 monospace;margin:12px'>{escaped}</pre>"
+    );
+    let file = world.dir().join("top.html");
+    write_file(&file, &html, 0o644)?;
+    screenshot(&world.b, &format!("file://{}", file.display()), "760,480", "top.png")?;
+    Ok(())
+}

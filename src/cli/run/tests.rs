@@ -554,6 +554,20 @@ const KEYS: &[Key] = &[
         "tests/cli.rs run_answers_status_and_stops_on_a_signal",
     ),
     key(
+        "admin.show",
+        "admin: {show: bodies}",
+        |c| format!("{:?}", show(c)),
+        "Bodies",
+        "tests/e2e/watching.rs trace_tells_why_and_hides_who",
+    ),
+    key(
+        "admin.room_metrics",
+        "admin: {room_metrics: 7}",
+        |c| c.admin.room_metrics.to_string(),
+        "7",
+        "src/io/watch.rs few_rooms_have_a_series",
+    ),
+    key(
         "log.level",
         "log: {level: trace}",
         log,
