@@ -151,7 +151,7 @@ fn write_peer(html: &mut String, peer: &PeerStatus) -> fmt::Result {
     row(
         "crossed",
         format!(
-            "{} in place of {} of plain S2S: {} saved ({} against a compressor)",
+            "{} in place of {} of plain S2S: {} saved; of what is sent, {} against a compressor",
             bytes(peer.ip_bytes()),
             bytes(peer.plain_bytes()),
             part(peer.saved()),

@@ -128,6 +128,8 @@ pub struct Traffic {
     pub copies: u64,
     /// What plain S2S would have carried.
     pub stanza_bytes: u64,
+    /// What TLS was given.
+    pub payload_bytes: u64,
     /// What TCP carried.
     pub link_bytes: u64,
     /// What IP carried.
@@ -310,11 +312,13 @@ impl PeerStatus {
         (plain > 0.0).then(|| 1.0 - self.ip_bytes() as f64 / plain)
     }
 
-    /// The same against plain S2S behind a compressor with a memory.
+    /// Of what this side sends, the same against plain S2S behind a compressor with a memory, as the sample has it. Both without what TLS,
+    /// TCP and IP add: what a stream of many small segments would cost there is not measured.
     pub fn saved_of_compressed(&self) -> Option<f64> {
         let ratio = self.saved.sampled_compressed as f64 / self.saved.sampled as f64;
-        let compressed = self.plain_bytes() as f64 * ratio;
-        (compressed > 0.0).then(|| 1.0 - self.ip_bytes() as f64 / compressed)
+        let plain = self.sent.stanza_bytes.saturating_sub(self.spool.stanza_bytes);
+        let compressed = plain as f64 * ratio;
+        (compressed > 0.0).then(|| 1.0 - self.sent.payload_bytes as f64 / compressed)
     }
 
     fn row(&self) -> Vec<String> {

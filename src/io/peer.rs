@@ -28,7 +28,6 @@ use super::{
 };
 use crate::{
     codec::position::Seq,
-    link::session::SessionStats,
     metrics::{self as m, Direction, EchoEvent, Layer, Mechanism, NearAnswer, RuleMode, Squeezed, StanzaKind},
     mirror::{self, MirrorStats},
     pii::Pii,
@@ -104,6 +103,8 @@ pub struct Report {
     /// The dearest rooms, the dearest first.
     pub room_costs: Vec<(Arc<str>, Cost)>,
     pub tcp: TcpTotals,
+    /// Bytes that TLS was given, sent and received.
+    pub payload: [u64; 2],
     pub saved: Saved,
     pub events: Events,
     pub lanes_up: usize,
@@ -158,13 +159,10 @@ struct Owner {
     room_series: RoomSeries,
 }
 
-/// What has been counted by sessions and connections that are gone.
+/// What has been counted by connections that are gone.
 #[derive(Debug, Default)]
 struct Counted {
-    session: SessionStats,
     tcp: TcpTotals,
-    /// Entries that were under way when they went.
-    interrupted: u64,
 }
 
 /// What TCP carried, on all connections so far.
@@ -653,26 +651,12 @@ impl Owner {
         debug!(peer = %self.name, reason = label, why, "The connection to the peer is gone.");
         self.last_error = Some(why.to_owned());
         m::LINK_CLOSED.increment(label);
-        self.keep_session_stats();
         if self.heard {
             self.link.dial();
         } else {
             self.redial_at = Some(self.clock.now().mono + REFUSED_WAIT);
         }
         self.handle(Input::LinkDown);
-    }
-
-    fn keep_session_stats(&mut self) {
-        if let Some(session) = self.relay.session() {
-            self.counted.interrupted += session.unacked_entries();
-            let (sum, stats) = (&mut self.counted.session, session.stats());
-            sum.batches_sent += stats.batches_sent;
-            sum.batches_received += stats.batches_received;
-            sum.bytes_sent += stats.bytes_sent;
-            sum.bytes_received += stats.bytes_received;
-            sum.frame_bytes_sent += stats.frame_bytes_sent;
-            sum.frame_bytes_received += stats.frame_bytes_received;
-        }
     }
 
     /// Nothing is on its way to the disk or to the server.
@@ -724,10 +708,9 @@ impl Owner {
         // Plain S2S has no mirror that speaks for anyone.
         stats.copy_bytes_accepted = stats.copy_bytes_accepted.saturating_sub(mirrored.caused_bytes);
         stats.near_bytes = stats.near_bytes.saturating_sub(mirrored.caused_bytes);
-        let session = self.relay.session().map(|session| session.stats());
-        let rtt = session.and_then(|session| session.rtt);
+        let sums = self.relay.session_totals();
+        let rtt = sums.rtt;
         let oldest = self.relay.oldest(now);
-        let sums = Sums::new(&self.counted, session.unwrap_or_default());
         self.watched.look(&self.relay, now);
         let peer = self.name.as_str();
 
@@ -757,11 +740,16 @@ impl Owner {
         m::LINK_BYTES.follow((peer, Direction::Received, Layer::Ip), tcp.ip_received);
         m::LINK_RETRANSMITTED.follow(peer, tcp.retransmitted);
         for (direction, frames, wire, batches) in [
-            (Direction::Sent, sums.frames_sent, sums.sent, sums.batches_sent),
+            (
+                Direction::Sent,
+                sums.frame_bytes_sent,
+                sums.bytes_sent,
+                sums.batches_sent,
+            ),
             (
                 Direction::Received,
-                sums.frames_received,
-                sums.received,
+                sums.frame_bytes_received,
+                sums.bytes_received,
                 sums.batches_received,
             ),
         ] {
@@ -771,7 +759,7 @@ impl Owner {
         }
         m::ENTRIES.follow((peer, Direction::Sent), stats.entries_sent);
         m::ENTRIES.follow((peer, Direction::Received), stats.entries_received);
-        m::INTERRUPTED.follow(peer, self.counted.interrupted);
+        m::INTERRUPTED.follow(peer, self.relay.interrupted());
         m::MISSING.follow(peer, stats.missing);
         m::CASTS.follow((peer, Direction::Sent), stats.shared);
         m::CASTS.follow((peer, Direction::Received), stats.shared_received);
@@ -783,7 +771,7 @@ impl Owner {
             mirror: stats.near_bytes,
             rules: stats.rule_bytes,
             collapse: stats.crossing_bytes.saturating_sub(stats.entry_bytes),
-            compression: acked_bytes.saturating_sub(sums.sent),
+            compression: acked_bytes.saturating_sub(sums.bytes_sent),
         };
         m::SAVED.follow((peer, Mechanism::Mirror), saved.mirror);
         m::SAVED.follow((peer, Mechanism::Rules), saved.rules);
@@ -868,35 +856,12 @@ impl Owner {
             rooms,
             room_costs: self.relay.rooms().top(ROOMS_SHOWN),
             tcp,
+            payload: [sums.bytes_sent, sums.bytes_received],
             saved,
             events: self.watched.events.clone(),
             lanes_up,
             unconfirmed,
         });
-    }
-}
-
-/// All sessions together.
-struct Sums {
-    frames_sent: u64,
-    frames_received: u64,
-    sent: u64,
-    received: u64,
-    batches_sent: u64,
-    batches_received: u64,
-}
-
-impl Sums {
-    fn new(counted: &Counted, now: SessionStats) -> Self {
-        let before = counted.session;
-        Self {
-            frames_sent: before.frame_bytes_sent + now.frame_bytes_sent,
-            frames_received: before.frame_bytes_received + now.frame_bytes_received,
-            sent: before.bytes_sent + now.bytes_sent,
-            received: before.bytes_received + now.bytes_received,
-            batches_sent: before.batches_sent + now.batches_sent,
-            batches_received: before.batches_received + now.batches_received,
-        }
     }
 }
 

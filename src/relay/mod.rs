@@ -45,7 +45,7 @@ use crate::{
         frame::{self, Hello, Reason},
         position::{Added, Epoch, Received, Seq},
     },
-    link::session::{self, LinkError, LinkSession, Sent, SessionConfig},
+    link::session::{self, LinkError, LinkSession, Sent, SessionConfig, SessionStats},
     mirror::{self, Mirror, MirrorSettings, MirrorStats},
     queue::{
         class::{Class, Classes},
@@ -362,6 +362,10 @@ pub struct Relay {
     rules: Rules,
     mirror: Mirror,
     link: Link,
+    /// What the sessions before the present one have counted.
+    ended: SessionStats,
+    /// Entries that were under way when they ended.
+    interrupted: u64,
     /// While the link is up and what waited has not come: the last of it.
     catching_up: Option<Seq>,
     /// What has arrived from the peer; `stored` is the part of it that is on disk.
@@ -417,6 +421,8 @@ impl Relay {
                 now,
             ),
             link: Link::Down,
+            ended: SessionStats::default(),
+            interrupted: 0,
             catching_up: None,
             received: opening.received.clone(),
             stored: opening.received.clone(),
@@ -627,6 +633,31 @@ impl Relay {
             Link::Up { session, .. } => Some(session),
             Link::Down | Link::Waiting { .. } => None,
         }
+    }
+
+    /// What all sessions have counted; the round trip is the present one's.
+    pub fn session_totals(&self) -> SessionStats {
+        let Some(now) = self.session().map(LinkSession::stats) else {
+            return SessionStats {
+                rtt: None,
+                ..self.ended
+            };
+        };
+        let before = self.ended;
+        SessionStats {
+            batches_sent: before.batches_sent + now.batches_sent,
+            batches_received: before.batches_received + now.batches_received,
+            bytes_sent: before.bytes_sent + now.bytes_sent,
+            bytes_received: before.bytes_received + now.bytes_received,
+            frame_bytes_sent: before.frame_bytes_sent + now.frame_bytes_sent,
+            frame_bytes_received: before.frame_bytes_received + now.frame_bytes_received,
+            ..now
+        }
+    }
+
+    /// Entries that were under way when a connection ended.
+    pub fn interrupted(&self) -> u64 {
+        self.interrupted
     }
 
     /// Whether the peer has told what it holds, so that entries cross.
@@ -1065,6 +1096,8 @@ impl Relay {
     }
 
     fn drop_link(&mut self, now: Now) {
+        self.ended = self.session_totals();
+        self.interrupted += self.session().map_or(0, LinkSession::unacked_entries);
         self.link = Link::Down;
         self.catching_up = None;
         self.outward.link_down();

@@ -1089,3 +1089,25 @@ fn what_becomes_of_a_stanza_is_told() {
     let costs = whole.relay.rooms().top(9);
     assert_eq!((costs.len(), &*costs[0].0, costs[0].1.copies), (1, "room@a.example", 4));
 }
+
+/// What sessions have counted outlives them, whoever ended them: their owner, or the relay itself because the peer broke the protocol.
+#[test]
+fn counts_outlive_their_sessions() {
+    let mut whole = Whole::new(settings());
+    let mut before = 0;
+    for broken in [false, true] {
+        whole.handle(Input::LinkUp);
+        let hello = whole.relay.poll_transmit(at(0)).expect("the hello goes first");
+        let sent = whole.relay.session_totals().bytes_sent;
+        assert_eq!(sent, before + hello.len() as u64);
+        if broken {
+            let nonsense = Bytes::from_static(&[0xff; 64]);
+            whole.relay.handle(Input::LinkBytes(nonsense), at(0));
+        } else {
+            whole.relay.handle(Input::LinkDown, at(0));
+        }
+        assert!(whole.relay.session().is_none());
+        assert_eq!(whole.relay.session_totals().bytes_sent, sent);
+        before = sent;
+    }
+}

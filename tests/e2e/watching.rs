@@ -571,8 +571,8 @@ fn row<'p>(page: &'p str, head: &str) -> &'p str {
     rest.split(['<', '\n']).next().unwrap_or_default()
 }
 
-/// `narrows top` in a terminal of this size, as it stands after a while, in the colours that a browser can show.
-fn top(site: &Site, columns: u16, lines: u16) -> Outcome<String> {
+/// `narrows top` in a terminal of this size, once it shows what is wanted; with the terminal's colours.
+fn top(site: &Site, columns: u16, lines: u16, wanted: &str) -> Outcome<String> {
     let socket = site.dir().join("tmux");
     let socket = socket.display().to_string();
     let (width, height) = (columns.to_string(), lines.to_string());
@@ -582,10 +582,9 @@ fn top(site: &Site, columns: u16, lines: u16) -> Outcome<String> {
     let deadline = Instant::now() + PATIENCE;
     let screen = loop {
         sleep(Duration::from_millis(500));
-        let screen = tmux(&["capture-pane", "-p"])?;
+        let screen = tmux(&["capture-pane", "-p", "-e"])?;
         let screen = String::from_utf8_lossy(&screen.stdout).into_owned();
-        // Rates are known with the second answer.
-        if screen.contains("bit/s") {
+        if screen.contains(wanted) {
             break screen;
         }
         if Instant::now() > deadline {
@@ -630,12 +629,14 @@ fn show_it(world: &World) -> Outcome {
     until("the link is seen to be down", &world.b, "narrows_link_up", |up| {
         up == 0.0
     })?;
-    let down = top(&world.b, 80, 24);
+    let down = top(&world.b, 80, 24, "once up")?;
     world.link.up();
     until("the link is back", &world.b, "narrows_link_up", |up| up == 1.0)?;
     speak(30)?;
-    let busy = top(&world.b, 80, 24)?;
-    println!("{busy}\n{}", down.unwrap_or_else(|failure| failure.0));
+    // Rates are known with the second answer.
+    let busy = top(&world.b, 80, 24, "bit/s")?;
+    println!("{down}\n{busy}");
+    assert!(busy.contains("bridge@"), "{busy}");
     rest(world);
     // The sidecar looks at itself once a second.
     sleep(Duration::from_secs(2));
@@ -680,12 +681,38 @@ fn show_it(world: &World) -> Outcome {
     );
 
     screenshot(&world.b, &url, "1000,900", "page.png")?;
-    let escaped = busy.replace('&', "&amp;").replace('<', "&lt;");
     let html = format!(
-        "<meta charset=utf-8><body style='margin:0;background:#181a1b;color:#ddd'><pre style='font:15px/1.25 monospace;margin:12px'>{escaped}</pre>"
+        "<meta charset=utf-8><body style='margin:0;background:#181a1b;color:#ddd'><pre style='font:15px/1.25 monospace;margin:12px'>{}</pre>",
+        in_html(&down)
     );
     let file = world.dir().join("top.html");
     write_file(&file, &html, 0o644)?;
-    screenshot(&world.b, &format!("file://{}", file.display()), "760,480", "top.png")?;
+    screenshot(&world.b, &format!("file://{}", file.display()), "760,400", "top.png")?;
     Ok(())
+}
+
+/// A terminal's text with its colours (ECMA-48 §8.3.117), for a browser.
+fn in_html(screen: &str) -> String {
+    let mut html = String::new();
+    for (index, piece) in screen.split("\x1b[").enumerate() {
+        let (style, text) = match (index, piece.split_once('m')) {
+            (0, _) | (_, None) => ("", piece),
+            (_, Some((codes, text))) => (style_of(codes), text),
+        };
+        let text = text.replace('&', "&amp;").replace('<', "&lt;");
+        html += &format!("<span style='{style}'>{text}</span>");
+    }
+    html
+}
+
+/// As far as `narrows top` uses them: each piece has one.
+fn style_of(codes: &str) -> &'static str {
+    match codes {
+        "38;5;1" => "color:#ff8a80;font-weight:bold",
+        "38;5;2" => "color:#6fce85",
+        "4" | "0;4" => "text-decoration:underline",
+        "1" => "font-weight:bold",
+        "2" => "color:#999",
+        _ => "",
+    }
 }

@@ -529,8 +529,9 @@ impl Scores {
             println!("\n{}", self.tally);
         }
         println!(
-            "\n  On a real pair `narrows top` shows links, queues and savings live, a browser shows them at the admin port, and\n  \
-             grafana/ has dashboards (overview, link, rooms, queue) and alerts for a Prometheus that scrapes it."
+            "\n  On a real pair `narrows top` shows links, queues, savings and the dearest rooms live, `narrows trace` what becomes of each\n  \
+             stanza and why, a browser a page at the admin port (http://127.0.0.1:9275/), and grafana/ has the dashboards overview, link,\n  \
+             rooms and queue and the alerts for a Prometheus that scrapes it: grafana/README.md says how."
         );
         good
     }
