@@ -629,7 +629,7 @@ fn show_it(world: &World) -> Outcome {
     until("the link is seen to be down", &world.b, "narrows_link_up", |up| {
         up == 0.0
     })?;
-    let down = top(&world.b, 80, 24, "once up")?;
+    let down = top(&world.a, 80, 24, "once up")?;
     world.link.up();
     until("the link is back", &world.b, "narrows_link_up", |up| up == 1.0)?;
     speak(30)?;
