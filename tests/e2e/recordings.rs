@@ -6,7 +6,7 @@
 //!
 //! So it is with the mirror as it is by default, which on a good link echoes nothing. Under `echo: local` near users hear each other before
 //! the room has heard them, and the copies that they have may lack what the room adds: that, and nothing else, is left out of the
-//! comparison then. Each step is waited for, so the other declared difference, order, cannot show.
+//! comparison then. Each step is waited for, so the other declared difference, order, cannot show: `echo.rs` sees to that.
 
 use std::panic::resume_unwind;
 
@@ -36,23 +36,31 @@ fn record(world: &World, seeds: &[u64]) -> Outcome<Vec<Recording>> {
     seeds.iter().copied().map(play).collect()
 }
 
-/// Plays the first seed once more, under `echo: local`, and holds it against plain S2S.
-fn equals_plain_but_for_echoes(name: &str, plain: &Recording, a: ServerSpec, b: ServerSpec) {
+/// Plays these seeds once more, under `echo: local`, and holds them against plain S2S.
+fn equals_plain_but_for_echoes(name: &str, seeds: &[u64], plain: &[Recording], a: ServerSpec, b: ServerSpec) {
     let echoing = world(name, Profile::lan(), a, b, 0, pair_with(&[("mirror", "echo: local")]));
-    let first = &seeds()[..1];
-    let echoed = record(&echoing, first)
-        .unwrap_or_else(|failure| panic!("{name}: {failure}"))
-        .remove(0);
+    let echoed = record(&echoing, seeds).unwrap_or_else(|failure| panic!("{name}: {failure}"));
     let is_near = |user: &str| FAR_USERS.iter().any(|near| user.starts_with(near));
     let bare = |recording: &Recording| without_what_rooms_add(recording.clone(), is_near);
-    compare(&bare(plain), &bare(&echoed))
-        .unwrap_or_else(|differences| panic!("{name}, seed {first:?}, echo: local: {differences}"));
+    for ((seed, plain), echoed) in seeds.iter().zip(plain).zip(&echoed) {
+        compare(&bare(plain), &bare(echoed))
+            .unwrap_or_else(|differences| panic!("{name}, seed {seed}, echo: local: {differences}"));
+    }
     // It was heard near by, and not once more from the room.
     let metrics = echoing.b.sidecar().metrics().expect("the sidecar answers");
     let echoes = |event: &str| metrics.sum("narrows_mirror_echoes_total", &[&format!("event=\"{event}\"")]);
     let (shown, reflected) = (echoes("shown"), echoes("reflected"));
     println!("{name}: {shown} words were echoed, {reflected} reflections were not repeated");
     assert!(shown > 0.0 && reflected == shown, "{name}: {shown} {reflected}");
+}
+
+fn all_seeds_equal_plain_but_for_echoes(name: &str, a: &dyn Fn() -> ServerSpec, b: &dyn Fn() -> ServerSpec) {
+    let _company = in_company();
+    let plain_name = format!("{name}d");
+    let plain_world = world(&plain_name, Profile::lan(), a(), b(), 0, Layout::Direct);
+    let plain = record(&plain_world, &seeds()).unwrap_or_else(|failure| panic!("{plain_name}: {failure}"));
+    drop(plain_world);
+    equals_plain_but_for_echoes(&format!("{name}e"), &seeds(), &plain, a(), b());
 }
 
 fn equals_plain(name: &str, a: &dyn Fn() -> ServerSpec, b: &dyn Fn() -> ServerSpec) {
@@ -77,7 +85,7 @@ fn equals_plain(name: &str, a: &dyn Fn() -> ServerSpec, b: &dyn Fn() -> ServerSp
         compare(plain, pair).unwrap_or_else(|differences| panic!("{name}, seed {seed}: {differences}"));
     }
     drop((plain_world, pair_world));
-    equals_plain_but_for_echoes(&format!("{name}e"), &plain[0], a(), b());
+    equals_plain_but_for_echoes(&format!("{name}e"), &seeds()[..1], &plain[..1], a(), b());
 }
 
 /// Rooms on Prosody, far users on ejabberd.
@@ -90,4 +98,18 @@ fn recordings_prosody_and_ejabberd() {
 #[test]
 fn recordings_ejabberd_and_prosody() {
     equals_plain("rep", &Ejabberd::stock, &Prosody::stock);
+}
+
+/// All seeds under `echo: local`, of which the plain run plays the first.
+#[test]
+#[ignore = "some minutes: cargo test --test e2e all_recordings_with_echoes -- --ignored --nocapture"]
+fn all_recordings_with_echoes_prosody_and_ejabberd() {
+    all_seeds_equal_plain_but_for_echoes("lpe", &Prosody::stock, &Ejabberd::stock);
+}
+
+/// Rooms on ejabberd.
+#[test]
+#[ignore = "some minutes: cargo test --test e2e all_recordings_with_echoes -- --ignored --nocapture"]
+fn all_recordings_with_echoes_ejabberd_and_prosody() {
+    all_seeds_equal_plain_but_for_echoes("lep", &Ejabberd::stock, &Prosody::stock);
 }
