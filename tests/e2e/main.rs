@@ -7,6 +7,7 @@ mod acts;
 #[path = "../grafana/boards.rs"]
 mod boards;
 mod cast;
+mod echo;
 mod faults;
 mod hub;
 mod leave;
