@@ -268,6 +268,10 @@ impl Client {
         let view = self.stays.get(room)?.view.clone();
         let nick = view.inside.clone()?;
         let occupants: Vec<&String> = view.shown.keys().collect();
+        // Alone, and between the two presences of a change of nick.
+        if occupants.is_empty() {
+            return None;
+        }
         let other = (*occupants.get(random.below(occupants.len() as u64) as usize)?).clone();
         let somebody = everybody[random.below(everybody.len() as u64) as usize].clone();
         let length = if random.one_in(10) { 1500 } else { random.below(60) };
