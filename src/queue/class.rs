@@ -261,7 +261,7 @@ fn is_bulk(stanza: &Stanza) -> bool {
 /// Whether it says that somebody types or not, and nothing else.
 pub fn is_chat_state(stanza: &Stanza) -> bool {
     /// XEP-0334: how it is to be handled, not what it says; XEP-0359: which it is; and who says it (XEP-0421, XEP-0045).
-    const BESIDE: [&str; 4] = ["urn:xmpp:hints", ns::STANZA_ID, ns::OCCUPANT_ID, ns::MUC_USER];
+    const BESIDE: [&str; 4] = [ns::HINTS, ns::STANZA_ID, ns::OCCUPANT_ID, ns::MUC_USER];
     stanza.kind() == Kind::Message
         && memmem::find(stanza.bytes(), CHAT_STATES.as_bytes()).is_some()
         && stanza.children().is_some_and(|children| {

@@ -18,7 +18,7 @@ use super::{
     class::{Class, Classes, is_chat_state},
     rules::Placement,
 };
-use crate::stanza::{Kind, Stanza, bare, resource_of};
+use crate::stanza::{Kind, NodeEvent, Stanza, bare, resource_of};
 
 /// One of the ways in which a sender's stanzas go.
 #[derive(Clone, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -69,6 +69,8 @@ pub struct Place {
     pub from: u64,
     pub sort: Sort,
     pub expiry: Option<Duration>,
+    /// What it tells of a node of publish-subscribe.
+    pub event: Option<Arc<NodeEvent>>,
 }
 
 impl Place {
@@ -112,6 +114,10 @@ impl Place {
             from: hash(&from),
             sort,
             expiry: rule.expiry.unwrap_or(classes[class].expiry),
+            event: (sort == Sort::Message)
+                .then(|| stanza.node_event())
+                .flatten()
+                .map(Arc::new),
         })
     }
 
@@ -126,6 +132,7 @@ impl Place {
             from: 0,
             sort: Sort::Message,
             expiry: None,
+            event: None,
         }
     }
 }

@@ -533,7 +533,7 @@ fn must_cross(stanza: &Stanza) -> bool {
 
 /// Whether a message holds nothing but what says how to treat it.
 fn is_hollow(stanza: &Stanza) -> bool {
-    const BESIDE: &[&str] = &["urn:xmpp:hints", ns::STANZA_ID, ns::OCCUPANT_ID, ns::DELAY];
+    const BESIDE: &[&str] = &[ns::HINTS, ns::STANZA_ID, ns::OCCUPANT_ID, ns::DELAY];
     stanza.kind() == Kind::Message
         && stanza.children().is_some_and(|children| {
             let mut children = children.iter();

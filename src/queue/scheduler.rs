@@ -10,12 +10,14 @@
 //! - What came later from the same sender for the same recipient does not overtake. Only what is volatile may be overtaken, and it overtakes
 //!   nothing itself. It is given up when a later one says all that it says, to all that it is for: a void takes its place, which
 //!   crosses before everything else, so that it is not remembered again after a crash when the later one has crossed.
+//! - So it is with an item of publish-subscribe when a later event shows the same item anew, unless the node says anything else between.
 //! - Nothing starves: a class with a weight has its share, and what the most have overtaken gets every other turn.
 //! - Memory is bounded by [`Scheduler::has_room`]; the rest of the spool stays on disk until it is asked for.
 //! - What the link does not take now stays in its place.
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    sync::Arc,
     time::Duration,
 };
 
@@ -30,6 +32,7 @@ use crate::{
         entry::{Cast, Entry},
         position::{Received, Seq},
     },
+    stanza::NodeEvent,
     time::{Mono, Now},
 };
 
@@ -69,6 +72,9 @@ const OVERTAKEN_MAX: usize = Received::BEYOND_MAX / 4;
 /// What has not waited for so long is not replaced: a link that keeps up carries everything as it was said.
 const REPLACED_AFTER: Duration = Duration::from_secs(1);
 
+/// Events of one node that are looked back at, for one that a later one replaces. Most tell all subscribers in one cast or two.
+const EVENTS_BACK_MAX: usize = 16;
+
 /// What a slot takes beside its entry: its place, its handles, and its share of the tables.
 const SLOT_BYTES: usize = 400;
 
@@ -98,9 +104,18 @@ struct Slot {
     from: u64,
     sort: Sort,
     expiry: Option<Duration>,
+    event: Option<ShownEvent>,
     /// Of other tracks: up to these numbers they cross first.
     after: Vec<(Track, Seq)>,
     state: State,
+}
+
+/// What a slot tells of a node.
+#[derive(Clone, Debug)]
+struct ShownEvent {
+    event: Arc<NodeEvent>,
+    /// What the same sender said of the same node before, on the same track.
+    before: Option<Seq>,
 }
 
 #[derive(Debug)]
@@ -168,6 +183,8 @@ pub struct Scheduler {
     prune_at: usize,
     /// By sender, what is volatile. As above.
     fleeting: BTreeMap<u64, Vec<(Track, Seq)>>,
+    /// By track and node, the last that tells of it. Also what has crossed, until it is looked at.
+    events: BTreeMap<(Track, String), Seq>,
     /// Numbers without an entry, with the batch that they wait for. They go first.
     voids: BTreeMap<Seq, u64>,
     deadlines: BTreeMap<(Mono, Seq), Track>,
@@ -193,6 +210,7 @@ impl Scheduler {
             last: BTreeMap::new(),
             prune_at: SENDERS_MIN,
             fleeting: BTreeMap::new(),
+            events: BTreeMap::new(),
             voids: BTreeMap::new(),
             deadlines: BTreeMap::new(),
             given_up: Vec::new(),
@@ -303,6 +321,7 @@ impl Scheduler {
             from,
             sort,
             expiry,
+            event,
         } = place;
         let after = self.predecessors(track, *from);
         let log = if track.line.is_volatile() {
@@ -315,6 +334,10 @@ impl Scheduler {
             Some(last) if !track.line.is_volatile() => last.1 = seq,
             _ => of_sender.push((track.clone(), seq)),
         }
+        let event = event.as_ref().map(|event| ShownEvent {
+            before: self.events.insert((track.clone(), event.node.clone()), seq),
+            event: event.clone(),
+        });
         let slots = self.tracks.entry(track.clone()).or_default();
         let is_first = slots.is_empty();
         slots.push_back(Slot {
@@ -323,6 +346,7 @@ impl Scheduler {
             from: *from,
             sort: *sort,
             expiry: *expiry,
+            event,
             after,
             state,
         });
@@ -375,6 +399,7 @@ impl Scheduler {
         if let Some(expiry) = slot.expiry {
             self.deadlines.insert((*accepted + expiry, seq), track.clone());
         }
+        self.replace_items(track, seq, &cast, batch, now);
         let Some(mut fleeting) = self.fleeting.remove(&from) else {
             return;
         };
@@ -405,14 +430,7 @@ impl Scheduler {
             match overlap {
                 Overlap::None => true,
                 Overlap::All => {
-                    if let Some((slot, _, before, accepted)) = self.remove(earlier, *number) {
-                        self.voids.insert(*number, before.max(batch));
-                        self.given_up.push(GivenUp {
-                            seq: *number,
-                            class: slot.class,
-                            accepted,
-                        });
-                    }
+                    self.give_up(earlier, *number, batch);
                     false
                 }
                 Overlap::Some => {
@@ -428,6 +446,54 @@ impl Scheduler {
         }
         if let Some(slot) = find(&mut self.tracks, track, seq) {
             slot.after.extend(after);
+        }
+    }
+
+    /// What waits of the item that this slot shows anew, to nobody else, goes. Anything else that was said of the node to any of them
+    /// in the meantime keeps what came before it.
+    fn replace_items(&mut self, track: &Track, seq: Seq, cast: &Cast, batch: u64, now: Mono) {
+        let Some(ShownEvent { event, mut before }) =
+            find(&mut self.tracks, track, seq).and_then(|slot| slot.event.clone())
+        else {
+            return;
+        };
+        if event.item.is_none() {
+            return;
+        }
+        for _ in 0..EVENTS_BACK_MAX {
+            let Some(number) = before else { return };
+            let Some(slot) = find(&mut self.tracks, track, number) else {
+                return;
+            };
+            let State::Ready {
+                entry: Entry::Cast(earlier),
+                accepted,
+                ..
+            } = &slot.state
+            else {
+                return;
+            };
+            let overlap = overlap(&earlier.recipients, &cast.recipients);
+            let is_same = slot.event.as_ref().is_some_and(|earlier| earlier.event == event);
+            let has_waited = now.since(*accepted) >= REPLACED_AFTER;
+            before = slot.event.as_ref().and_then(|event| event.before);
+            match overlap {
+                Overlap::None => {}
+                Overlap::All if is_same && has_waited => self.give_up(track, number, batch),
+                Overlap::All | Overlap::Some => return,
+            }
+        }
+    }
+
+    /// A later entry, last written in this batch, says all that it says.
+    fn give_up(&mut self, track: &Track, seq: Seq, batch: u64) {
+        if let Some((slot, _, before, accepted)) = self.remove(track, seq) {
+            self.voids.insert(seq, before.max(batch));
+            self.given_up.push(GivenUp {
+                seq,
+                class: slot.class,
+                accepted,
+            });
         }
     }
 
@@ -491,7 +557,7 @@ impl Scheduler {
 
     /// Senders of whom nothing waits any more are forgotten.
     fn prune(&mut self) {
-        if self.last.len() + self.fleeting.len() < self.prune_at {
+        if self.last.len() + self.fleeting.len() + self.events.len() < self.prune_at {
             return;
         }
         let tracks = &self.tracks;
@@ -501,7 +567,8 @@ impl Scheduler {
                 !waiting.is_empty()
             });
         }
-        self.prune_at = (2 * (self.last.len() + self.fleeting.len())).max(SENDERS_MIN);
+        self.events.retain(|(track, _), seq| is_pending(tracks, track, *seq));
+        self.prune_at = (2 * (self.last.len() + self.fleeting.len() + self.events.len())).max(SENDERS_MIN);
     }
 
     /// Offers what may cross next, given that batches up to `committed` are on disk, until something is taken. `false` if
@@ -753,6 +820,7 @@ mod tests {
                 _ => Sort::Message,
             },
             expiry: None,
+            event: None,
         }
     }
 
@@ -856,8 +924,12 @@ mod tests {
 
     /// A link that takes what it is offered, one at a time.
     fn next(scheduler: &mut Scheduler) -> Option<u64> {
+        next_committed(scheduler, u64::MAX)
+    }
+
+    fn next_committed(scheduler: &mut Scheduler, committed: u64) -> Option<u64> {
         let mut next = None;
-        scheduler.offer(u64::MAX, |offer| {
+        scheduler.offer(committed, |offer| {
             next = Some(offer.seq().0);
             match offer {
                 Offer::Whole { entry, .. } if size(entry) > 1000 + SLOT_BYTES + 80 => Answer::InParts,
@@ -1064,5 +1136,102 @@ mod tests {
                 }
             }
         }
+    }
+
+    proptest::proptest! {
+        /// Held against the plain queue: a subscriber ends up with the same items, and misses none but one that the node shows it anew
+        /// before it says anything else.
+        #[test]
+        fn an_item_that_is_shown_anew_is_shown_once(
+            said in proptest::collection::vec((0..2_u8, 0..4_u8, 1..8_u8, 0..3_u8), 1..80),
+        ) {
+            let mut scheduler = scheduler();
+            let mut log = BTreeMap::new();
+            let mut heard: Vec<(u64, bool)> = Vec::new();
+            let cross = |scheduler: &mut Scheduler, heard: &mut Vec<(u64, bool)>| {
+                scheduler.offer(0, |offer| match offer {
+                    Offer::Whole { seq, entry, .. } => {
+                        heard.push((seq.0, *entry != Entry::Void));
+                        Answer::Takes(100)
+                    }
+                    Offer::Part { .. } => unreachable!("nothing goes in parts"),
+                })
+            };
+            for (node, item, recipients, crosses) in said {
+                // The last is a retraction, or several items.
+                let item = (item < 3).then(|| item.to_string());
+                let event = Some(Arc::new(NodeEvent { node: node.to_string(), item }));
+                let place = Place { event: event.clone(), ..place_in("u", Class::Bulk, Line::Many) };
+                let entry = Entry::Cast(Cast {
+                    template: Bytes::from_static(b"<x/>"),
+                    to_at: 2,
+                    recipients: (0..3_u8).filter(|to| recipients & (1 << to) != 0).map(|to| Bytes::from(vec![to])).collect(),
+                });
+                let seq = scheduler.wants();
+                scheduler.load(&place, seq, entry, 0, Mono::default(), LATER);
+                log.insert(seq.0, (event, recipients));
+                for _ in 0..crosses {
+                    cross(&mut scheduler, &mut heard);
+                }
+            }
+            while cross(&mut scheduler, &mut heard) {}
+            let mut numbers: Vec<u64> = heard.iter().map(|(seq, _)| *seq).collect();
+            numbers.sort_unstable();
+            proptest::prop_assert_eq!(numbers, log.keys().copied().collect::<Vec<_>>(), "each number crosses once");
+            for to in 0..3 {
+                let shown: Vec<u64> = heard.iter().filter(|(seq, whole)| *whole && log[seq].1 & (1 << to) != 0).map(|(seq, _)| *seq).collect();
+                proptest::prop_assert!(shown.is_sorted());
+                for (seq, (event, recipients)) in &log {
+                    if recipients & (1 << to) == 0 || shown.contains(seq) {
+                        continue;
+                    }
+                    let event = event.as_ref().unwrap();
+                    let next = log.range(seq + 1..).map(|(_, (later, recipients))| (later.as_ref().unwrap(), recipients))
+                        .find(|(later, recipients)| **recipients & (1 << to) != 0 && later.node == event.node);
+                    proptest::prop_assert!(
+                        event.item.is_some() && next.is_some_and(|(later, _)| later == event),
+                        "{} is missing", seq
+                    );
+                }
+            }
+        }
+    }
+
+    /// While nothing crosses, one event of an item is left: the newest.
+    #[test]
+    fn the_newest_event_of_an_item_takes_the_place_of_the_others() {
+        let place = |node: &str, item: Option<&str>| Place {
+            event: Some(Arc::new(NodeEvent {
+                node: node.into(),
+                item: item.map(Into::into),
+            })),
+            ..place_in("u", Class::Bulk, Line::Many)
+        };
+        let mut scheduler = scheduler();
+        let shown = [
+            ("mood", Some("current")),
+            ("mood", Some("current")),
+            ("tune", Some("current")),
+            ("mood", Some("current")),
+            ("notes", Some("a")),
+            ("notes", Some("b")),
+            ("notes", Some("a")),
+            ("tune", None),
+            ("tune", Some("current")),
+        ];
+        for (at, (node, item)) in (1..).zip(shown) {
+            scheduler.load(&place(node, item), Seq(at), entry(100), at, Mono::default(), LATER);
+        }
+        let given_up: Vec<_> = scheduler
+            .take_given_up()
+            .iter()
+            .map(|given_up| given_up.seq.0)
+            .collect();
+        assert_eq!(given_up, [1, 2]);
+        // Its void waits until what replaces it is on disk.
+        assert_eq!(next_committed(&mut scheduler, 1), None);
+        assert_eq!(next_committed(&mut scheduler, 2), Some(1));
+        let order: Vec<_> = std::iter::from_fn(|| next(&mut scheduler)).collect();
+        assert_eq!(order, [2, 3, 4, 5, 6, 7, 8, 9]);
     }
 }

@@ -16,4 +16,4 @@ mod stanza;
 pub use address::{AddressError, Domain, DomainPair, bare, domain_of, matches, resource_of};
 pub use error::{Condition, ErrorType, answer, bounce, refused_result};
 pub use escape::{escape_attribute, escape_text};
-pub use stanza::{Child, Kind, Stanza, StanzaError};
+pub use stanza::{Child, Kind, NodeEvent, Stanza, StanzaError};

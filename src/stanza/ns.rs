@@ -45,3 +45,9 @@ pub const DISCO_ITEMS: &str = "http://jabber.org/protocol/disco#items";
 pub const STANZA_ID: &str = "urn:xmpp:sid:0";
 /// XEP-0421
 pub const OCCUPANT_ID: &str = "urn:xmpp:occupant-id:0";
+/// XEP-0060 §7.1.2.1: what a node tells its subscribers.
+pub const PUBSUB_EVENT: &str = "http://jabber.org/protocol/pubsub#event";
+/// XEP-0033
+pub const ADDRESS: &str = "http://jabber.org/protocol/address";
+/// XEP-0334
+pub const HINTS: &str = "urn:xmpp:hints";

@@ -313,6 +313,56 @@ impl Stanza {
         }
     }
 
+    /// What it tells of a node of publish-subscribe (XEP-0060 §7.1.2.1, PEP among it). `None` if it tells of none, or says more than that.
+    pub fn node_event(&self) -> Option<NodeEvent> {
+        memmem::find(&self.bytes, ns::PUBSUB_EVENT.as_bytes())?;
+        // How it is to be handled, and who has published it, is nothing of its own.
+        const BESIDE: [&str; 4] = [ns::HINTS, ns::ADDRESS, ns::DELAY, ns::STANZA_ID];
+        let children = self.children()?;
+        let is_event = |child: &&Child| child.is(ns::PUBSUB_EVENT, "event");
+        let node = children.iter().find(is_event)?.node.clone()?;
+        let said = |child: &&Child| !BESIDE.contains(&child.namespace.as_str());
+        let is_all = children.iter().filter(said).count() == 1;
+        let item = if is_all { self.only_item() } else { None };
+        Some(NodeEvent { node, item })
+    }
+
+    /// The id of the one item in an event, if there is nothing else in it.
+    fn only_item(&self) -> Option<String> {
+        let mut reader = self.reader()?;
+        let mut path = Vec::new();
+        let mut found = None;
+        loop {
+            let (namespace, event) = reader.read_resolved_event().ok()?;
+            let in_event = namespace == ResolveResult::Bound(Namespace(ns::PUBSUB_EVENT));
+            let (tag, opens) = match event {
+                Event::Start(tag) => (tag, true),
+                Event::Empty(tag) => (tag, false),
+                Event::End(_) => {
+                    path.pop();
+                    continue;
+                }
+                Event::Eof => return found,
+                _ => continue,
+            };
+            let name = tag.local_name().into_inner().to_owned();
+            if path.len() > 1 && path[1] == "event" && path.len() < 4 {
+                // A retraction, a second item, or what the specification may come to know.
+                let expected = if path.len() == 2 { "items" } else { "item" };
+                if !in_event || name != expected || found.is_some() {
+                    return None;
+                }
+                if path.len() == 3 {
+                    let id = tag.try_get_attribute("id").ok()??;
+                    found = Some(id.normalized_value(XmlVersion::Implicit1_0).ok()?.into_owned());
+                }
+            }
+            if opens {
+                path.push(name);
+            }
+        }
+    }
+
     /// A reader that resolves namespaces as on a stream between servers.
     fn reader(&self) -> Option<NsReader<&[u8]>> {
         let mut reader = NsReader::from_str(str::from_utf8(&self.bytes).ok()?);
@@ -394,6 +444,14 @@ impl Stanza {
         // `parse` has tried it.
         attribute.normalized_value(XmlVersion::Implicit1_0).ok()
     }
+}
+
+/// What a stanza tells of a node of publish-subscribe.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct NodeEvent {
+    pub node: String,
+    /// The id of the item that it shows, if it shows one and says nothing else: no retraction, no purge, no words beside it.
+    pub item: Option<String>,
 }
 
 /// A child element of a stanza.
@@ -612,5 +670,41 @@ mod tests {
             added.bytes(),
             "<presence from='a@a.example'><show>xa</show><status/></presence>"
         );
+    }
+
+    /// An event that shows one item and nothing else is told from one that says more.
+    #[test]
+    fn one_item_is_told_from_more() {
+        let event = |inside: &str| {
+            let text = format!(
+                "<message from='u@a.example' type='headline'><event xmlns='{}'>{inside}</event>\
+                 <addresses xmlns='http://jabber.org/protocol/address'><address type='replyto' jid='u@a.example/r'/></addresses></message>",
+                ns::PUBSUB_EVENT
+            );
+            stanza(&text).node_event().map(|event| (event.node, event.item))
+        };
+        let known = |item: Option<&str>| Some(("n".to_owned(), item.map(str::to_owned)));
+        let one = "<items node='n'><item id='current'><item xmlns='urn:o'><items/></item></item></items>";
+        assert_eq!(event(one), known(Some("current")));
+        assert_eq!(event("<items node='n'><item id='a'/></items>"), known(Some("a")));
+        for more in [
+            "<items node='n'><item/></items>",
+            "<items node='n'/>",
+            "<items node='n'><item id='a'/><item id='b'/></items>",
+            "<items node='n'><item id='a'/><retract id='b'/></items>",
+            "<items node='n'><retract id='a'/></items>",
+            "<items node='n'><item id='a'/></items><purge node='n'/>",
+            "<purge node='n'/>",
+            "<delete node='n'/>",
+        ] {
+            assert_eq!(event(more), known(None), "{more}");
+        }
+        assert_eq!(event("<collection/>"), None);
+        let words = format!(
+            "<message><event xmlns='{}'><items node='n'><item id='a'/></items></event><body>b</body></message>",
+            ns::PUBSUB_EVENT
+        );
+        assert_eq!(stanza(&words).node_event().unwrap().item, None);
+        assert_eq!(stanza("<message><body>b</body></message>").node_event(), None);
     }
 }
