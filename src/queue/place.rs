@@ -61,6 +61,24 @@ pub enum Sort {
     Iq,
 }
 
+/// Whether an occupant comes to a room or goes, in the eyes of all that are told so.
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+pub enum Coming {
+    /// None of them has seen it.
+    Enters,
+    Leaves,
+    /// Anything else, or not known.
+    #[default]
+    Neither,
+}
+
+impl Coming {
+    /// Of two that are told the same.
+    pub fn and(self, other: Self) -> Self {
+        if self == other { self } else { Self::Neither }
+    }
+}
+
 #[derive(Clone, Debug)]
 pub struct Place {
     pub class: Class,
@@ -71,6 +89,7 @@ pub struct Place {
     pub expiry: Option<Duration>,
     /// What it tells of a node of publish-subscribe.
     pub event: Option<Arc<NodeEvent>>,
+    pub coming: Coming,
 }
 
 impl Place {
@@ -118,6 +137,7 @@ impl Place {
                 .then(|| stanza.node_event())
                 .flatten()
                 .map(Arc::new),
+            coming: Coming::Neither,
         })
     }
 
@@ -133,6 +153,7 @@ impl Place {
             sort: Sort::Message,
             expiry: None,
             event: None,
+            coming: Coming::Neither,
         }
     }
 }

@@ -11,6 +11,9 @@
 //!   nothing itself. It is given up when a later one says all that it says, to all that it is for: a void takes its place, which
 //!   crosses before everything else, so that it is not remembered again after a crash when the later one has crossed.
 //! - So it is with an item of publish-subscribe when a later event shows the same item anew, unless the node says anything else between.
+//! - Somebody who comes to a room and goes while the link is away is not shown: both give way to voids, which cross when both are on disk.
+//!   That holds if exactly those are told of the leave who were told of the entrance, none of them can have seen it, and nothing else of
+//!   that occupant waits.
 //! - Nothing starves: a class with a weight has its share, and what the most have overtaken gets every other turn.
 //! - Memory is bounded by [`Scheduler::has_room`]; the rest of the spool stays on disk until it is asked for.
 //! - What the link does not take now stays in its place.
@@ -25,14 +28,14 @@ use bytes::Bytes;
 
 use super::{
     class::{Class, Classes},
-    place::{Line, Place, Sort, Track},
+    place::{Coming, Line, Place, Sort, Track},
 };
 use crate::{
     codec::{
         entry::{Cast, Entry},
         position::{Received, Seq},
     },
-    stanza::NodeEvent,
+    stanza::{NodeEvent, Stanza},
     time::{Mono, Now},
 };
 
@@ -105,6 +108,7 @@ struct Slot {
     sort: Sort,
     expiry: Option<Duration>,
     event: Option<ShownEvent>,
+    coming: Coming,
     /// Of other tracks: up to these numbers they cross first.
     after: Vec<(Track, Seq)>,
     state: State,
@@ -116,6 +120,15 @@ struct ShownEvent {
     event: Arc<NodeEvent>,
     /// What the same sender said of the same node before, on the same track.
     before: Option<Seq>,
+}
+
+/// An occupant that has come, and perhaps gone, while its coming waits.
+#[derive(Debug)]
+struct Visit {
+    track: Track,
+    entrance: Seq,
+    /// Changes of status, which must have given way.
+    between: Vec<(Track, Seq)>,
 }
 
 #[derive(Debug)]
@@ -185,6 +198,10 @@ pub struct Scheduler {
     fleeting: BTreeMap<u64, Vec<(Track, Seq)>>,
     /// By track and node, the last that tells of it. Also what has crossed, until it is looked at.
     events: BTreeMap<(Track, String), Seq>,
+    /// By occupant.
+    visits: BTreeMap<u64, Visit>,
+    /// Those that have ended, with the number of the leave.
+    ended: Vec<(Visit, Seq)>,
     /// Numbers without an entry, with the batch that they wait for. They go first.
     voids: BTreeMap<Seq, u64>,
     deadlines: BTreeMap<(Mono, Seq), Track>,
@@ -211,6 +228,8 @@ impl Scheduler {
             prune_at: SENDERS_MIN,
             fleeting: BTreeMap::new(),
             events: BTreeMap::new(),
+            visits: BTreeMap::new(),
+            ended: Vec::new(),
             voids: BTreeMap::new(),
             deadlines: BTreeMap::new(),
             given_up: Vec::new(),
@@ -250,10 +269,13 @@ impl Scheduler {
     }
 
     /// Fills a reserved place. Without one the entry stays on disk for now.
-    pub fn fill(&mut self, track: &Track, seq: Seq, entry: Entry, batch: u64, accepted: Mono, now: Mono) {
+    pub fn fill(&mut self, place: &Place, seq: Seq, entry: Entry, batch: u64, accepted: Mono, now: Mono) {
+        let track = &place.track;
         let Some(slot) = find(&mut self.tracks, track, seq) else {
             return;
         };
+        // As it came out over all who are told.
+        slot.coming = place.coming;
         self.bytes += size(&entry);
         slot.state = State::Ready { entry, batch, accepted };
         self.make_ready(track, seq, now);
@@ -322,6 +344,7 @@ impl Scheduler {
             sort,
             expiry,
             event,
+            coming,
         } = place;
         let after = self.predecessors(track, *from);
         let log = if track.line.is_volatile() {
@@ -334,6 +357,7 @@ impl Scheduler {
             Some(last) if !track.line.is_volatile() => last.1 = seq,
             _ => of_sender.push((track.clone(), seq)),
         }
+        self.note_visit(track, *from, *coming, seq);
         let event = event.as_ref().map(|event| ShownEvent {
             before: self.events.insert((track.clone(), event.node.clone()), seq),
             event: event.clone(),
@@ -347,6 +371,7 @@ impl Scheduler {
             sort: *sort,
             expiry: *expiry,
             event,
+            coming: *coming,
             after,
             state,
         });
@@ -447,6 +472,104 @@ impl Scheduler {
         if let Some(slot) = find(&mut self.tracks, track, seq) {
             slot.after.extend(after);
         }
+    }
+
+    fn note_visit(&mut self, track: &Track, from: u64, coming: Coming, seq: Seq) {
+        match coming {
+            Coming::Enters => {
+                let visit = Visit {
+                    track: track.clone(),
+                    entrance: seq,
+                    between: Vec::new(),
+                };
+                // That it enters again, for others, is as much of a reason to show it as anything else that it does.
+                if self.visits.insert(from, visit).is_some() {
+                    self.visits.remove(&from);
+                }
+            }
+            Coming::Leaves => {
+                if let Some(visit) = self.visits.remove(&from)
+                    && visit.track == *track
+                    && self.ended.len() < SENDERS_MIN
+                {
+                    self.ended.push((visit, seq));
+                }
+            }
+            Coming::Neither if track.line == Line::Presence => {
+                if let Some(visit) = self.visits.get_mut(&from) {
+                    visit.between.push((track.clone(), seq));
+                    // Most have given way to the last.
+                    if visit.between.len() > EVENTS_BACK_MAX {
+                        self.visits.remove(&from);
+                    }
+                }
+            }
+            Coming::Neither => {
+                self.visits.remove(&from);
+            }
+        }
+    }
+
+    /// Those who came and went without anybody having seen them give way to voids, which the caller writes in this batch. Of what is in
+    /// doubt somebody may have seen it.
+    pub fn leave_out_visits(&mut self, batch: u64, now: Mono, in_doubt: impl Fn(Seq) -> bool) {
+        for (visit, leave) in std::mem::take(&mut self.ended) {
+            let Visit {
+                track,
+                entrance,
+                between,
+            } = &visit;
+            let is_open = find(&mut self.tracks, track, leave).is_some_and(|slot| matches!(slot.state, State::Open));
+            if is_open {
+                // Who is told of it is not known yet.
+                self.ended.push((visit, leave));
+                continue;
+            }
+            let has_gone = |(track, seq): &(Track, Seq)| find(&mut self.tracks, track, *seq).is_none();
+            if between.iter().all(has_gone)
+                && !in_doubt(*entrance)
+                && !in_doubt(leave)
+                && self.is_unseen(track, *entrance, leave, now)
+            {
+                self.give_up(track, *entrance, batch);
+                self.give_up(track, leave, batch);
+            }
+        }
+    }
+
+    fn is_unseen(&self, track: &Track, entrance: Seq, leave: Seq, now: Mono) -> bool {
+        let Some(slots) = self.tracks.get(track) else {
+            return false;
+        };
+        let slot = |seq: Seq| {
+            slots
+                .binary_search_by_key(&seq, |slot| slot.seq)
+                .ok()
+                .map(|index| &slots[index])
+        };
+        let (Some(first), Some(last)) = (slot(entrance), slot(leave)) else {
+            return false;
+        };
+        let (
+            State::Ready {
+                entry: Entry::Cast(enters),
+                accepted,
+                ..
+            },
+            State::Ready {
+                entry: Entry::Cast(leaves),
+                ..
+            },
+        ) = (&first.state, &last.state)
+        else {
+            return false;
+        };
+        // Two that share a hash are not one.
+        let sender = |cast: &Cast| Some(Stanza::parse(cast.copy(0)?).ok()?.from()?.into_owned());
+        (first.coming, last.coming) == (Coming::Enters, Coming::Leaves)
+            && now.since(*accepted) >= REPLACED_AFTER
+            && enters.recipients == leaves.recipients
+            && sender(enters).is_some_and(|from| sender(leaves) == Some(from))
     }
 
     /// What waits of the item that this slot shows anew, to nobody else, goes. Anything else that was said of the node to any of them
@@ -557,7 +680,7 @@ impl Scheduler {
 
     /// Senders of whom nothing waits any more are forgotten.
     fn prune(&mut self) {
-        if self.last.len() + self.fleeting.len() + self.events.len() < self.prune_at {
+        if self.last.len() + self.fleeting.len() + self.events.len() + self.visits.len() < self.prune_at {
             return;
         }
         let tracks = &self.tracks;
@@ -568,7 +691,10 @@ impl Scheduler {
             });
         }
         self.events.retain(|(track, _), seq| is_pending(tracks, track, *seq));
-        self.prune_at = (2 * (self.last.len() + self.fleeting.len() + self.events.len())).max(SENDERS_MIN);
+        self.visits
+            .retain(|_, visit| is_pending(tracks, &visit.track, visit.entrance));
+        let waiting = self.last.len() + self.fleeting.len() + self.events.len() + self.visits.len();
+        self.prune_at = (2 * waiting).max(SENDERS_MIN);
     }
 
     /// Offers what may cross next, given that batches up to `committed` are on disk, until something is taken. `false` if
@@ -821,6 +947,7 @@ mod tests {
             },
             expiry: None,
             event: None,
+            coming: Coming::Neither,
         }
     }
 
@@ -886,7 +1013,7 @@ mod tests {
         scheduler.reserve(&room, Seq(1));
         scheduler.load(&place("other"), Seq(2), entry(10), 0, Mono::default(), LATER);
         assert_eq!(seqs(&mut scheduler, 0), [2]);
-        scheduler.fill(&room.track, Seq(1), entry(10), 7, Mono::default(), LATER);
+        scheduler.fill(&room, Seq(1), entry(10), 7, Mono::default(), LATER);
         assert!(seqs(&mut scheduler, 6).is_empty());
         assert_eq!(seqs(&mut scheduler, 7), [1]);
     }
@@ -1233,5 +1360,126 @@ mod tests {
         assert_eq!(next_committed(&mut scheduler, 2), Some(1));
         let order: Vec<_> = std::iter::from_fn(|| next(&mut scheduler)).collect();
         assert_eq!(order, [2, 3, 4, 5, 6, 7, 8, 9]);
+    }
+
+    proptest::proptest! {
+        /// Held against the plain queue: a session sees everybody come, speak and go as it would there, but for those who come and go again
+        /// without a word. They are left out for all who would have seen them, or for none.
+        ///
+        /// Three occupants enter, speak, change their status and leave; who is told of them changes now and then.
+        #[test]
+        fn a_visit_that_nobody_saw_is_left_out_whole(
+            said in proptest::collection::vec((0..3_u64, 0..6_u8, 1..8_u8, 0..8_u8), 1..120),
+        ) {
+            let mut scheduler = scheduler();
+            let mut inside = [0_u8; 3];
+            let mut log = BTreeMap::new();
+            let mut heard: Vec<(u64, bool)> = Vec::new();
+            let mut in_doubt = std::collections::BTreeSet::new();
+            for (batch, (from, what, recipients, crosses)) in (1..).zip(said) {
+                let (coming, class, line, sort) = match (inside[from as usize], what) {
+                    (0, _) => (Coming::Enters, Class::Message, Line::Room, Sort::Presence),
+                    (_, 0) => (Coming::Neither, Class::Message, Line::Room, Sort::Message),
+                    (_, 1) => (Coming::Neither, Class::Presence, Line::Presence, Sort::Presence),
+                    (_, _) => (Coming::Leaves, Class::Message, Line::Room, Sort::Presence),
+                };
+                let told = match (coming, inside[from as usize]) {
+                    (Coming::Enters, _) => recipients,
+                    // A newcomer is told of the leave as well.
+                    (Coming::Leaves, told) if what == 2 => told | recipients,
+                    (Coming::Leaves | Coming::Neither, told) => told,
+                };
+                inside[from as usize] = match coming {
+                    Coming::Enters => told,
+                    Coming::Leaves => 0,
+                    Coming::Neither => inside[from as usize],
+                };
+                let place = Place { from, sort, coming, ..place_in("room", class, line) };
+                let template = format!("<presence from='room@a/{from}'/>");
+                let entry = Entry::Cast(Cast {
+                    to_at: 9,
+                    template: template.into(),
+                    recipients: (0..3_u8).filter(|to| told & (1 << to) != 0).map(|to| format!(" to='u{to}@b'").into()).collect(),
+                });
+                let seq = scheduler.wants();
+                scheduler.load(&place, seq, entry, batch, Mono::default(), LATER);
+                log.insert(seq.0, (from, coming, told));
+                if crosses == 7 {
+                    in_doubt.insert(seq);
+                }
+                scheduler.leave_out_visits(batch, LATER, |seq| in_doubt.contains(&seq));
+                if crosses < 2 {
+                    scheduler.offer(batch, |offer| match offer {
+                        Offer::Whole { seq, entry, .. } => {
+                            heard.push((seq.0, *entry != Entry::Void));
+                            Answer::Takes(100)
+                        }
+                        Offer::Part { .. } => unreachable!("nothing goes in parts"),
+                    });
+                }
+            }
+            while scheduler.offer(u64::MAX, |offer| {
+                if let Offer::Whole { seq, entry, .. } = offer {
+                    heard.push((seq.0, *entry != Entry::Void));
+                }
+                Answer::Takes(100)
+            }) {}
+            let whole: BTreeMap<u64, bool> = heard.iter().copied().collect();
+            proptest::prop_assert_eq!((whole.len(), heard.len()), (log.len(), log.len()), "each number crosses once");
+            for (seq, (from, coming, told)) in &log {
+                if whole[seq] {
+                    continue;
+                }
+                let may_be_seen = *coming != Coming::Neither && in_doubt.contains(&Seq(*seq));
+                proptest::prop_assert!(!may_be_seen, "{} may have been seen", seq);
+                let mut of_it = log.iter().filter(|(_, (other, ..))| other == from);
+                match coming {
+                    Coming::Enters => {
+                        let end = log.range(seq + 1..).find(|(_, (other, coming, _))| other == from && *coming == Coming::Leaves);
+                        let (end, (_, _, also)) = end.unwrap();
+                        proptest::prop_assert!(!whole[end] && told == also, "{} left without having come", seq);
+                        let between = of_it.filter(|(number, _)| *number > seq && *number < end).any(|(number, _)| whole[number]);
+                        proptest::prop_assert!(!between, "{} spoke without having come", from);
+                    }
+                    Coming::Leaves => {
+                        let start = of_it.rfind(|(number, (_, coming, _))| *number < seq && *coming == Coming::Enters);
+                        proptest::prop_assert!(start.is_some_and(|(start, _)| !whole[start]), "{} never left", seq);
+                    }
+                    // Another status, or the leave, has taken its place.
+                    Coming::Neither => {}
+                }
+            }
+        }
+    }
+
+    /// Nobody comes and goes: both numbers are voids, and neither crosses before both are on disk.
+    #[test]
+    fn a_visit_that_nobody_saw_takes_no_room_on_the_link() {
+        let visit = |coming| Place {
+            coming,
+            ..place("room")
+        };
+        let cast = || {
+            Entry::Cast(Cast {
+                template: Bytes::from_static(b"<presence from='room@a/n'/>"),
+                to_at: 9,
+                recipients: vec![Bytes::from_static(b" to='b@b.example'")],
+            })
+        };
+        let mut scheduler = scheduler();
+        scheduler.load(&visit(Coming::Enters), Seq(1), cast(), 1, Mono::default(), LATER);
+        scheduler.load(&place("room two"), Seq(2), entry(10), 2, Mono::default(), LATER);
+        scheduler.load(&visit(Coming::Leaves), Seq(3), cast(), 3, Mono::default(), LATER);
+        scheduler.leave_out_visits(5, LATER, |_| false);
+        let given_up: Vec<_> = scheduler
+            .take_given_up()
+            .iter()
+            .map(|given_up| given_up.seq.0)
+            .collect();
+        assert_eq!(given_up, [1, 3]);
+        assert_eq!(next_committed(&mut scheduler, 4), Some(2));
+        assert_eq!(next_committed(&mut scheduler, 4), None);
+        assert_eq!(next_committed(&mut scheduler, 5), Some(1));
+        assert_eq!(next_committed(&mut scheduler, 5), Some(3));
     }
 }

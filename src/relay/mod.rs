@@ -1223,9 +1223,12 @@ impl Relay {
     fn note_joins(&mut self, cast: &Cast) {
         if cast.template.starts_with(b"<presence")
             && let Some(stanza) = cast.copy(0).and_then(|copy| Stanza::parse(copy).ok())
-            && stanza.is_join()
         {
-            self.outward.handle_join(&stanza);
+            if stanza.is_join() {
+                self.outward.handle_join(&stanza);
+            } else {
+                self.outward.handle_nick(&stanza);
+            }
         }
     }
 
@@ -1337,7 +1340,7 @@ impl Relay {
         self.gather(&mut reads, now);
         // After everything has its number: what this reads is looked at with that in mind.
         self.outward.advance();
-        for replaced in self.outward.settle(now, &mut self.stats) {
+        for replaced in self.outward.settle(self.batch.number, now, &mut self.stats) {
             let stanza = self.trace.known(replaced.seq);
             self.trace_entry(Decision::Replaced, replaced.seq, Some(replaced.class), stanza, now);
         }

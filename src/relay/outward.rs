@@ -201,6 +201,11 @@ impl Outward {
         self.news.handle_join(join);
     }
 
+    /// A far session speaks as this occupant of a room of ours, or wants to.
+    pub fn handle_nick(&mut self, presence: &Stanza) {
+        self.news.handle_nick(presence);
+    }
+
     pub fn acked(&self) -> Seq {
         self.acked
     }
@@ -218,9 +223,10 @@ impl Outward {
         now: Now,
         stats: &mut RelayStats,
     ) -> Result<Placed, Refused> {
-        let class = self.news.class_of(stanza);
+        let (class, coming) = self.news.class_of(stanza);
         let rule = rules.place(stanza);
-        let place = self.place(stanza, class, rule).ok_or(Refusal::NoAddress)?;
+        let mut place = self.place(stanza, class, rule).ok_or(Refusal::NoAddress)?;
+        place.coming = coming;
         if self.ledger.is_full(place.class, &self.classes) {
             return Err(Refused::ClassFull(place.class));
         }
@@ -238,6 +244,10 @@ impl Outward {
             self.take_in_open();
         } else {
             self.ledger.add(placed.seq, placed.bytes);
+            // It may have been sealed by this copy, and is drained below.
+            if let Some(open) = self.open_groups.get_mut(&placed.seq) {
+                open.place.coming = open.place.coming.and(coming);
+            }
         }
         self.drain_collapse(batch, now, stats);
         Ok(placed)
@@ -420,7 +430,13 @@ impl Outward {
     }
 
     /// Writes voids in the place of what later entries have made needless.
-    pub fn settle(&mut self, now: Now, stats: &mut RelayStats) -> Vec<GivenUp> {
+    pub fn settle(&mut self, batch: u64, now: Now, stats: &mut RelayStats) -> Vec<GivenUp> {
+        let inherited = self.inherited_in_doubt.then_some(self.inherited);
+        let (given, in_doubt) = (&self.given, &self.in_doubt);
+        // Whoever may have seen the first half of a visit must see the second.
+        self.scheduler.leave_out_visits(batch, now.mono, |seq| {
+            given.contains(&seq) || in_doubt.contains(&seq) || inherited.is_some_and(|inherited| seq <= inherited)
+        });
         let all = self.scheduler.take_given_up();
         for given_up in &all {
             stats.superseded[given_up.class as usize] += 1;
@@ -531,7 +547,7 @@ impl Outward {
                     self.scheduler.reserve(&place, seq);
                 }
                 self.scheduler
-                    .fill(&place.track, seq, Entry::Cast(cast), batch, accepted.mono, now.mono);
+                    .fill(&place, seq, Entry::Cast(cast), batch, accepted.mono, now.mono);
             }
         }
     }

@@ -372,6 +372,11 @@ impl Stanza {
         Some(reader)
     }
 
+    /// Whether a presence says that somebody is there (RFC 6121 §4.7.1).
+    pub fn is_available(&self) -> bool {
+        self.kind == Kind::Presence && self.stanza_type().is_none()
+    }
+
     /// Whether it has a child `x` in `muc#user`, as room traffic other than plain group messages has.
     pub fn has_muc_user(&self) -> bool {
         self.muc_user_children(|_| false).is_some()
