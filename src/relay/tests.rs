@@ -64,6 +64,16 @@ impl Half {
         self.write(now);
     }
 
+    fn tell(&mut self, text: &str, now: u64) {
+        let stanza = Stanza::parse(Bytes::copy_from_slice(text.as_bytes())).unwrap();
+        self.outward
+            .handle_stanza(&stanza, &Rules::default(), self.batch, at(now), &mut self.stats)
+            .unwrap();
+        self.outward.handle_timeout(self.batch, at(now + 50), &mut self.stats);
+        self.outward.settle(self.batch, at(now + 50), &mut self.stats);
+        self.write(now + 50);
+    }
+
     /// Gives what there is to the disk, and gives the reads that were asked for.
     fn write(&mut self, now: u64) -> Vec<(Seq, usize)> {
         self.outward.flush(self.batch, at(now), &mut self.stats);
@@ -173,6 +183,44 @@ fn a_gap_that_nobody_can_fill_is_filled_with_voids() {
     let mut crossed = half.cross();
     crossed.sort_unstable();
     assert_eq!(crossed, [(1, 1), (2, 0), (3, 1), (4, 0)]);
+}
+
+/// Who comes and goes while nobody can see it is not shown. Of whom the peer may have seen come, it sees the leave: what was given to a
+/// connection that has ended is in doubt until the peer says what it has.
+#[test]
+fn a_visit_is_left_out_unless_it_may_have_been_seen() {
+    let stanza = |nick: &str, stanza_type: &str, x: &str| {
+        format!(
+            "<presence from='r@c.a.example/{nick}' to='u1@b.example/r'{stanza_type}><x xmlns='http://jabber.org/protocol/muc#user'>{x}</x></presence>"
+        )
+    };
+    let (own, gone) = ("<status code='110'/>", " type='unavailable'");
+    let join =
+        "<presence from='u1@b.example/r' to='r@c.a.example/u1'><x xmlns='http://jabber.org/protocol/muc'/></presence>";
+    for is_given in [false, true] {
+        let mut half = Half::new(1 << 20);
+        half.outward
+            .handle_join(&Stanza::parse(Bytes::from_static(join.as_bytes())).unwrap());
+        half.tell(&stanza("u1", "", own), 0);
+        half.tell(&stanza("x", "", "<item role='participant'/>"), 1000);
+        if is_given {
+            half.outward.greet();
+            assert_eq!(half.cross(), [(1, 1), (2, 1)]);
+            half.outward.link_down();
+            half.outward.advance();
+            half.write(2000);
+            half.read(1, 9, 2000);
+        }
+        half.tell(&stanza("x", gone, "<item role='none'/>"), 9000);
+        half.outward.link_up(&Received::default());
+        half.outward.advance();
+        half.write(10_000);
+        half.read(1, 9, 10_000);
+        let mut crossed = half.cross();
+        crossed.sort_unstable();
+        let recipients = usize::from(is_given);
+        assert_eq!(crossed, [(1, 1), (2, recipients), (3, recipients)]);
+    }
 }
 
 /// A word from our server opens the lane that its answer will take, before there is one, and once.

@@ -44,6 +44,8 @@ pub struct Declared<'a> {
     pub found: bool,
     /// Who was out of a room while the link was down, and is not let in again, is told why.
     pub out: bool,
+    /// Who came to a room and went while the link was down is not shown to those who had not seen it.
+    pub visits: bool,
 }
 
 impl Declared<'_> {
@@ -59,6 +61,7 @@ impl Declared<'_> {
             settled: false,
             found: faults.mirror && (faults.kills || faults.leaves),
             out: faults.mirror && faults.leaves,
+            visits: faults.cuts || faults.flaps || faults.kills,
         }
     }
 
@@ -188,6 +191,8 @@ pub struct Tally {
     pub rosters: u64,
     pub answers: u64,
     pub lost: u64,
+    /// Somebody came and went, and a session was not told.
+    pub unseen: u64,
     /// What rooms said at least once to somebody far.
     pub said: BTreeSet<&'static str>,
 }
@@ -223,7 +228,7 @@ const SAYINGS: [(&str, &str); 26] = [
 ];
 
 impl Tally {
-    fn fields(&mut self) -> [&mut u64; 14] {
+    fn fields(&mut self) -> [&mut u64; 15] {
         [
             &mut self.acts,
             &mut self.delivered,
@@ -239,6 +244,7 @@ impl Tally {
             &mut self.rosters,
             &mut self.answers,
             &mut self.lost,
+            &mut self.unseen,
         ]
     }
 
@@ -292,7 +298,7 @@ impl World {
                 false => Near::default(),
             };
             let said = (&self.said, way.to);
-            check_way(way, declared, said, &near, &mut lost);
+            self.tally.unseen += check_way(way, declared, said, &near, &mut lost);
             check_real_addresses(way);
             for (what, form) in SAYINGS {
                 let is_said = || way.sent.iter().any(|sent| xml::text(&sent.bytes).contains(form));
@@ -518,7 +524,8 @@ struct Flow<'a> {
 }
 
 /// P1, P3, P4, §5 rule 4: each recipient reads what was written to it, all of it, in order, and nothing else; words are heard once.
-fn check_way(way: &Way, declared: Declared<'_>, heard_here: (&Speeches, usize), near: &Near, lost: &mut Lost) {
+/// Returns how many visits were left out.
+fn check_way(way: &Way, declared: Declared<'_>, heard_here: (&Speeches, usize), near: &Near, lost: &mut Lost) -> u64 {
     let (speeches, site) = heard_here;
     let here = speeches.iter().filter(|(_, speech)| speech.site == site);
     let here: BTreeSet<String> = here.map(|(body, _)| body.clone()).collect();
@@ -555,6 +562,7 @@ fn check_way(way: &Way, declared: Declared<'_>, heard_here: (&Speeches, usize), 
         flows.entry(key(heard)).or_default().read.push(heard);
     }
     check_whispers(way, &near.whispers);
+    let mut unseen = 0;
     for ((from, to), Flow { written, read }) in flows {
         let settled = read
             .iter()
@@ -579,7 +587,10 @@ fn check_way(way: &Way, declared: Declared<'_>, heard_here: (&Speeches, usize), 
                 .collect();
             let read: Vec<_> = read.iter().filter(|bytes| is_apart(bytes) == apart).copied().collect();
             match matching(&written, &read, declared) {
-                Some(at) => missing.extend(at.into_iter().map(|at| written[at].0)),
+                Some(found) => {
+                    unseen += found.visits;
+                    missing.extend(found.lost.into_iter().map(|at| written[at].0));
+                }
                 None => panic!("from {from} to {to}: {}", difference(&written, &read, declared)),
             }
         }
@@ -598,6 +609,7 @@ fn check_way(way: &Way, declared: Declared<'_>, heard_here: (&Speeches, usize), 
             words::check(&written, &read, &doubted, declared, heard_here);
         }
     }
+    unseen
 }
 
 /// One's own leave as it is confirmed near by.
@@ -712,12 +724,51 @@ fn recipient(to: &str) -> String {
     }
 }
 
-/// Which of what was written is missing, if what was read can be what was written but for what may be missing or added.
-fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared<'_>) -> Option<Vec<usize>> {
-    if sent.len() == heard.len() && sent.iter().zip(heard).all(|((sent, _), heard)| sent == heard) {
-        return Some(Vec::new());
+/// Who came to a room and went, as one session was to be told: where the entrance stands, and the leave. Nothing else of that occupant stands
+/// between them, and it is neither the session itself nor one who has only changed the nick.
+fn visits(sent: &[(&Bytes, bool)]) -> Vec<(usize, usize)> {
+    let mut came = BTreeMap::new();
+    let mut visits = Vec::new();
+    for (at, (bytes, _)) in sent.iter().enumerate() {
+        let stanza = xml::text(bytes);
+        let from = attribute(stanza, "from").unwrap_or_default();
+        let before = came.remove(from);
+        let Some(x) = muc_user(stanza).filter(|_| name(stanza) == "presence") else {
+            continue;
+        };
+        if has_status(x, "110") || has_status(x, "303") {
+            continue;
+        }
+        match (attribute(stanza, "type"), before) {
+            (None, None) => {
+                came.insert(from, at);
+            }
+            (Some("unavailable"), Some(entrance)) => visits.push((entrance, at)),
+            (None | Some(_), _) => {}
+        }
     }
-    let may_skip = |at: usize| sent[at].1 || declared.may_be_missing(sent[at].0);
+    visits
+}
+
+/// What was written and not read.
+#[derive(Default)]
+struct Missing {
+    /// Where it stands that may have been lost.
+    lost: Vec<usize>,
+    /// How many visits were left out.
+    visits: u64,
+}
+
+/// Which of what was written is missing, if what was read can be what was written but for what may be missing or added. A visit may be
+/// missing as a whole: nobody saw it while the link was down.
+fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared<'_>) -> Option<Missing> {
+    if sent.len() == heard.len() && sent.iter().zip(heard).all(|((sent, _), heard)| sent == heard) {
+        return Some(Missing::default());
+    }
+    let visits = if declared.visits { visits(sent) } else { Vec::new() };
+    let of_visit: BTreeSet<usize> = visits.iter().flat_map(|(came, went)| [*came, *went]).collect();
+    let is_excused = |at: usize| sent[at].1 || declared.may_be_missing(sent[at].0);
+    let may_skip = |at: usize| is_excused(at) || of_visit.contains(&at);
     let is_same = |i: usize, j: usize| declared.is_heard(sent[i], heard[j]);
     // From the end: whether the rest of one fits the rest of the other.
     let mut fits = vec![vec![false; heard.len() + 1]; sent.len() + 1];
@@ -732,7 +783,8 @@ fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared<'_>) -
     if !fits[0][0] {
         return None;
     }
-    let (mut i, mut j, mut missing) = (0, 0, Vec::new());
+    let (mut i, mut j, mut lost) = (0, 0, Vec::new());
+    let mut skipped = BTreeSet::new();
     while i < sent.len() || j < heard.len() {
         if i < sent.len() && j < heard.len() && fits[i + 1][j + 1] && is_same(i, j) {
             (i, j) = (i + 1, j + 1);
@@ -740,12 +792,24 @@ fn matching(sent: &[(&Bytes, bool)], heard: &[&Bytes], declared: Declared<'_>) -
             j += 1;
         } else {
             if sent[i].1 {
-                missing.push(i);
+                lost.push(i);
             }
+            skipped.insert(i);
             i += 1;
         }
     }
-    Some(missing)
+    // Half a visit is nobody's who was never seen.
+    let is_whole = |(came, went): &(usize, usize)| {
+        let halves = [(came, went), (went, came)];
+        halves
+            .iter()
+            .all(|(one, other)| !skipped.contains(one) || is_excused(**one) || skipped.contains(other))
+    };
+    let is_out = |(came, _): &&(usize, usize)| skipped.contains(came) && !is_excused(*came);
+    visits.iter().all(is_whole).then(|| Missing {
+        lost,
+        visits: visits.iter().filter(is_out).count() as u64,
+    })
 }
 
 /// How far one can be followed in the other, and what stands there.
@@ -822,6 +886,7 @@ mod tests {
         settled: false,
         found: false,
         out: false,
+        visits: false,
     };
 
     /// Each declared difference lets through what it is about, and nothing else does.
@@ -847,7 +912,10 @@ mod tests {
         let others = "<message FROM type='groupchat' id='1'><body>from beyond</body></message>";
         let said = BTreeSet::from(["<body>x</body>".to_owned()]);
         let no = "<presence FROM type='error'><error type='wait'/></presence>";
-        let kinds: [(Declared<'_>, &str); 6] = [
+        let came =
+            "<presence FROM><x xmlns='http://jabber.org/protocol/muc#user'><item role='participant'/></x></presence>";
+        let went = "<presence FROM type='unavailable'><x xmlns='http://jabber.org/protocol/muc#user'><item role='none'/></x></presence>";
+        let kinds: [(Declared<'_>, &str); 7] = [
             (Declared { delay: true, ..NOTHING }, "delay"),
             (Declared { shows: true, ..NOTHING }, "shows"),
             (
@@ -866,12 +934,19 @@ mod tests {
                 "refused",
             ),
             (Declared { truth: true, ..NOTHING }, "truth"),
+            (
+                Declared {
+                    visits: true,
+                    ..NOTHING
+                },
+                "visits",
+            ),
         ];
         for (sent, heard, by) in [
             (
                 &[words, pong][..],
                 &[words, pong][..],
-                "delay shows echo near refused truth",
+                "delay shows echo near refused truth visits",
             ),
             // Both come here: an echo, and the reflection in its other form.
             (&[words], &[late], "delay echo"),
@@ -891,6 +966,10 @@ mod tests {
             (&[], &[no], "refused"),
             (&[pong, words], &[words, pong], "echo near"),
             (&[kicked, words], &[words, kicked], "echo"),
+            (&[came, went, version], &[version], "shows visits"),
+            (&[came, version, went], &[version, went], "shows"),
+            (&[came, words, went], &[words], "shows"),
+            (&[went, came], &[], "shows"),
         ] {
             for (declared, kind) in kinds {
                 assert_eq!(
