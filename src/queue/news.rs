@@ -14,7 +14,7 @@ use super::{
     class::Class,
     place::{Coming, hash},
 };
-use crate::stanza::{Kind, Stanza, bare, ns};
+use crate::stanza::{Kind, Stanza, bare, ns, resource_of};
 
 /// Occupants that are remembered, over all sessions: some megabytes. Beyond it all are forgotten, and learned again.
 const SHOWN_MAX: usize = 100_000;
@@ -133,7 +133,8 @@ impl News {
 
     /// A far session wants to be this occupant.
     pub fn handle_nick(&mut self, stanza: &Stanza) {
-        if let Some(occupant) = stanza.to() {
+        // To a bare address it is a contact's.
+        if let Some(occupant) = stanza.to().filter(|to| resource_of(to).is_some()) {
             self.own(hash(&*occupant));
         }
     }
