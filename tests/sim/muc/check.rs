@@ -967,7 +967,7 @@ mod tests {
             (&[pong, words], &[words, pong], "echo near"),
             (&[kicked, words], &[words, kicked], "echo"),
             (&[came, went, version], &[version], "shows visits"),
-            (&[came, version, went], &[version, went], "shows"),
+            (&[came, version, went], &[version, went], "shows refused"),
             (&[came, words, went], &[words], "shows"),
             (&[went, came], &[], "shows"),
         ] {
