@@ -432,9 +432,9 @@ pub struct Guard {
     leash: Option<ChildStdin>,
 }
 
-/// Ends what runs in the namespaces `$1-a` and `$1-b`, deletes them, and the directory `$2` unless it is to be kept.
+/// Ends what runs in the namespaces `$1-a`, `$1-b` and `$1-c`, deletes them, and the directory `$2` unless it is to be kept.
 const CLEAN: &str = r#"
-for ns in "$1-a" "$1-b"; do
+for ns in "$1-a" "$1-b" "$1-c"; do
     [ -e "/run/netns/$ns" ] || continue
     for pid in $(ip netns pids "$ns"); do kill -9 "$pid" 2>/dev/null; done
     ip netns del "$ns"
@@ -504,7 +504,10 @@ fn base_dir() -> PathBuf {
 /// Removes worlds whose maker and guard both died: known by the pid in their name.
 fn clean_up_after_the_dead() -> io::Result<()> {
     let mut labels = std::collections::BTreeSet::new();
-    for (dir, suffixes) in [(PathBuf::from(NETNS_DIR), &["-a", "-b"][..]), (base_dir(), &[""][..])] {
+    for (dir, suffixes) in [
+        (PathBuf::from(NETNS_DIR), &["-a", "-b", "-c"][..]),
+        (base_dir(), &[""][..]),
+    ] {
         let Ok(entries) = fs::read_dir(dir) else { continue };
         for entry in entries {
             let name = entry?.file_name().to_string_lossy().into_owned();
