@@ -99,16 +99,12 @@ fn below(element: &mut Element, values: &mut Vec<(Volatile, String)>) {
     }
 }
 
-/// Takes out the ids that a room gives, and puts the rest into an order of its own.
-pub fn drop_given_ids(stanza: &mut Element) {
-    let is_given = |node: &Node| {
-        matches!(node, Node::Element(element) if matches!(
-            (element.ns.as_str(), element.name.as_str()),
-            (SID, "stanza-id") | (MAM_TMP, "archived") | (OCCUPANT_ID, "occupant-id")
-        ))
-    };
-    stanza.children.retain(|node| !is_given(node));
-    sort(&mut stanza.children, |_| true);
+/// Whether it tells where the room's archive keeps a message.
+pub fn is_archive_id(element: &Element) -> bool {
+    matches!(
+        (element.ns.as_str(), element.name.as_str()),
+        (SID, "stanza-id") | (MAM_TMP, "archived")
+    )
 }
 
 /// Sorts every run of such elements among themselves.

@@ -9,6 +9,7 @@
 //!
 //! Time is not compared.
 
+pub mod echo;
 pub mod mask;
 pub mod xml;
 
@@ -56,27 +57,6 @@ impl Recording {
     fn step(&self, at: usize) -> String {
         format!("{at} {}", self.steps.get(at).map_or("", String::as_str))
     }
-}
-
-/// The recording without what may differ where words are shown near by before their room has said them (narrows' `mirror.echo`): the ids
-/// that the room gives, and the order of the elements, which ejabberd changes on their way through it. `is_near` says which users have
-/// heard each other so, by the names and nicks that they begin with; all else stays as it is.
-pub fn without_what_rooms_add(mut recording: Recording, is_near: impl Fn(&str) -> bool) -> Recording {
-    let near = recording.clients.iter_mut().filter(|(name, _)| is_near(name));
-    for Heard { stanza, .. } in near.flat_map(|(_, heard)| heard) {
-        let nick = stanza
-            .attr("from")
-            .and_then(|from| from.split_once('/'))
-            .map(|(_, nick)| nick);
-        let is_said = stanza.name == "message"
-            && stanza.attr("type") == Some("groupchat")
-            && stanza.elements().any(|child| child.name == "body")
-            && !stanza.elements().any(|child| child.name == "delay");
-        if is_said && nick.is_some_and(&is_near) {
-            mask::drop_given_ids(stanza);
-        }
-    }
-    recording
 }
 
 /// Where two recordings differ, for a person to read.
@@ -381,36 +361,6 @@ mod tests {
             assert!(altered.0[0].starts_with("b2@b/r: altered\n  - ["), "{altered}");
             assert_eq!((lost.0.len(), doubled.0.len(), altered.0.len()), (1, 1, 1));
         }
-    }
-
-    /// What a room adds to words of near users is not compared at them, and everything else is.
-    #[test]
-    fn what_rooms_add_may_be_missing_near_by() {
-        let near = |name: &str| name.starts_with('b');
-        let alike = |change: &dyn Fn(&mut Vec<Heard>)| {
-            let mut second = heard("Y");
-            change(second.clients.get_mut("b2@b/r").unwrap());
-            compare(
-                &without_what_rooms_add(heard("X"), near),
-                &without_what_rooms_add(second, near),
-            )
-        };
-        let drop_children = |at: usize, name: &'static str| {
-            move |heard: &mut Vec<Heard>| {
-                heard[at]
-                    .stanza
-                    .children
-                    .retain(|node| !matches!(node, xml::Node::Element(element) if element.name == name));
-            }
-        };
-        // The sixth is b1's, the fourth alice's, who is not near.
-        alike(&drop_children(5, "stanza-id")).unwrap();
-        alike(&drop_children(5, "occupant-id")).unwrap();
-        alike(&|heard| heard[5].stanza.children.reverse()).unwrap();
-        alike(&drop_children(5, "body")).unwrap_err();
-        alike(&drop_children(3, "stanza-id")).unwrap_err();
-        alike(&|heard| heard[3].stanza.children.reverse()).unwrap_err();
-        alike(&|heard| drop(heard.remove(5))).unwrap_err();
     }
 
     /// A list of features is a set, and what a server asks for itself is not compared; what a client asks is.
