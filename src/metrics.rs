@@ -476,7 +476,7 @@ declare! {
     CLASS_EXPIRED: Counter<Class> = "narrows_class_expired_total",
         "Entries that waited longer than their class may and were given up. Who sent them was told, unless the class is volatile.";
     SUPERSEDED: Counter<Peer> = "narrows_superseded_total",
-        "Entries whose place a later one took, because only the newest of their kind counts.";
+        "Entries that did not cross: a later one says what counts, or nobody can have seen who came and went.";
     SPOOL_ACKED_BYTES: Counter<Peer> = "narrows_spool_acked_bytes_total",
         "Bytes of entries that have left the spool because the peer has them: what the link achieves.";
     SPOOL_DRAIN: Gauge<Peer> = "narrows_spool_drain_seconds",
