@@ -12,20 +12,11 @@ use narrows_lab::{
 use crate::{
     cast::{enter, make_room, sign_in},
     faults::{held_pair, unthrottled},
-    seen::{PATIENCE, hears, presence_of, sees, was_put_out},
+    seen::{PATIENCE, heard, hears, presence_of, sees, was_put_out},
     stage::{in_company, world},
 };
 
 const HOLD: Duration = Duration::from_secs(4);
-
-/// What a client heard in the room, in its order.
-fn heard(client: &Client) -> Vec<String> {
-    let transcript = client.transcript().into_iter();
-    transcript
-        .filter(|stanza| stanza.kind() == "groupchat")
-        .filter_map(|stanza| stanza.body())
-        .collect()
-}
 
 /// Whether a client was ever told that a nick has left.
 fn saw_leave(client: &Client, occupant: &str) -> bool {

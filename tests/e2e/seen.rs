@@ -25,6 +25,15 @@ pub fn hears(client: &Client, body: &str) -> Outcome {
         .map(drop)
 }
 
+/// What a client heard in a room, in its order.
+pub fn heard(client: &Client) -> Vec<String> {
+    let transcript = client.transcript().into_iter();
+    transcript
+        .filter(|stanza| stanza.kind() == "groupchat")
+        .filter_map(|stanza| stanza.body())
+        .collect()
+}
+
 /// How often a body was heard.
 pub fn heard_times(client: &Client, body: &str) -> usize {
     let transcript = client.transcript();

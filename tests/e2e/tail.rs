@@ -12,19 +12,11 @@ use narrows_lab::{
 use crate::{
     cast::{make_room, sign_in},
     faults::{held_pair, unthrottled},
+    seen::heard,
     stage::{in_company, world},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
-
-/// What a client heard in the room, in its order.
-fn heard(client: &Client) -> Vec<String> {
-    let transcript = client.transcript().into_iter();
-    transcript
-        .filter(|stanza| stanza.kind() == "groupchat")
-        .filter_map(|stanza| stanza.body())
-        .collect()
-}
 
 /// The sidecar beside the room stands still, the room speaks on, and the sidecar is killed: what it had been sent lies in its sockets and is
 /// gone. All of it comes all the same, once and in order, and before what is said next.
