@@ -29,10 +29,10 @@ use bytes::Bytes;
 use super::{
     Output, SplitFar,
     muc::{BANNED, LOST, MEMBERS_ONLY, MucUser, NEW_NICK, NEW_ROOM, SELF_PRESENCE},
-    primary::{Asking, Guest, Primary, VERIFY_EVERY},
+    primary::{Guest, Primary, VERIFY_EVERY},
     room::Room,
     rows,
-    tail::{Line, Word, latest_in},
+    tail::{Expected, Line, Word, latest_in},
     words::{AWAY, cast_to, form_of, lost_presence, node_of, to_attribute},
 };
 use crate::{
@@ -251,9 +251,9 @@ impl Primary {
             return;
         }
         let changed = shown.remove_session(address);
-        match shown.sessions.is_empty() {
-            true => self.forget_shown(room),
-            false => self.write_seen(room, &changed),
+        self.write_seen(room, &changed);
+        if self.shown.get(room).is_some_and(|shown| shown.sessions.is_empty()) {
+            self.forget_shown(room);
         }
     }
 
@@ -534,7 +534,7 @@ impl Primary {
         let mut guests = self.rooms[room].iter();
         let is_held = guests.any(|(other, guest)| other != address && guest.nick == nick);
         let occupant = format!("{room}/{nick}");
-        let mut told = Vec::new();
+        let (mut told, mut told_again) = (Vec::new(), Vec::new());
         let shown = self.shown.get(room);
         let own = shown.and_then(|shown| shown.version(&nick, address)?.muc());
         let codes: Vec<u16> = std::iter::once(SELF_PRESENCE).chain(codes.iter().copied()).collect();
@@ -544,16 +544,25 @@ impl Primary {
         ));
         if let Some(shown) = shown.filter(|_| !is_held) {
             let versions = shown.occupants.get(&nick).into_iter().flatten();
-            // Another may have the nick by now, and was shown since.
-            for version in versions.filter(|version| shown_as.contains(&form_of(&version.template))) {
-                let muc = version.muc().unwrap_or_else(MucUser::gone);
+            for version in versions {
                 let viewers = shown.viewers(version).filter(|viewer| *viewer != address);
-                told.extend(viewers.map(|viewer| (viewer.clone(), lost_presence(&occupant, &muc, &[]))));
+                // Another may have the nick by now, and was shown since: those beyond the link may have taken that for this one.
+                let (muc, is_other) = match shown_as.contains(&form_of(&version.template)) {
+                    true => (version.muc().unwrap_or_else(MucUser::gone), false),
+                    false => (MucUser::gone(), true),
+                };
+                for viewer in viewers {
+                    told.push((viewer.clone(), lost_presence(&occupant, &muc, &[])));
+                    told_again.extend(is_other.then(|| (viewer.clone(), version.template.clone(), version.to_at)));
+                }
             }
         }
         for (viewer, (template, to_at)) in told {
             self.cross(&template, to_at, &viewer);
-            self.note_hidden(room, &nick, &viewer);
+            match told_again.iter().find(|(other, ..)| *other == viewer) {
+                Some((_, template, to_at)) => self.cross(template, *to_at, &viewer),
+                None => self.note_hidden(room, &nick, &viewer),
+            }
         }
         self.remove(room, address, now);
     }
@@ -911,14 +920,14 @@ impl Primary {
         let Some(guest) = self.rooms.get(room).and_then(|guests| guests.get(to)) else {
             return Some(stanza);
         };
-        let (place, asking) = (guest.place(), guest.asking);
+        let (place, expected) = (guest.place(), guest.expected());
         let is_known = place != Place::Here || self.is_tracked(room, to);
         if stanza.stanza_type().as_deref() != Some("groupchat") || !is_known {
-            return self.tails.hear(stanza, room, to, now, &mut self.outputs);
+            return self.tails.hear(stanza, room, to, expected, now, &mut self.outputs);
         }
         let word = self.tails.read(&stanza, room, now);
         match (place, word) {
-            (Place::Here, Word::Line { .. }) if asking == Asking::No && !self.tails.is_asked(room, to) => return None,
+            (Place::Here, Word::Line { .. }) if expected == Expected::Nothing => return None,
             (Place::Leaving { behind: false }, Word::Said(mark)) => {
                 if let Some(out) = self.guest_mut(room, to).and_then(|guest| guest.out.as_mut()) {
                     out.hear(mark, now);
@@ -961,7 +970,7 @@ impl Primary {
                 Word::Other,
             ) => {}
         }
-        self.tails.hear(stanza, room, to, now, &mut self.outputs)
+        self.tails.hear(stanza, room, to, expected, now, &mut self.outputs)
     }
 
     fn keep_line(&mut self, line: Line, room: &str, to: &str) {

@@ -5,7 +5,7 @@ use std::{borrow::Cow, collections::BTreeSet, time::Duration};
 use super::{
     Mirror, Output, SplitNear,
     muc::MucUser,
-    room::{Echo, EchoState, Room},
+    room::{Echo, EchoState, Room, Session},
     words::{address_in, cast_to, gives_id, node_of, stamped, without},
 };
 use crate::{
@@ -242,10 +242,15 @@ impl Mirror {
         }
         let Some(room) = self.rooms.get_mut(name) else { return };
         let before = room.sessions.len();
-        room.sessions
-            .retain(|address, session| session.joined || !addresses.contains(address));
-        let mut changed = room.sessions.len() != before;
         let id = stanza.id();
+        // What was said before another wish to enter may be refused after that.
+        let asks = |session: &Session| {
+            let again = session.again.as_ref();
+            again.is_some_and(|again| Some(&*again.id) != id.as_deref())
+        };
+        room.sessions
+            .retain(|address, session| session.joined || asks(session) || !addresses.contains(address));
+        let mut changed = room.sessions.len() != before;
         for address in addresses {
             let Some(session) = room.sessions.get_mut(address) else {
                 continue;
@@ -302,9 +307,14 @@ impl Mirror {
         let Some(number) = room.echo_said(nick, id, stanza) else {
             return Withheld::new();
         };
-        let passed_over = room.passed_over(number);
+        let (passed_over, in_between) = (room.passed_over(number), room.in_between(number));
         let seen = room.echo_seen(number, addresses.iter());
-        self.write_echo(name, number);
+        for number in &in_between {
+            room.echo_seen(*number, addresses.iter());
+        }
+        for number in in_between.into_iter().chain([number]) {
+            self.write_echo(name, number);
+        }
         for number in passed_over {
             self.drop_echo(name, number);
         }

@@ -271,12 +271,8 @@ impl Mirror {
             // Not to be shown, but what is said after it waits for it.
             if room.echoes.len() < ECHOES_MAX {
                 self.echo_last += 1;
-                let echo = room::Echo {
-                    nick: nick.to_owned(),
-                    id: stanza.id().map(Cow::into_owned).unwrap_or_default(),
-                    words: body_mark(node),
-                    state: EchoState::NotShown,
-                };
+                let id = stanza.id().map(Cow::into_owned).unwrap_or_default();
+                let echo = room::Echo::new(nick, id, body_mark(node), EchoState::NotShown);
                 self.put_echo(name, self.echo_last, echo);
             }
             return Fate::Crosses;
@@ -295,12 +291,7 @@ impl Mirror {
             && let Some((template, to_at)) = shown(crossing, &format!("{name}/{nick}"), own)
         {
             self.echo_last += 1;
-            let echo = room::Echo {
-                nick: nick.to_owned(),
-                id,
-                words: body_mark(node),
-                state: EchoState::Unheard { template, to_at },
-            };
+            let echo = room::Echo::new(nick, id, body_mark(node), EchoState::Unheard { template, to_at });
             self.put_echo(name, self.echo_last, echo);
         }
         if at_once {
@@ -331,7 +322,9 @@ impl Mirror {
         let unheard = room.echoes.iter().filter_map(|(number, echo)| match &echo.state {
             EchoState::Unheard { template, to_at } => {
                 // Who has entered since something else of this author was shown hears both from the room.
-                let to = &joined - &room.waiting_for(&echo.nick, *number, &joined);
+                let left = joined.iter().filter(|address| room.is_left_to(echo, address));
+                let left: BTreeSet<String> = left.cloned().collect();
+                let to = &left - &room.waiting_for(&echo.nick, *number, &joined);
                 let shown = cast_to(template.clone(), *to_at, to.iter());
                 Some((*number, echo.clone(), to, shown))
             }
@@ -342,7 +335,15 @@ impl Mirror {
                 continue;
             }
             let state = EchoState::Shown { to };
-            self.put_echo(name, number, room::Echo { state, ..echo });
+            self.put_echo(
+                name,
+                number,
+                room::Echo {
+                    state,
+                    left: None,
+                    ..echo
+                },
+            );
             // What is not written down would be heard again from the room.
             if !self.rooms.contains_key(name) {
                 return;

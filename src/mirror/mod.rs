@@ -177,7 +177,7 @@ impl Mirror {
     ) -> Self {
         let mut mirror = Self {
             near: Near::new(settings.disco_lifetime),
-            primary: Primary::new(local, settings.split_far, epoch),
+            primary: Primary::new(local, settings.split_far, epoch, now),
             settings,
             far,
             link: Link::Waiting { since: now.mono },
@@ -245,7 +245,11 @@ impl Mirror {
                 if !self.far.contains(&domain) {
                     return None;
                 }
-                self.rooms.insert(room.to_owned(), Room::decode(value)?);
+                let decoded = Room::decode(value)?;
+                let again = decoded.sessions.values().filter_map(|session| session.again.as_ref());
+                // No number is given again that somebody may compare with.
+                self.echo_last = again.map(|again| again.after).fold(self.echo_last, u64::max);
+                self.rooms.insert(room.to_owned(), decoded);
             }
             rows::Kind::Occupant => {
                 let nick = std::str::from_utf8(what).ok()?.to_owned();

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 
+use super::words::mark_of;
 use crate::{codec::xml::Node, stanza::ns};
 
 /// XEP-0045 §5.1 and §5.2, in the words of the room: they are only ever compared and repeated.
@@ -59,6 +60,13 @@ impl MucUser {
             codes: codes.filter_map(|code| code.attribute("code")?.parse().ok()).collect(),
             destroyed: x.child(ns::MUC_USER, "destroy").is_some(),
         })
+    }
+
+    /// The occupant's role and affiliation, as a mark.
+    pub fn standing(&self) -> u64 {
+        let item = self.items.first();
+        let of = |part: fn(&Item) -> &String| item.map_or(&[][..], |item| part(item).as_bytes());
+        mark_of(&[of(|item| &item.role), of(|item| &item.affiliation)])
     }
 
     pub fn is_self(&self) -> bool {

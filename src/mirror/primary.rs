@@ -5,6 +5,7 @@
 //! own leg, so it costs the link nothing): a room that was restarted may have forgotten, and nobody else would tell.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet, VecDeque},
     ops::Bound,
     time::Duration,
@@ -19,11 +20,16 @@ use super::{
     near,
     room::{Room, SESSIONS_MAX, begin_row, row, text},
     rows::{self, Rows},
-    tail::{Inside, LINES_MAX, Tails},
-    words::{AWAY, away, has_body, lost_presence, node_of, to_attribute},
+    tail::{Expected, LINES_MAX, Tails},
+    words::{AWAY, away, has_body, is_ours, is_wish_of, lost_presence, node_of, to_attribute, undo_away, wish_of},
 };
 use crate::{
-    codec::{entry::Cast, position::Epoch, varint::put_prefixed},
+    codec::{
+        entry::Cast,
+        position::Epoch,
+        varint::{put_prefixed, put_varint},
+        xml::Node,
+    },
     stanza::{Domain, Kind, Stanza, bare, domain_of, escape_attribute, ns, resource_of},
     time::{Deadline, Mono, Now},
 };
@@ -32,6 +38,8 @@ use crate::{
 pub(super) const VERIFY_EVERY: Duration = Duration::from_secs(300);
 /// After a stream to our server began anew: its rooms may still be loading.
 const VERIFY_SOON: Duration = Duration::from_secs(5);
+/// Of rooms whose last words are in doubt, one guest each is asked about first.
+const AFTER_FIRST: Duration = Duration::from_millis(1);
 /// Questions at once; the others have their turn when these are answered.
 const VERIFY_BURST: usize = 100;
 /// The wait for the rest of a burst.
@@ -47,9 +55,16 @@ pub(super) struct Guest {
     /// With which it entered.
     pub(super) password: Option<String>,
     pub(super) away: bool,
+    /// Its role and affiliation as the room last told them, as a mark.
+    standing: Option<u64>,
+    /// They are others since it was marked as away: what the room says of it is told again, until it is back.
+    restated: bool,
     /// It is out of the room, or about to come back.
     pub(super) out: Option<Out>,
     pub(super) asking: Asking,
+    /// The room has let it in once more because we have asked for that: history and subject that follow are for us. Whatever it says of the
+    /// guest later may look like that, too, and then nothing follows.
+    pub(super) repeats: bool,
     /// When the room is asked about it next.
     pub(super) verify_at: Mono,
 }
@@ -70,12 +85,23 @@ enum Question {
     IsThere,
 }
 
+impl Guest {
+    /// What history and subject are to it.
+    pub(super) fn expected(&self) -> Expected {
+        match (self.repeats, &self.asking) {
+            (true, _) => Expected::Repetition,
+            (false, Asking::Asked(_) | Asking::Told) => Expected::Answer,
+            (false, Asking::No) => Expected::Nothing,
+        }
+    }
+}
+
 /// Whether a guest is to be told all that the room has to say to who enters.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq)]
 pub(super) enum Asking {
     No,
-    /// It has asked to enter.
-    Asked,
+    /// It has asked to enter, under this id.
+    Asked(Option<String>),
     /// The room has let it in; history and subject follow.
     Told,
 }
@@ -91,7 +117,8 @@ pub struct Primary {
     pub(super) shown: BTreeMap<String, Room>,
     /// Questions that the room has not answered, by id.
     asked: BTreeMap<String, Asked>,
-    asked_last: u64,
+    /// The last number of an id of ours. A process begins with the time, so that it gives none again.
+    ids_last: u64,
     next_burst: Option<Mono>,
     /// No guest is to be asked about before: those in their rooms are many, and looked through only then.
     wake_at: Option<Mono>,
@@ -107,7 +134,7 @@ pub struct Primary {
 }
 
 impl Primary {
-    pub fn new(local: Vec<Domain>, split_far: SplitFar, epoch: Epoch) -> Self {
+    pub fn new(local: Vec<Domain>, split_far: SplitFar, epoch: Epoch, now: Now) -> Self {
         Self {
             local,
             split_far,
@@ -115,7 +142,7 @@ impl Primary {
             rooms: BTreeMap::new(),
             shown: BTreeMap::new(),
             asked: BTreeMap::new(),
-            asked_last: 0,
+            ids_last: now.wall.0,
             next_burst: None,
             wake_at: None,
             ghosts: 0,
@@ -138,29 +165,38 @@ impl Primary {
             return None;
         }
         let mut reader = row(value)?;
-        let flags = reader.byte().ok()?;
+        let flags = reader.varint().ok()?;
+        let has = |bit: u32| flags & 1 << bit != 0;
         let nick = text(&mut reader)?;
         let presence = Stanza::parse(Bytes::from(text(&mut reader)?)).ok()?;
-        let password = match flags & 4 != 0 {
-            true => Some(text(&mut reader)?),
+        let mut optional = |bit: u32| match has(bit) {
+            true => text(&mut reader).map(Some),
+            false => Some(None),
+        };
+        let (password, asked_as) = (optional(2)?, optional(6)?);
+        let standing = match has(7) {
+            true => Some(reader.varint().ok()?),
             false => None,
         };
-        let out = match flags & 8 != 0 {
+        let out = match has(3) {
             true => Some(Out::decode(&mut reader)?),
             false => None,
         };
         let guest = Guest {
             nick,
-            joined: flags & 1 != 0,
+            joined: has(0),
             presence,
             password,
-            away: flags & 2 != 0,
+            away: has(1),
+            standing,
+            restated: has(8),
             out,
-            asking: match (flags & 16 != 0, flags & 32 != 0) {
+            asking: match (has(4), has(5)) {
                 (false, _) => Asking::No,
-                (true, false) => Asking::Asked,
+                (true, false) => Asking::Asked(asked_as),
                 (true, true) => Asking::Told,
             },
+            repeats: has(9),
             verify_at: now.mono + VERIFY_SOON,
         };
         self.wake_by(guest.verify_at);
@@ -182,16 +218,24 @@ impl Primary {
 
     /// A process begins, and with it what the rooms said last is in doubt.
     pub fn begin(&mut self, now: Now) {
-        let mut inside: BTreeMap<String, Inside> = BTreeMap::new();
+        let mut inside: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         for (room, guests) in &self.rooms {
-            for (address, guest) in guests.iter().filter(|(_, guest)| guest.joined && guest.out.is_none()) {
-                let Inside { guests: all, asking } = inside.entry(room.clone()).or_default();
-                all.insert(address.clone());
-                asking.extend((guest.asking != Asking::No).then(|| address.clone()));
+            let guests = guests.iter().filter(|(_, guest)| guest.joined && guest.out.is_none());
+            for (address, guest) in guests {
+                inside.entry(room.clone()).or_default().insert(address.clone());
+                if matches!(guest.asking, Asking::Asked(_)) {
+                    self.tails.enters(room, address);
+                }
             }
         }
-        for (room, address) in self.tails.suspect(inside, now, &mut self.outputs) {
-            self.verify_now(&room, &address, now);
+        // What was lost is for those who are inside: of one that is not, the news may be lost, too. The answers come before the last words.
+        for (room, first) in self.tails.suspect(inside, now, &mut self.outputs) {
+            let guests = self.rooms.get(&room).into_iter().flatten();
+            let guests: Vec<String> = guests.map(|(address, _)| address.clone()).collect();
+            for address in guests {
+                let wait = if address == first { Duration::ZERO } else { AFTER_FIRST };
+                self.verify_by(&room, &address, now.mono + wait);
+            }
         }
     }
 
@@ -256,6 +300,8 @@ impl Primary {
 
     pub fn forget(&mut self, now: Now) {
         self.give_up_absent(now);
+        // Nobody will know that they are to be put back.
+        self.heal(now);
         self.tails.forget(now, &mut self.outputs);
         for (room, guests) in std::mem::take(&mut self.rooms) {
             for address in guests.keys() {
@@ -309,9 +355,10 @@ impl Primary {
                     return;
                 };
                 let is_join = stanza.is_join();
-                if is_join {
-                    self.tails.enters(name, &from, now, &mut self.outputs);
-                }
+                let repeats = match is_join {
+                    true => self.tails.enters(name, &from),
+                    false => false,
+                };
                 let password = match is_join && self.split_far == SplitFar::Leave {
                     true => password_of(stanza),
                     false => known.and_then(|guest| guest.password.clone()),
@@ -323,11 +370,14 @@ impl Primary {
                     presence,
                     password,
                     away: false,
+                    standing: known.and_then(|guest| guest.standing),
+                    restated: false,
                     out: known.and_then(|guest| guest.out.clone()),
                     asking: match is_join {
-                        true => Asking::Asked,
-                        false => known.map_or(Asking::No, |guest| guest.asking),
+                        true => Asking::Asked(stanza.id().map(Cow::into_owned)),
+                        false => known.map_or(Asking::No, |guest| guest.asking.clone()),
                     },
+                    repeats: repeats || known.is_some_and(|guest| guest.repeats),
                     verify_at: known.map_or(now.mono + VERIFY_EVERY, |guest| guest.verify_at),
                 };
                 let nick = guest.nick.clone();
@@ -341,7 +391,9 @@ impl Primary {
                 self.write(name, &from, now);
             }
             Some("unavailable") => {
-                self.tails.leaves(name, &from, now);
+                let guest = self.rooms.get(name).and_then(|guests| guests.get(&*from));
+                let repeats = guest.is_some_and(|guest| guest.repeats);
+                self.tails.leaves(name, &from, repeats, now);
                 self.leaves_for_good(name, &from, now);
             }
             Some(_) => {}
@@ -357,12 +409,8 @@ impl Primary {
 
     /// A stanza of our server for the peer: gives it back, if it is to cross.
     pub fn handle_local(&mut self, stanza: Stanza, from: &str, to: &str, now: Now) -> Option<Stanza> {
-        if self.tails.expects_strays(now) {
-            let guest = self.rooms.get(bare(from)).and_then(|guests| guests.get(to));
-            let asking = guest.is_some_and(|guest| guest.asking != Asking::No);
-            if self.tails.is_stray(&stanza, bare(from), to, asking, now) {
-                return None;
-            }
+        if self.tails.expects_strays(now) && self.tails.is_stray(&stanza, bare(from), to, now) {
+            return None;
         }
         match stanza.kind() {
             Kind::Iq => {
@@ -371,7 +419,7 @@ impl Primary {
                     self.outputs.push_back(Output::Ask(pong));
                     return None;
                 }
-                let Some(id) = stanza.id().filter(|id| self.is_ours(id)) else {
+                let Some(id) = stanza.id().filter(|id| is_ours(id)) else {
                     return Some(stanza);
                 };
                 let id = id.into_owned();
@@ -380,50 +428,31 @@ impl Primary {
             }
             Kind::Presence => {
                 let name = bare(from);
-                let Some(guests) = self.rooms.get(name) else {
-                    return Some(stanza);
-                };
-                let node = node_of(&stanza);
-                // Our own word about a guest: those beyond the link know better.
-                if stanza.stanza_type().is_none()
-                    && node
-                        .child(ns::SERVER, "status")
-                        .is_some_and(|status| status.text == AWAY)
-                    && guests
-                        .values()
-                        .any(|guest| guest.away && resource_of(from) == Some(&guest.nick))
-                {
-                    let is_self = MucUser::of(&node).is_some_and(|muc| muc.is_self());
-                    if is_self && guests.contains_key(to) {
-                        self.tails.entered(name, to, now, &mut self.outputs);
-                    }
+                // To what we have said in a guest's name, which its client knows nothing of.
+                if stanza.is_error() && stanza.id().is_some_and(|id| is_ours(&id)) {
+                    self.tails.refused(name, to, now, &mut self.outputs);
                     return None;
                 }
+                if self.is_let_in_for_nobody(&stanza, name, to) {
+                    self.take_back(from, to, now);
+                    return None;
+                }
+                if !self.rooms.contains_key(name) {
+                    return Some(stanza);
+                }
+                let node = node_of(&stanza);
+                let stanza = match self.is_away(&stanza, &node, name, resource_of(from)) {
+                    true => self.handle_away(stanza, &node, name, resource_of(from)?, to, now)?,
+                    false => stanza,
+                };
                 let stanza = self.watch(stanza, &node, name, resource_of(from), to, now)?;
                 let (Some(guests), Some(nick)) = (self.rooms.get_mut(name), resource_of(from)) else {
                     return Some(stanza);
                 };
                 match stanza.stanza_type().as_deref() {
                     None => {
-                        let is_self = MucUser::of(&node).is_some_and(|muc| muc.is_self());
-                        let enters = is_self && guests.contains_key(to);
-                        let waited = enters && self.tails.entered(name, to, now, &mut self.outputs);
-                        if let Some(guest) = guests.get_mut(to)
-                            && is_self
-                        {
-                            let is_answer = !guest.joined || stanza.id() == guest.presence.id();
-                            let told = guest.asking == Asking::Asked && is_answer;
-                            if told {
-                                guest.asking = Asking::Told;
-                            }
-                            if told || !guest.joined || guest.nick != nick {
-                                guest.joined = true;
-                                nick.clone_into(&mut guest.nick);
-                                let verify_at = guest.verify_at;
-                                self.wake_by(verify_at);
-                                self.write(name, to, now);
-                            }
-                        }
+                        let muc = MucUser::of(&node).filter(MucUser::is_self);
+                        let waited = muc.is_some_and(|muc| self.has_entered(&stanza, &muc, name, nick, to, now));
                         // After what has waited for it.
                         if waited {
                             self.outputs.push_back(Output::Cross(stanza));
@@ -440,7 +469,7 @@ impl Primary {
                             self.write(name, to, now);
                         } else if muc.is_own_leave() {
                             let waits = self.tails.holds_words();
-                            self.remove(name, to, now);
+                            self.has_left(name, to, now);
                             // After what has waited for it.
                             if waits {
                                 self.outputs.push_back(Output::Cross(stanza));
@@ -448,9 +477,7 @@ impl Primary {
                             }
                         }
                     }
-                    // It is inside all the same, and its client would take it for the end of that.
-                    Some("error") if self.tails.refused(name, to, now, &mut self.outputs) => return None,
-                    Some("error") if guests.get(to).is_some_and(|guest| !guest.joined) => self.remove(name, to, now),
+                    Some("error") => self.not_let_in(&stanza, name, to, now),
                     Some(_) => {}
                 }
                 Some(stanza)
@@ -460,21 +487,160 @@ impl Primary {
                 let Some(guest) = self.rooms.get(name).and_then(|guests| guests.get(to)) else {
                     return Some(stanza);
                 };
-                let asking = guest.asking;
-                let heard = self.hear_word(stanza, name, to, now)?;
                 // XEP-0045 §7.2.15: the subject comes last.
-                if asking == Asking::Told && is_subject(&heard) {
+                let (is_last, repeats, is_told) = (is_subject(&stanza), guest.repeats, guest.asking == Asking::Told);
+                let heard = self.hear_word(stanza, name, to, now);
+                if is_last && (repeats || is_told && heard.is_some()) {
                     self.answered_to(name, to, now);
                 }
-                Some(heard)
+                heard
             }
         }
     }
 
+    /// Whether a room has let one in because we have asked for it, whom it had put out before it heard that.
+    fn is_let_in_for_nobody(&self, stanza: &Stanza, room: &str, to: &str) -> bool {
+        let is_answer = stanza.stanza_type().is_none() && stanza.id().is_some_and(|id| is_wish_of(&id, to));
+        let is_guest = || self.rooms.get(room).is_some_and(|guests| guests.contains_key(to));
+        is_answer && stanza.has_muc_status("110") && !is_guest() && !self.tails.has_stray(room, to)
+    }
+
+    /// One that a room has let in and that does not want to be there leaves, and hears of neither.
+    fn take_back(&mut self, occupant: &str, address: &str, now: Now) {
+        self.tails.expect_unwanted(bare(occupant), address, now);
+        let leave = format!(
+            "<presence type='unavailable' from='{}' to='{}'/>",
+            escape_attribute(address),
+            escape_attribute(occupant)
+        );
+        self.outputs.extend(Stanza::parse(leave.into()).ok().map(Output::Ask));
+    }
+
+    /// Whether a room repeats our own word about a guest.
+    fn is_away(&self, stanza: &Stanza, node: &Node, room: &str, nick: Option<&str>) -> bool {
+        let status = node.child(ns::SERVER, "status");
+        stanza.stanza_type().is_none()
+            && status.is_some_and(|status| status.text == AWAY)
+            && self.away_guest(room, nick).is_some()
+    }
+
+    fn away_guest(&self, room: &str, nick: Option<&str>) -> Option<(&String, &Guest)> {
+        let mut guests = self.rooms.get(room)?.iter();
+        guests.find(|(_, guest)| guest.away && nick == Some(&guest.nick))
+    }
+
+    /// A room says of a guest what we have made it say: those beyond the link know better. But where it tells another role or affiliation
+    /// with it, they have not heard of that, and are told; gives it back as the guest would have it said.
+    fn handle_away(
+        &mut self,
+        stanza: Stanza,
+        node: &Node,
+        room: &str,
+        nick: &str,
+        to: &str,
+        now: Now,
+    ) -> Option<Stanza> {
+        let (address, guest) = self.away_guest(room, Some(nick))?;
+        let (address, is_restated) = (address.clone(), guest.restated);
+        let muc = MucUser::of(node).unwrap_or_default();
+        let is_new = guest.standing.is_some_and(|standing| standing != muc.standing());
+        if is_restated || is_new {
+            let told = undo_away(&stanza, &guest.presence);
+            if !is_restated && let Some(guest) = self.rooms.get_mut(room).and_then(|guests| guests.get_mut(&address)) {
+                guest.restated = true;
+                self.write(room, &address, now);
+            }
+            return told;
+        }
+        if muc.is_self() {
+            self.has_entered(&stanza, &muc, room, nick, to, now);
+        }
+        None
+    }
+
     fn answered_to(&mut self, room: &str, address: &str, now: Now) {
         if let Some(guest) = self.rooms.get_mut(room).and_then(|guests| guests.get_mut(address)) {
-            guest.asking = Asking::No;
+            match guest.repeats {
+                true => guest.repeats = false,
+                false => guest.asking = Asking::No,
+            }
             self.write(room, address, now);
+        }
+    }
+
+    /// Nothing that a room has to say to who enters is on its way any more.
+    fn has_been_told(&mut self, room: &str, address: &str, now: Now) {
+        let guest = self.rooms.get_mut(room).and_then(|guests| guests.get_mut(address));
+        if let Some(guest) = guest.filter(|guest| guest.repeats || guest.asking == Asking::Told) {
+            guest.repeats = false;
+            if guest.asking == Asking::Told {
+                guest.asking = Asking::No;
+            }
+            self.write(room, address, now);
+        }
+    }
+
+    /// A room tells a guest that it is in. Says whether something has waited for that, and is to come before it.
+    fn has_entered(&mut self, stanza: &Stanza, muc: &MucUser, room: &str, nick: &str, to: &str, now: Now) -> bool {
+        let Some(guest) = self.rooms.get_mut(room).and_then(|guests| guests.get_mut(to)) else {
+            return false;
+        };
+        let id = stanza.id().map(Cow::into_owned);
+        let wish = id.clone().filter(|id| is_wish_of(id, to));
+        let is_own = match &guest.asking {
+            Asking::Asked(asked) => wish.is_none() && (*asked == id || !guest.joined),
+            Asking::No | Asking::Told => false,
+        };
+        if is_own {
+            guest.asking = Asking::Told;
+        }
+        let repeats = wish.is_some() || guest.repeats && !is_own;
+        let standing = Some(muc.standing());
+        if is_own || guest.repeats != repeats || !guest.joined || guest.nick != nick || guest.standing != standing {
+            guest.joined = true;
+            guest.repeats = repeats;
+            guest.standing = standing;
+            nick.clone_into(&mut guest.nick);
+            let verify_at = guest.verify_at;
+            self.wake_by(verify_at);
+            self.write(room, to, now);
+        }
+        match wish {
+            Some(wish) => self.tails.repeats(room, to, &wish),
+            None => return is_own && self.tails.entered(room, to, now, &mut self.outputs),
+        }
+        false
+    }
+
+    /// A room tells a guest that it is out. One that has asked to enter again still asks.
+    fn has_left(&mut self, room: &str, address: &str, now: Now) {
+        let Some(guest) = self.rooms.get_mut(room).and_then(|guests| guests.get_mut(address)) else {
+            return;
+        };
+        if !matches!(guest.asking, Asking::Asked(_)) {
+            return self.remove(room, address, now);
+        }
+        (guest.joined, guest.repeats) = (false, false);
+        let nick = guest.nick.clone();
+        self.tails.left(room, address, now, &mut self.outputs);
+        self.untrack(room, address);
+        self.track(room, address, &nick);
+        self.write(room, address, now);
+    }
+
+    /// A room refuses something to a guest: perhaps to let it in, or in again.
+    fn not_let_in(&mut self, error: &Stanza, room: &str, address: &str, now: Now) {
+        let Some(guest) = self.rooms.get_mut(room).and_then(|guests| guests.get_mut(address)) else {
+            return;
+        };
+        let is_answer = matches!(&guest.asking, Asking::Asked(asked) if asked.as_deref() == error.id().as_deref());
+        match (is_answer, guest.joined) {
+            (true, true) => {
+                guest.asking = Asking::No;
+                self.write(room, address, now);
+            }
+            (true, false) => self.remove(room, address, now),
+            (false, _) => {}
         }
     }
 
@@ -499,6 +665,7 @@ impl Primary {
                 return None;
             }
             guest.away = true;
+            guest.restated = false;
             away(&guest.presence)
         });
         left || marked
@@ -524,11 +691,12 @@ impl Primary {
             }
         }
         for (room, address, stanza) in &spoken {
+            let id = self.new_id('s');
             // The nick may have been changed since.
             let nick = &self.rooms[room][address].nick;
             if let Some((template, to_at, attribute)) = stanza
                 .with_to(&format!("{room}/{nick}"))
-                .and_then(|stanza| stanza.split_to())
+                .and_then(|stanza| stanza.with_id(&id)?.split_to())
             {
                 self.outputs.push_back(Output::Deliver(Cast {
                     template,
@@ -562,10 +730,10 @@ impl Primary {
         }
     }
 
-    fn verify_now(&mut self, room: &str, address: &str, now: Now) {
+    fn verify_by(&mut self, room: &str, address: &str, at: Mono) {
         if let Some(guest) = self.rooms.get_mut(room).and_then(|guests| guests.get_mut(address)) {
-            guest.verify_at = now.mono;
-            self.wake_by(now.mono);
+            guest.verify_at = guest.verify_at.min(at);
+            self.wake_by(at);
         }
     }
 
@@ -611,8 +779,7 @@ impl Primary {
 
     /// Asks a room in the name of a guest.
     fn ask(&mut self, room: String, address: String, question: Question) {
-        self.asked_last += 1;
-        let id = format!("{}{:x}", self.id_prefix(), self.asked_last);
+        let id = self.new_id('p');
         let (to, payload) = match &question {
             Question::IsInside { nick } => (format!("{room}/{nick}"), format!("<ping xmlns='{}'/>", ns::PING)),
             Question::IsThere => (room.clone(), format!("<query xmlns='{}'/>", ns::DISCO_INFO)),
@@ -633,13 +800,10 @@ impl Primary {
         }
     }
 
-    /// No one else's ids look like this: the epoch was drawn at random.
-    fn id_prefix(&self) -> String {
-        format!("narrows-{:x}-p", self.epoch.0)
-    }
-
-    fn is_ours(&self, id: &str) -> bool {
-        id.starts_with(&self.id_prefix())
+    /// For what we ask (`p`) or say (`s`) in a guest's name, so that no answer is taken for one to the guest.
+    fn new_id(&mut self, what: char) -> String {
+        self.ids_last += 1;
+        format!("narrows-{:x}-{what}{:x}", self.epoch.0, self.ids_last)
     }
 
     /// A room has answered a question of ours.
@@ -662,10 +826,10 @@ impl Primary {
         let is_of_nick = |nick: &String| guest.nick == *nick;
         match question {
             Question::IsInside { .. } if !answer.is_error() => {
-                if self.tails.may_ask(&room, &address) {
+                // What it was told as it entered came before this, or was lost with a process.
+                self.has_been_told(&room, &address, now);
+                if self.tails.is_suspected(&room) {
                     self.enter_again(&room, &address);
-                } else {
-                    self.ask_another(&room, &address, now);
                 }
             }
             Question::IsInside { nick } if says(answer, "not-acceptable") && is_of_nick(&nick) => {
@@ -707,7 +871,7 @@ impl Primary {
             .find(|(_, guest)| guest.joined && guest.out.is_none())
             .map(|(address, _)| address.clone());
         if let Some(other) = other.filter(|_| self.tails.is_suspected(room)) {
-            self.verify_now(room, &other, now);
+            self.verify_by(room, &other, now.mono);
         }
     }
 
@@ -724,8 +888,9 @@ impl Primary {
         let join = presence
             .and_then(|presence| presence.with_child(&x))
             .and_then(|presence| presence.with_to(&format!("{room}/{}", guest.nick)));
-        if let Some(join) = join {
-            self.tails.asked(room, address);
+        let id = self.new_id('p') + &wish_of(address);
+        if let Some(join) = join.and_then(|join| join.with_id(&id)) {
+            self.tails.asked(room, address, &id);
             self.outputs.push_back(Output::Ask(join));
         }
     }
@@ -747,6 +912,10 @@ impl Primary {
         let Some(guest) = self.rooms.get(room).and_then(|guests| guests.get(address)) else {
             return;
         };
+        let asked_as = match &guest.asking {
+            Asking::Asked(id) => id.as_ref(),
+            Asking::No | Asking::Told => None,
+        };
         let mut value = begin_row();
         let flags = [
             guest.joined,
@@ -755,12 +924,22 @@ impl Primary {
             guest.out.is_some(),
             guest.asking != Asking::No,
             guest.asking == Asking::Told,
+            asked_as.is_some(),
+            guest.standing.is_some(),
+            guest.restated,
+            guest.repeats,
         ];
-        value.push((0..).zip(flags).map(|(bit, flag)| u8::from(flag) << bit).sum());
+        put_varint(
+            &mut value,
+            (0..).zip(flags).map(|(bit, flag)| u64::from(flag) << bit).sum(),
+        );
         put_prefixed(&mut value, guest.nick.as_bytes());
         put_prefixed(&mut value, guest.presence.bytes());
-        if let Some(password) = &guest.password {
-            put_prefixed(&mut value, password.as_bytes());
+        for text in guest.password.iter().chain(asked_as) {
+            put_prefixed(&mut value, text.as_bytes());
+        }
+        if let Some(standing) = guest.standing {
+            put_varint(&mut value, standing);
         }
         if let Some(out) = &guest.out {
             out.encode(&mut value);

@@ -80,6 +80,25 @@ pub struct Echo {
     /// What it says, as a mark.
     pub words: u64,
     pub state: EchoState,
+    /// The room has begun to reflect it: the numbers of the sessions that have not heard it yet.
+    pub left: Option<BTreeSet<u32>>,
+}
+
+impl Echo {
+    pub fn new(nick: &str, id: String, words: u64, state: EchoState) -> Self {
+        Self {
+            nick: nick.to_owned(),
+            id,
+            words,
+            state,
+            left: None,
+        }
+    }
+
+    /// Whether a session waits for it, if any does.
+    fn is_left_to(&self, session: &Session) -> bool {
+        self.left.as_ref().is_none_or(|left| left.contains(&session.number))
+    }
 }
 
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -255,6 +274,13 @@ impl Room {
         self.sessions.is_empty() && self.settled.is_empty() && self.echoes_shown() == 0
     }
 
+    /// Whether a session has not heard a message from the room.
+    pub fn is_left_to(&self, echo: &Echo, address: &str) -> bool {
+        self.sessions
+            .get(address)
+            .is_some_and(|session| echo.is_left_to(session))
+    }
+
     /// Messages that were shown here and that the room has not taken.
     pub fn echoes_shown(&self) -> usize {
         let shown = |echo: &&Echo| matches!(echo.state, EchoState::Shown { .. });
@@ -292,7 +318,17 @@ impl Room {
             return BTreeSet::new();
         };
         let EchoState::Shown { to } = &mut echo.state else {
-            self.echoes.remove(&number);
+            let joined = self.sessions.values().filter(|session| session.joined);
+            let joined: BTreeSet<u32> = joined.map(|session| session.number).collect();
+            let told = told.filter_map(|address| self.sessions.get(address));
+            let told: BTreeSet<u32> = told.map(|session| session.number).collect();
+            let left = &echo.left.take().unwrap_or_else(|| joined.clone()) - &told;
+            // Who has left since hears it no more.
+            let left = &left & &joined;
+            match left.is_empty() {
+                true => drop(self.echoes.remove(&number)),
+                false => echo.left = Some(left),
+            }
             return BTreeSet::new();
         };
         let seen = told.filter(|address| to.remove(*address)).cloned().collect();
@@ -321,7 +357,10 @@ impl Room {
         for (_, echo) in earlier {
             match &echo.state {
                 EchoState::Unheard { .. } => {}
-                EchoState::NotShown => return joined.clone(),
+                EchoState::NotShown => {
+                    let left = joined.iter().filter(|address| self.is_left_to(echo, address));
+                    waits.extend(left.cloned());
+                }
                 EchoState::Shown { to } if self.sessions_of(author).any(|session| to.contains(session)) => {
                     waits.extend(joined.difference(to).cloned());
                 }
@@ -333,12 +372,22 @@ impl Room {
 
     /// The room has said this of its author's. What he said before and was heard from nobody else the room has not taken.
     pub fn passed_over(&self, number: u64) -> Vec<u64> {
+        let is_over = |echo: &Echo| echo.left.is_none() && echo.state == EchoState::NotShown;
+        self.earlier(number, is_over)
+    }
+
+    /// What its author said before and some have heard: whoever hears this has heard that.
+    pub fn in_between(&self, number: u64) -> Vec<u64> {
+        self.earlier(number, |echo| echo.left.is_some())
+    }
+
+    fn earlier(&self, number: u64, is_it: impl Fn(&Echo) -> bool) -> Vec<u64> {
         let Some(Echo { nick, .. }) = self.echoes.get(&number) else {
             return Vec::new();
         };
         let earlier = self.echoes.range(..number);
-        let is_over = |(_, echo): &(&u64, &Echo)| echo.nick == *nick && echo.state == EchoState::NotShown;
-        earlier.filter(is_over).map(|(number, _)| *number).collect()
+        let earlier = earlier.filter(|(_, echo)| echo.nick == *nick && is_it(echo));
+        earlier.map(|(number, _)| *number).collect()
     }
 
     pub fn is_too_large(&self) -> bool {
@@ -460,6 +509,10 @@ impl Echo {
         put_prefixed(&mut out, self.nick.as_bytes());
         put_prefixed(&mut out, self.id.as_bytes());
         put_varint(&mut out, self.words);
+        out.push(u8::from(self.left.is_some()));
+        if let Some(left) = &self.left {
+            put_numbers(&mut out, left);
+        }
         match &self.state {
             EchoState::Unheard { template, to_at } => {
                 out.push(0);
@@ -479,6 +532,10 @@ impl Echo {
         let mut reader = row(bytes)?;
         let (nick, id) = (text(&mut reader)?, text(&mut reader)?);
         let words = reader.varint().ok()?;
+        let left = match reader.byte().ok()? {
+            0 => None,
+            _ => Some(numbers(&mut reader)?),
+        };
         let state = match reader.byte().ok()? {
             0 => {
                 let template = Bytes::copy_from_slice(reader.prefixed(PART_MAX).ok()?);
@@ -492,7 +549,13 @@ impl Echo {
             _ => return None,
         };
         reader.finish().ok()?;
-        Some(Self { nick, id, words, state })
+        Some(Self {
+            nick,
+            id,
+            words,
+            state,
+            left,
+        })
     }
 }
 

@@ -9,10 +9,13 @@
 //! ```text
 //!            begun                 the guest is inside              its subject comes
 //!  (none) ─────────▶ Suspected ────────────────────────▶ Asked ───────────────────────▶ (none)
-//!                        │     (XEP-0410, then it enters) │ too late                       ▲
-//!                        └──────────────▶ (none)          └──────────▶ Late ───────────────┘
-//!                               too late
+//!                        │     (XEP-0410, then it enters)   │       or too late           ▲
+//!                        └──────────────────────────────────┴─────────────────────────────┘
+//!                               too late, or nobody is inside
 //! ```
+//!
+//! The answer begins with the guest's own presence, under the id with which we asked, and ends with the subject. All between them is for us,
+//! also when nobody waits for it any more, or a process before this one had asked.
 //!
 //! What the room says while it is suspected or asked waits for what is missing, so that its order is kept; it is written down, for its server
 //! takes it for accepted.
@@ -32,7 +35,7 @@ use super::{
     Output,
     room::{SESSIONS_MAX, begin_row, row},
     rows::{self, Rows},
-    words::{has_body, mark_of, node_of},
+    words::{has_body, is_wish_of, mark_of, node_of},
 };
 use crate::{
     codec::varint::{Reader, put_len, put_varint},
@@ -48,6 +51,8 @@ const ROOMS_MAX: usize = 100;
 pub const LINES_MAX: usize = 50;
 /// The wait for a room's answer. Servers answer in milliseconds; before it, they and we set up a stream each.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// So long an answer may be on its way for one that is no guest any more.
+const STRAY_MAX: Duration = Duration::from_secs(300);
 /// What rooms say meanwhile, in all of them together: some thousand lines. Beyond it nothing waits any more.
 const HELD_BYTES_MAX: usize = 4 << 20;
 
@@ -61,12 +66,37 @@ struct Tail {
     said: VecDeque<u64>,
     /// Marks of those who were sent the latest; `None` when it is known from a history.
     served: Option<BTreeSet<u64>>,
-    /// Marks of those who entered while it was in doubt: the history that they got has what was lost.
-    newcomers: BTreeSet<u64>,
+    /// By their marks, those who have entered and were sent nothing since: what they know from the history that they got.
+    newcomers: BTreeMap<u64, Entrance>,
     /// A mark of the latest subject, if one was told.
     subject: Option<u64>,
     /// The latest copy without its address, and its mark: the next ones need not be read.
     copy: Option<(u64, u64)>,
+}
+
+/// When one has entered a room, and the last that it was told then, as a mark.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+struct Entrance {
+    at: Wall,
+    told: Option<u64>,
+}
+
+impl Entrance {
+    /// What it will be told has all.
+    const TO_COME: Self = Self {
+        at: Wall(u64::MAX),
+        told: None,
+    };
+
+    /// Whether it was told what stands at this place in the history, or had not entered when that was said. A server that tells seconds only
+    /// leaves that open for one: then it had not.
+    fn knows(&self, history: &VecDeque<Line>, at: usize) -> bool {
+        let told = |mark| history.iter().rposition(|line| line.mark == mark);
+        match self.told.and_then(told) {
+            Some(last) => at <= last,
+            None => history[at].stamp.is_none_or(|stamp| stamp <= self.at),
+        }
+    }
 }
 
 /// A line of a room's history.
@@ -102,34 +132,32 @@ enum Stage {
     Suspected,
     Asked {
         guest: String,
+        /// Of the wish to enter.
+        id: String,
         /// It was let in again: what follows to it is history, and then the subject.
         entered: bool,
     },
-    /// The answer was not waited for, and is not for the guest when it comes.
-    Late {
-        guest: String,
-        entered: bool,
-    },
 }
 
-/// An answer to us that nobody waits for.
+/// An answer to us in the name of one that is no guest any more.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 enum Stray {
-    /// The guest has left or entered by itself before the room had answered; the room hears of that after our question.
+    /// It has left before the room had answered; the room hears of that after our question.
     Asked,
-    /// The same, and the room has let the guest in for us: history and subject follow.
+    /// The same, and the room has let it in for us: history and subject follow.
     Told,
-    /// It seems to have come. What looked like its end may have been a new subject, and an earlier process may have asked as well.
-    Ended,
+    /// The room had put it out before it heard our question, has let it in, and is told that it leaves: what it tells one who enters is for us.
+    Unwanted,
 }
 
-impl Stray {
-    fn entered(self) -> Self {
-        match self {
-            Self::Asked | Self::Told => Self::Told,
-            Self::Ended => Self::Ended,
-        }
-    }
+/// What history and subject are to a guest.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Expected {
+    /// It has asked to enter.
+    Answer,
+    /// We have, in its name.
+    Repetition,
+    Nothing,
 }
 
 /// A room that may have said more than we know.
@@ -139,18 +167,8 @@ struct Check {
     until: Mono,
     /// Who was inside when the last process ended, and is.
     inside: BTreeSet<String>,
-    /// Of these, who had asked to enter and had no answer yet: what the room then repeats is for them.
-    asking: BTreeSet<String>,
     history: VecDeque<Line>,
     held: Vec<Held>,
-}
-
-/// Who is in a room of ours.
-#[derive(Debug, Default)]
-pub struct Inside {
-    pub guests: BTreeSet<String>,
-    /// Of these, who has asked to enter and was not told all yet.
-    pub asking: BTreeSet<String>,
 }
 
 /// What a group message is here.
@@ -178,8 +196,9 @@ pub struct Tails {
     useless: Vec<Bytes>,
     /// Rooms whose rows are to be written.
     changed: BTreeSet<String>,
-    /// By room and guest, answers that nobody waits for any more, and until when they are: they may be lost, and must not take what is the
-    /// guest's own with them. One for each room that was asked.
+    /// History that nobody has asked for was for a process before this one, whose question is not known any more.
+    doubtful_until: Option<Mono>,
+    /// By room and address, and until when they may come: they may be lost. One for each room that was asked.
     strays: BTreeMap<(String, String), (Stray, Mono)>,
     /// Of the last of them.
     strays_until: Option<Mono>,
@@ -208,24 +227,21 @@ impl Tails {
     /// A process begins: these are in our rooms. Gives those who may be asked about first.
     pub fn suspect(
         &mut self,
-        inside: BTreeMap<String, Inside>,
+        inside: BTreeMap<String, BTreeSet<String>>,
         now: Now,
         outputs: &mut VecDeque<Output>,
     ) -> Vec<(String, String)> {
         let said_at = |room: &String| self.tails.get(room).map(|tail| tail.said_at);
         let mut rooms: Vec<_> = inside.into_iter().filter(|(room, _)| said_at(room).is_some()).collect();
         rooms.sort_by_key(|(room, _)| std::cmp::Reverse(said_at(room)));
+        self.doubtful_until = Some(now.mono + PATIENCE);
         let mut first = Vec::new();
         for (room, inside) in rooms.into_iter().take(ROOMS_MAX) {
-            let Inside { guests, asking } = inside;
-            // An answer to both could be taken for the other's.
-            let guest = guests.difference(&asking).next().or(guests.first());
-            first.extend(guest.map(|guest| (room.clone(), guest.clone())));
+            first.extend(inside.first().map(|guest| (room.clone(), guest.clone())));
             let check = Check {
                 stage: Stage::Suspected,
                 until: now.mono + PATIENCE,
-                inside: guests,
-                asking,
+                inside,
                 history: VecDeque::new(),
                 held: Vec::new(),
             };
@@ -260,15 +276,11 @@ impl Tails {
     }
 
     pub fn poll_timeout(&self) -> Option<Mono> {
-        let waiting = self.checks.values().filter(|check| check.waits());
-        waiting.map(|check| check.until).min()
+        self.checks.values().map(|check| check.until).min()
     }
 
     pub fn handle_timeout(&mut self, now: Now, outputs: &mut VecDeque<Output>) {
-        let late = self
-            .checks
-            .iter()
-            .filter(|(_, check)| check.waits() && check.until <= now.mono);
+        let late = self.checks.iter().filter(|(_, check)| check.until <= now.mono);
         for room in late.map(|(room, _)| room.clone()).collect::<Vec<_>>() {
             self.conclude(&room, now, outputs);
         }
@@ -280,92 +292,86 @@ impl Tails {
         matches!(stage, Some(Stage::Suspected))
     }
 
-    /// Whether it may be asked in the name of this guest, who is inside. One that enters by itself meanwhile would take the answer for its own.
-    pub fn may_ask(&self, room: &str, guest: &str) -> bool {
-        let check = self.checks.get(room).filter(|_| self.is_suspected(room));
-        check.is_some_and(|check| check.expects_nothing(guest) || check.inside == check.asking)
-    }
-
-    pub fn asked(&mut self, room: &str, guest: &str) {
+    pub fn asked(&mut self, room: &str, guest: &str, id: &str) {
         if let Some(check) = self.checks.get_mut(room) {
             check.stage = Stage::Asked {
                 guest: guest.to_owned(),
+                id: id.to_owned(),
                 entered: false,
             };
         }
     }
 
-    /// The room has told a guest that it is in: says whether something was to come before that.
-    pub fn entered(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) -> bool {
-        if let Some(check) = self.checks.get_mut(room)
-            && let Stage::Asked { guest: asked, entered } | Stage::Late { guest: asked, entered } = &mut check.stage
+    /// The room has let a guest in again because we have asked for it under this id: it repeats its last words.
+    pub fn repeats(&mut self, room: &str, guest: &str, wish: &str) {
+        if let Some(Stage::Asked {
+            guest: asked,
+            id,
+            entered,
+        }) = self.checks.get_mut(room).map(|check| &mut check.stage)
         {
-            *entered |= asked == guest;
+            *entered |= asked == guest && id == wish;
         }
-        let Some(tail) = self.tails.get_mut(room) else {
-            self.tails.insert(room.to_owned(), Tail::new(now));
-            self.changed.insert(room.to_owned());
-            return false;
-        };
-        // What was said before is in the history that it gets.
-        let check = self.checks.get_mut(room).filter(|check| check.waits());
-        if check.as_ref().is_some_and(|check| check.expects_nothing(guest)) {
-            return false;
-        }
-        let waits = check.is_some();
-        // And what has waited for it comes before that.
+    }
+
+    /// The room has let in a guest that had asked for it: says whether something was to come before that.
+    pub fn entered(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) -> bool {
+        let tail = self.tails.entry(room.to_owned()).or_insert_with(|| Tail::new(now));
+        // What was said before is in the history that it gets. And what has waited for it comes before that.
         let held = self.held_bytes;
-        if let Some(check) = check {
+        if let Some(check) = self.checks.get_mut(room) {
             check.release(guest, room, &mut self.held_bytes, &mut self.useless, outputs);
         }
-        let released = self.held_bytes < held;
         let mark = mark_of(&[guest.as_bytes()]);
-        let is_new = tail.served.as_mut().is_some_and(|served| served.insert(mark));
-        if waits && tail.newcomers.insert(mark) || is_new {
-            self.changed.insert(room.to_owned());
+        if let Some(served) = &mut tail.served {
+            served.insert(mark);
         }
-        released
-    }
-
-    /// The room has refused something to a guest: says whether that was ours.
-    pub fn refused(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) -> bool {
-        let stage = self.checks.get(room).map(|check| &check.stage);
-        let (Some(Stage::Asked { guest: asked, entered }) | Some(Stage::Late { guest: asked, entered })) = stage else {
-            return false;
+        let entrance = Entrance {
+            at: now.wall,
+            told: None,
         };
-        let is_ours = asked == guest && !entered;
-        if is_ours {
-            self.conclude(room, now, outputs);
-            self.checks.remove(room);
-        }
-        is_ours
+        tail.newcomers.insert(mark, entrance);
+        self.changed.insert(room.to_owned());
+        self.held_bytes < held
     }
 
-    /// A guest enters by itself: the history that it gets has what was lost.
-    pub fn enters(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
-        let was_inside = self.checks.get(room).is_some_and(|check| check.inside.contains(guest));
-        self.leaves(room, guest, now);
-        self.left(room, guest, now, outputs);
-        let waits = self.checks.get(room).is_some_and(Check::waits);
-        if let Some(tail) = self.tails.get_mut(room).filter(|_| was_inside && waits)
-            && tail.newcomers.insert(mark_of(&[guest.as_bytes()]))
+    /// The room has refused something that we have said in a guest's name.
+    pub fn refused(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
+        self.strays.remove(&(room.to_owned(), guest.to_owned()));
+        let stage = self.checks.get(room).map(|check| &check.stage);
+        if let Some(Stage::Asked {
+            guest: asked, entered, ..
+        }) = stage
+            && asked == guest
+            && !entered
         {
+            self.conclude(room, now, outputs);
+        }
+    }
+
+    /// A guest enters by itself: the history that it gets has what was lost. Says whether one that it gets before that is for us.
+    pub fn enters(&mut self, room: &str, guest: &str) -> bool {
+        if let Some(tail) = self.tails.get_mut(room) {
+            tail.newcomers.insert(mark_of(&[guest.as_bytes()]), Entrance::TO_COME);
             self.changed.insert(room.to_owned());
         }
+        let key = (room.to_owned(), guest.to_owned());
+        let is_known = matches!(self.strays.get(&key), Some((Stray::Asked | Stray::Told, _)));
+        is_known && self.strays.remove(&key).is_some_and(|(stray, _)| stray == Stray::Told)
     }
 
-    /// A guest leaves or enters by itself, and the room may still answer what we have asked in its name: that comes before it hears of this.
-    pub fn leaves(&mut self, room: &str, guest: &str, now: Now) {
+    /// A guest leaves by itself, and the room may still answer what we have asked in its name, or does so: that comes before it hears of this.
+    pub fn leaves(&mut self, room: &str, guest: &str, is_told: bool, now: Now) {
         let stage = self.checks.get(room).map(|check| &check.stage);
-        if let Some(Stage::Asked { guest: asked, entered } | Stage::Late { guest: asked, entered }) = stage
-            && asked == guest
-        {
-            let stray = match entered {
-                true => Stray::Told,
-                false => Stray::Asked,
-            };
-            self.expect_stray(room, guest, stray, now);
-        }
+        let is_asked = matches!(stage, Some(Stage::Asked { guest: asked, entered: false, .. }) if asked == guest);
+        // Or a process before this one has asked.
+        let is_asked = is_asked || self.doubtful_until > Some(now.mono);
+        let stray = match (is_told, is_asked) {
+            (true, _) => Stray::Told,
+            (false, true) => Stray::Asked,
+            (false, false) => return,
+        };
+        self.expect_stray(room, guest, stray, now);
     }
 
     pub fn expects_strays(&mut self, now: Now) -> bool {
@@ -376,55 +382,73 @@ impl Tails {
     }
 
     fn expect_stray(&mut self, room: &str, guest: &str, stray: Stray, now: Now) {
-        let until = now.mono + PATIENCE;
+        let until = now.mono + STRAY_MAX;
         self.strays_until = Some(until);
         self.strays.insert((room.to_owned(), guest.to_owned()), (stray, until));
     }
 
-    /// Whether this answers what we have asked, and nobody waits for it any more. The guest it comes to may have asked for the same itself.
-    pub fn is_stray(&mut self, stanza: &Stanza, room: &str, to: &str, asking: bool, now: Now) -> bool {
+    pub fn has_stray(&self, room: &str, to: &str) -> bool {
+        self.strays.contains_key(&(room.to_owned(), to.to_owned()))
+    }
+
+    /// Whether this answers what we have asked in the name of one that is no guest any more.
+    pub fn is_stray(&mut self, stanza: &Stanza, room: &str, to: &str, now: Now) -> bool {
         let key = (room.to_owned(), to.to_owned());
-        let Some((stray, until)) = self.strays.get_mut(&key) else {
+        let Some((stray, until)) = self.strays.get_mut(&key).filter(|_| stanza.kind() != Kind::Iq) else {
             return false;
         };
-        let is_own = *stray == Stray::Ended && asking;
-        let is_out = stanza.stanza_type().as_deref() == Some("unavailable") && stanza.has_muc_status("110");
-        if *until <= now.mono || is_own || is_out {
-            self.strays.remove(&key);
-            return false;
+        let is_own = stanza.kind() == Kind::Presence && stanza.has_muc_status("110");
+        let is_ours = || stanza.id().is_some_and(|id| is_wish_of(&id, to));
+        match (*stray, is_own, stanza.stanza_type().is_none()) {
+            _ if *until <= now.mono => drop(self.strays.remove(&key)),
+            // Or it has left by itself before a process was killed, and this is the answer.
+            (Stray::Unwanted, true, false) => drop(self.strays.remove(&key)),
+            // It has asked itself since.
+            (Stray::Unwanted, true, true) if !is_ours() => drop(self.strays.remove(&key)),
+            (Stray::Asked | Stray::Told, true, false) => drop(self.strays.remove(&key)),
+            (Stray::Asked, true, true) if is_ours() => *stray = Stray::Told,
+            (Stray::Told, true, true) if !is_ours() => *stray = Stray::Asked,
+            (Stray::Asked, ..) | (Stray::Told, true, true) => {}
+            (Stray::Unwanted, true, true) => return true,
+            (Stray::Unwanted, false, is_available) if stanza.kind() == Kind::Presence => return is_available,
+            (Stray::Told | Stray::Unwanted, false, _) => {
+                return match Tail::new(now).read(stanza, room) {
+                    Word::Line { .. } => true,
+                    Word::Subject(_) => {
+                        if *stray == Stray::Told {
+                            *stray = Stray::Asked;
+                        }
+                        true
+                    }
+                    Word::Said(_) | Word::Other => false,
+                };
+            }
         }
-        if stanza.kind() == Kind::Presence && stanza.stanza_type().is_none() && stanza.has_muc_status("110") {
-            *stray = stray.entered();
-        }
-        if stanza.kind() != Kind::Message || stanza.stanza_type().as_deref() != Some("groupchat") {
-            return false;
-        }
-        match (Tail::new(now).read(stanza, room), *stray) {
-            (Word::Line { .. }, Stray::Told | Stray::Ended) => true,
-            (Word::Subject(_), Stray::Told) => self.strays.remove(&key).is_some(),
-            (Word::Line { .. } | Word::Subject(_), _) | (Word::Said(_) | Word::Other, _) => false,
-        }
+        false
+    }
+
+    /// What a room has to say to this one comes because of us, until it is out again.
+    pub fn expect_unwanted(&mut self, room: &str, guest: &str, now: Now) {
+        self.expect_stray(room, guest, Stray::Unwanted, now);
     }
 
     /// A guest is out, or enters by itself: it is told all it needs, and can be asked for nothing. What waits for it crosses before that.
     pub fn left(&mut self, room: &str, guest: &str, now: Now, outputs: &mut VecDeque<Output>) {
+        if let Some(tail) = self.tails.get_mut(room) {
+            tail.newcomers.remove(&mark_of(&[guest.as_bytes()]));
+        }
         let Some(check) = self.checks.get_mut(room) else { return };
         check.inside.remove(guest);
         check.release(guest, room, &mut self.held_bytes, &mut self.useless, outputs);
-        let asked = match &check.stage {
-            Stage::Asked { guest, .. } | Stage::Late { guest, .. } => Some(guest),
-            Stage::Suspected => None,
-        };
-        if asked.is_some_and(|asked| asked == guest) || check.inside.is_empty() {
+        let is_asked = matches!(&check.stage, Stage::Asked { guest: asked, .. } if asked == guest);
+        if is_asked || check.inside.is_empty() {
             self.conclude(room, now, outputs);
-            self.checks.remove(room);
         }
     }
 
     /// Nobody of the peer's users is in it any more.
     pub fn close(&mut self, room: &str, now: Now, outputs: &mut VecDeque<Output>) {
         self.conclude(room, now, outputs);
-        self.checks.remove(room);
         if self.tails.remove(room).is_some() {
             self.changed.insert(room.to_owned());
         }
@@ -465,15 +489,9 @@ impl Tails {
         self.changed.insert(room.to_owned());
     }
 
-    /// Whether what a room repeats to this guest is what it was asked for.
-    pub fn is_asked(&self, room: &str, guest: &str) -> bool {
-        self.checks.get(room).is_some_and(|check| check.is_for_us(guest))
-    }
-
     /// What waits in a room does so no longer.
     pub fn settle(&mut self, room: &str, now: Now, outputs: &mut VecDeque<Output>) {
         self.conclude(room, now, outputs);
-        self.checks.remove(room);
     }
 
     /// A message of a room to somebody in it: gives it back, unless it waits or is for us alone.
@@ -482,6 +500,7 @@ impl Tails {
         stanza: Stanza,
         room: &str,
         to: &str,
+        expected: Expected,
         now: Now,
         outputs: &mut VecDeque<Output>,
     ) -> Option<Stanza> {
@@ -492,7 +511,7 @@ impl Tails {
         let word = tail.read(&stanza, room);
         let check = self.checks.get_mut(room);
         match (word, check) {
-            (Word::Said(mark), Some(check)) if check.waits() => {
+            (Word::Said(mark), Some(check)) => {
                 self.held_bytes += stanza.bytes().len();
                 self.last += 1;
                 check.held.push(Held {
@@ -508,13 +527,13 @@ impl Tails {
                 }
                 None
             }
-            (Word::Said(mark), _) => {
+            (Word::Said(mark), None) => {
                 tail.note(mark, to, now);
                 self.changed.insert(room.to_owned());
                 Some(stanza)
             }
-            (Word::Line { mark, stamp }, Some(check)) if check.is_for_us(to) => {
-                if check.waits() {
+            (Word::Line { mark, stamp }, check) if expected == Expected::Repetition => {
+                if let Some(check) = check.filter(|check| check.is_told(to)) {
                     check.history.push_back(Line { stanza, mark, stamp });
                     // A room that tells more than it was asked for.
                     if check.history.len() > LINES_MAX {
@@ -523,24 +542,32 @@ impl Tails {
                 }
                 None
             }
-            // What the process before had asked for.
-            (Word::Line { .. }, Some(check)) if check.waits() && check.expects_nothing(to) => None,
+            (Word::Line { .. }, _) if expected == Expected::Nothing && self.doubtful_until > Some(now.mono) => None,
             (Word::Line { mark, .. }, check) => {
-                if tail.served.is_none() {
-                    tail.push(mark);
-                    self.changed.insert(room.to_owned());
+                // That it has entered may be lost with a process.
+                let held = self.held_bytes;
+                if let Some(check) = check {
+                    check.release(to, room, &mut self.held_bytes, &mut self.useless, outputs);
                 }
-                // Its own history, from now on: what was said later is still to come.
-                let is_new = check.is_some_and(|check| check.waits() && check.inside.contains(to));
-                if is_new && tail.newcomers.insert(mark_of(&[to.as_bytes()])) {
-                    self.changed.insert(room.to_owned());
+                if tail.served.is_none() && !tail.said.contains(&mark) {
+                    tail.push(mark);
+                }
+                let newcomer = tail.newcomers.entry(mark_of(&[to.as_bytes()]));
+                newcomer
+                    .or_insert(Entrance {
+                        at: now.wall,
+                        told: None,
+                    })
+                    .told = Some(mark);
+                self.changed.insert(room.to_owned());
+                if self.held_bytes < held {
+                    outputs.push_back(Output::Cross(stanza));
+                    return None;
                 }
                 Some(stanza)
             }
-            (Word::Subject(_), Some(check)) if check.is_for_us(to) => {
+            (Word::Subject(_), Some(check)) if expected == Expected::Repetition && check.is_told(to) => {
                 self.conclude(room, now, outputs);
-                self.checks.remove(room);
-                self.expect_stray(room, to, Stray::Ended, now);
                 // After what was missing and what has waited.
                 outputs.push_back(Output::Cross(stanza));
                 None
@@ -574,16 +601,13 @@ impl Tails {
                 outputs.extend(stanza.map(Output::Cross));
             }
             // They have the latest, from the room or its history.
-            let newcomers = std::mem::take(&mut tail.newcomers);
-            tail.served.iter_mut().for_each(|served| served.extend(&newcomers));
+            let newcomers = tail.newcomers.keys();
+            tail.served
+                .iter_mut()
+                .for_each(|served| served.extend(newcomers.clone()));
             self.changed.insert(room.to_owned());
         } else {
             outputs.extend(held.into_iter().filter_map(|held| held.stanza).map(Output::Cross));
-        }
-        // Its answer may still come.
-        if let Stage::Asked { guest, entered } | Stage::Late { guest, entered } = check.stage {
-            check.stage = Stage::Late { guest, entered };
-            self.checks.insert(room.to_owned(), check);
         }
     }
 
@@ -644,24 +668,9 @@ impl Check {
         }
     }
 
-    fn waits(&self) -> bool {
-        match self.stage {
-            Stage::Suspected | Stage::Asked { .. } => true,
-            Stage::Late { .. } => false,
-        }
-    }
-
-    /// Whether a guest was inside all the time and has not asked for anything.
-    fn expects_nothing(&self, guest: &str) -> bool {
-        self.inside.contains(guest) && !self.asking.contains(guest)
-    }
-
     /// Whether history and subject to this guest are what we have asked for.
-    fn is_for_us(&self, to: &str) -> bool {
-        match &self.stage {
-            Stage::Suspected => false,
-            Stage::Asked { guest, entered } | Stage::Late { guest, entered } => *entered && guest == to,
-        }
+    fn is_told(&self, to: &str) -> bool {
+        matches!(&self.stage, Stage::Asked { guest, entered: true, .. } if guest == to)
     }
 }
 
@@ -672,7 +681,7 @@ impl Tail {
             said_at: now.wall,
             said: VecDeque::new(),
             served: None,
-            newcomers: BTreeSet::new(),
+            newcomers: BTreeMap::new(),
             subject: None,
             copy: None,
         }
@@ -720,6 +729,7 @@ impl Tail {
     /// This was sent to this guest.
     fn note(&mut self, mark: u64, to: &str, now: Now) {
         let to = mark_of(&[to.as_bytes()]);
+        self.newcomers.remove(&to);
         match &mut self.served {
             Some(served) if self.said.back() == Some(&mark) && !served.contains(&to) => {
                 served.insert(to);
@@ -748,8 +758,10 @@ impl Tail {
         inside: &BTreeSet<String>,
     ) -> (Vec<(Option<Stanza>, u64, String)>, u64) {
         let (mut words, mut found) = (Vec::new(), 0);
-        let mut send = |line: &Line, served: &dyn Fn(&String) -> bool| {
-            let knows = |guest: &String| self.newcomers.contains(&mark_of(&[guest.as_bytes()]));
+        let mut send = |at: usize, served: &dyn Fn(&String) -> bool| {
+            let line = &history[at];
+            let entrance = |guest: &String| self.newcomers.get(&mark_of(&[guest.as_bytes()]));
+            let knows = |guest: &String| entrance(guest).is_some_and(|entrance| entrance.knows(history, at));
             let rest = inside.iter().filter(|guest| !served(guest) && !knows(guest));
             let copies = rest.filter_map(|to| Some((Some(line.stanza.with_to(to)?), line.mark, to.clone())));
             let copies: Vec<_> = copies.collect();
@@ -772,29 +784,28 @@ impl Tail {
             let served = self.served.as_ref();
             served.is_none_or(|served| served.contains(&mark_of(&[guest.as_bytes()])))
         };
+        // Who has entered since has it from the history, too.
+        let is_new = |guest: &str| self.newcomers.contains_key(&mark_of(&[guest.as_bytes()]));
         let goes_on = |event: &Event| {
-            self.said.back() == Some(&event.mark) && event.copies.iter().all(|held| !was_served(&held.to))
+            let mut copies = event.copies.iter();
+            self.said.back() == Some(&event.mark) && copies.all(|held| !was_served(&held.to) || is_new(&held.to))
         };
         let more = events.next_if(goes_on).map(|event| event.copies).unwrap_or_default();
         // Whether a process has ended after what came last.
         let mut gap = more.last().is_none_or(|held| held.old);
         if let Some(at) = latest {
             let waits = |guest: &String| more.iter().any(|held| held.to == *guest);
-            words.extend(send(&history[at], &|guest| was_served(guest) || waits(guest)));
+            words.extend(send(at, &|guest| was_served(guest) || waits(guest)));
         }
         words.extend(more.into_iter().map(|held| (held.stanza, held.mark, held.to)));
         for Event { mark, copies } in events {
             let found = history.range(begin..).position(|line| line.mark == mark);
             if let Some(ahead) = found.filter(|_| gap) {
-                words.extend(
-                    history
-                        .range(begin..begin + ahead)
-                        .flat_map(|line| send(line, &|_| false)),
-                );
+                words.extend((begin..begin + ahead).flat_map(|at| send(at, &|_| false)));
             }
+            let was_cut = gap || copies.iter().any(|held| held.old);
             gap = copies.last().is_some_and(|held| held.old);
-            let was_cut = copies.iter().any(|held| held.old);
-            let line = found.and_then(|ahead| history.get(begin + ahead));
+            let line = found.map(|ahead| begin + ahead);
             begin = found.map_or(history.len(), |ahead| begin + ahead + 1);
             let served: BTreeSet<String> = copies.iter().map(|held| held.to.clone()).collect();
             words.extend(copies.into_iter().map(|held| (held.stanza, mark, held.to)));
@@ -803,7 +814,7 @@ impl Tail {
             }
         }
         if gap {
-            words.extend(history.range(begin..).flat_map(|line| send(line, &|_| false)));
+            words.extend((begin..history.len()).flat_map(|at| send(at, &|_| false)));
         }
         (words, found)
     }
@@ -816,13 +827,14 @@ impl Tail {
         put_len(&mut out, self.said.len());
         put_len(&mut out, self.served.as_ref().map_or(0, BTreeSet::len));
         put_len(&mut out, self.newcomers.len());
-        for mark in self
-            .said
-            .iter()
-            .chain(self.served.iter().flatten())
-            .chain(&self.newcomers)
-        {
+        for mark in self.said.iter().chain(self.served.iter().flatten()) {
             out.extend_from_slice(&mark.to_be_bytes());
+        }
+        for (guest, Entrance { at, told }) in &self.newcomers {
+            out.extend_from_slice(&guest.to_be_bytes());
+            put_varint(&mut out, at.0);
+            out.push(u8::from(told.is_some()));
+            out.extend(told.iter().flat_map(|told| told.to_be_bytes()));
         }
         if let Some(subject) = self.subject {
             out.extend_from_slice(&subject.to_be_bytes());
@@ -841,7 +853,15 @@ impl Tail {
         let mark = |reader: &mut Reader<'_>| Some(u64::from_be_bytes(reader.take(8).ok()?.try_into().ok()?));
         let said = (0..said).map(|_| mark(&mut reader)).collect::<Option<_>>()?;
         let served = (0..served).map(|_| mark(&mut reader)).collect::<Option<_>>()?;
-        let newcomers = (0..newcomers).map(|_| mark(&mut reader)).collect::<Option<_>>()?;
+        let newcomer = |reader: &mut Reader<'_>| {
+            let (guest, at) = (mark(reader)?, Wall(reader.varint().ok()?));
+            let told = match reader.byte().ok()? {
+                0 => None,
+                _ => Some(mark(reader)?),
+            };
+            Some((guest, Entrance { at, told }))
+        };
+        let newcomers = (0..newcomers).map(|_| newcomer(&mut reader)).collect::<Option<_>>()?;
         let subject = match reader.is_empty() {
             true => None,
             false => Some(mark(&mut reader)?),

@@ -1,5 +1,7 @@
 //! One mirror by itself: what it gives its server and its peer, stanza by stanza.
 
+use std::borrow::Cow;
+
 use super::{words::to_attribute, *};
 use crate::{stanza::ns, time::Wall};
 
@@ -28,6 +30,8 @@ struct Site {
     now: Now,
     /// How long what crosses has waited.
     held: Duration,
+    /// The id under which a room was last asked to repeat its words.
+    wish: String,
 }
 
 /// What a site's server was given, copy by copy, and what crossed.
@@ -48,6 +52,7 @@ impl Site {
             rows: BTreeMap::new(),
             now,
             held: Duration::ZERO,
+            wish: String::new(),
         }
     }
 
@@ -1330,8 +1335,18 @@ fn hosting_two() -> Site {
 impl Site {
     /// Our room lets a guest in.
     fn room_says_in(&mut self, user: &str) -> Seen {
+        self.room_lets_in(user, "")
+    }
+
+    /// It does so because we have asked for it.
+    fn room_repeats(&mut self, user: &str) -> Seen {
+        let id = format!(" id='{}'", self.wish);
+        self.room_lets_in(user, &id)
+    }
+
+    fn room_lets_in(&mut self, user: &str, id: &str) -> Seen {
         self.local(&format!(
-            "<presence from='{MESS}/{user}' to='{user}@a.example/r'><x xmlns='{}'><item affiliation='none' role='participant'/>\
+            "<presence from='{MESS}/{user}' to='{user}@a.example/r'{id}><x xmlns='{}'><item affiliation='none' role='participant'/>\
              <status code='110'/></x></presence>",
             ns::MUC_USER
         ))
@@ -1371,8 +1386,12 @@ impl Site {
     fn is_inside(&mut self, ping: &str) -> Vec<String> {
         let ping = stanza(ping);
         let (from, to, id) = (ping.to().unwrap(), ping.from().unwrap(), ping.id().unwrap());
-        self.local(&format!("<iq type='result' from='{from}' to='{to}' id='{id}'/>"))
-            .asked
+        let asked = self
+            .local(&format!("<iq type='result' from='{from}' to='{to}' id='{id}'/>"))
+            .asked;
+        let wish = asked.first().and_then(|join| stanza(join).id().map(Cow::into_owned));
+        self.wish = wish.unwrap_or_default();
+        asked
     }
 }
 
@@ -1422,7 +1441,7 @@ fn lost_words_are_found() {
     for to in ["a1", "a2"] {
         assert_eq!(site.room_says("four", to), Vec::<String>::new());
     }
-    assert_eq!(site.room_says_in("a1").crossed.len(), 1);
+    assert_eq!(site.room_repeats("a1").crossed.len(), 1);
     for line in ["zero", "one", "two", "three", "four"] {
         assert_eq!(site.room_remembers(line, "a1"), Vec::<String>::new());
     }
@@ -1443,7 +1462,7 @@ fn lost_words_are_found() {
     site.room_says("five", "a2");
     let asked = site.killed();
     site.is_inside(&asked[0]);
-    site.room_says_in("a1");
+    site.room_repeats("a1");
     for line in ["three", "four", "five"] {
         site.room_remembers(line, "a1");
     }
@@ -1482,13 +1501,12 @@ fn a_message_goes_on_where_it_was_cut() {
     let asked = site.killed();
     assert!(site.room_says("one", "a3").is_empty());
     site.is_inside(&asked[0]);
-    site.room_says_in("a1");
+    site.room_repeats("a1");
     site.room_remembers("one", "a1");
     assert_eq!(site.room_ends("a1"), ["one>a2 late", "one>a3", "->a1"]);
 }
 
-/// What a room said to a guest and waits crosses before the guest's leave, whoever tells of that, and not again; it is not taken for what
-/// others missed.
+/// What a room said to a guest and waits crosses before the guest's leave, whoever tells of that, and not again.
 #[test]
 fn what_waits_for_who_leaves_comes_first() {
     for by_room in [true, false] {
@@ -1511,12 +1529,13 @@ fn what_waits_for_who_leaves_comes_first() {
         };
         let expected: &[&str] = if by_room { &["two>a2", "->a2"] } else { &["two>a2"] };
         assert_eq!(words(&came), expected);
-        site.room_says_in("a1");
+        site.room_repeats("a1");
         for line in ["one", "two"] {
             site.room_remembers(line, "a1");
         }
-        assert_eq!(site.room_ends("a1"), ["->a1"]);
-        assert_eq!(site.room_says("two", "a1"), ["two>a1"]);
+        // The copy that came before it may have been lost.
+        assert_eq!(site.room_ends("a1"), ["two>a1 late", "->a1"]);
+        assert_eq!(site.room_says("three", "a1"), ["three>a1"]);
     }
 }
 
@@ -1535,7 +1554,7 @@ fn who_enters_late_has_the_history() {
     assert_eq!(site.room_remembers("two", "a3"), ["two>a3 late"]);
     let asked = site.killed();
     site.is_inside(&asked[0]);
-    site.room_says_in("a1");
+    site.room_repeats("a1");
     site.room_remembers("one", "a1");
     site.room_remembers("two", "a1");
     assert_eq!(site.room_ends("a1"), ["two>a1 late", "two>a2 late", "->a1"]);
@@ -1559,7 +1578,7 @@ fn who_enters_while_words_wait_has_them() {
     assert_eq!(site.room_remembers("two", "a3"), ["two>a3 late"]);
     for asked in [asked, site.killed()] {
         site.is_inside(&asked[0]);
-        site.room_says_in("a1");
+        site.room_repeats("a1");
         site.room_remembers("one", "a1");
         site.room_remembers("two", "a1");
         assert!(!site.room_ends("a1").contains(&"two>a3 late".to_owned()));
@@ -1605,7 +1624,7 @@ fn words_that_wait_outlive_the_process() {
         for to in ["a1", "a2"] {
             assert!(site.room_says("five", to).is_empty());
         }
-        site.room_says_in("a1");
+        site.room_repeats("a1");
         for line in ["one", "two", "three", "four", "five"] {
             site.room_remembers(line, "a1");
         }
@@ -1633,7 +1652,7 @@ fn no_word_is_said_twice() {
         }
         let asked = site.killed();
         site.is_inside(&asked[0]);
-        site.room_says_in("a1");
+        site.room_repeats("a1");
         for line in history {
             site.room_remembers(line, "a1");
         }
@@ -1655,7 +1674,7 @@ fn the_first_words_are_found() {
     site.room_ends("a1");
     let asked = site.killed();
     site.is_inside(&asked[0]);
-    site.room_says_in("a1");
+    site.room_repeats("a1");
     let old = format!("<delay xmlns='urn:xmpp:delay' from='{MESS}' stamp='2026-11-20T09:00:00.5Z'/>");
     site.local(&room_line("before", "a1", &old));
     site.room_remembers("after", "a1");
@@ -1679,7 +1698,7 @@ fn words_do_not_wait_for_ever() {
     assert!(site.pass(9).crossed.is_empty());
     assert_eq!(words(&site.pass(1)), ["two>a2"]);
     assert_eq!(site.room_says("three", "a2"), ["three>a2"]);
-    site.room_says_in("a1");
+    site.room_repeats("a1");
     assert_eq!(site.room_remembers("two", "a1"), Vec::<String>::new());
     assert_eq!(site.room_ends("a1"), ["->a1"]);
     site.asks_to_enter("a1");
@@ -1710,17 +1729,19 @@ fn what_is_repeated_is_not_for_the_guest() {
     let asked = site.killed();
     let join = site.is_inside(&asked[0]);
     assert!(has(&join, &["<show>away</show>", "<history"]), "{join:?}");
-    let reflected = format!(
-        "<presence from='{MESS}/a1' to='a1@a.example/r'><show>away</show><status>The link to this user&apos;s server is \
+    let reflected = |id: &str| {
+        format!(
+            "<presence from='{MESS}/a1' to='a1@a.example/r' id='{id}'><show>away</show><status>The link to this user&apos;s server is \
          down.</status><x xmlns='{}'><item affiliation='none' role='participant'/><status code='110'/></x></presence>",
-        ns::MUC_USER
-    );
-    assert_eq!(site.local(&reflected), Seen::default());
+            ns::MUC_USER
+        )
+    };
+    assert_eq!(site.local(&reflected(&site.wish.clone())), Seen::default());
     site.killed();
     assert!(site.room_remembers("one", "a1").is_empty());
     let asked = site.killed();
     site.is_inside(&asked[0]);
-    site.local(&reflected);
+    site.local(&reflected(&site.wish.clone()));
     assert!(site.room_remembers("one", "a1").is_empty());
     assert_eq!(site.room_ends("a1"), ["->a1"]);
 }
@@ -1733,12 +1754,14 @@ fn a_refusal_to_repeat_is_not_the_guests() {
     let asked = site.killed();
     site.is_inside(&asked[0]);
     assert!(site.room_says("two", "a1").is_empty());
-    let refusal = format!(
-        "<presence type='error' from='{MESS}/a1' to='a1@a.example/r'><error type='auth'><not-authorized xmlns='{}'/></error></presence>",
-        ns::STANZA_ERRORS
-    );
-    assert_eq!(words(&site.local(&refusal)), ["two>a1"]);
-    assert_eq!(site.local(&refusal).crossed.len(), 1);
+    let refusal = |id: &str| {
+        format!(
+            "<presence type='error' from='{MESS}/a1' to='a1@a.example/r' id='{id}'><error type='auth'><not-authorized xmlns='{}'/></error></presence>",
+            ns::STANZA_ERRORS
+        )
+    };
+    assert_eq!(words(&site.local(&refusal(&site.wish.clone()))), ["two>a1"]);
+    assert_eq!(site.local(&refusal("own")).crossed.len(), 1);
     assert_eq!(site.mirror.levels().guests, 2);
 }
 
@@ -1759,6 +1782,217 @@ fn who_is_out_does_not_enter_again() {
     let asked = site.pass(0).asked;
     assert!(asked.len() == 1 && has(&asked, &["from='a2@", "<ping"]), "{asked:?}");
     assert!(has(&site.is_inside(&asked[0]), &["from='a2@", "<history"]));
+}
+
+/// A room repeats our own word about a guest also when it tells everybody another role: that is news beyond the link, and goes on as the guest
+/// itself would have it said.
+#[test]
+fn a_new_role_of_who_is_away_is_told() {
+    let mut site = hosting_two();
+    let told = |role: &str, status: &str, to: &str| {
+        let item = format!("<item affiliation='none' role='{role}'/>");
+        room_presence("a1", to, "", &item).replacen('>', &format!(">{status}"), 1)
+    };
+    let away = "<show>away</show><status>The link to this user&apos;s server is down.</status>";
+    assert!(has(&site.split().delivered, &["<show>away</show>"]));
+    assert_eq!(site.local(&told("participant", away, "a2")), Seen::default());
+    // And everything that it says of this one then, also if it is the first role again.
+    for role in ["visitor", "participant"] {
+        let crossed = site.local(&told(role, away, "a2")).crossed;
+        assert_eq!(crossed, [told(role, "", "a2")]);
+        site.mirror = Site::mirror(&site.settings, &site.rows, site.now);
+    }
+    assert!(has(&site.up().delivered, &["to='mess@conference.b.example/a1'"]));
+    assert_eq!(site.local(&told("visitor", "", "a2")).crossed.len(), 1);
+    assert!(!site.split().delivered.is_empty());
+    assert_eq!(site.local(&told("participant", away, "a2")), Seen::default());
+}
+
+/// What we say in a guest's name has ids of ours; that a room refuses it, since the guest is out, is no news for the guest.
+#[test]
+fn refusals_of_what_we_have_said_stay_here() {
+    let mut site = hosting_two();
+    let said = stanza(&site.split().delivered[0]);
+    let refusal = |id: &str| {
+        room_presence("a1", "a1", &format!(" type='error' id='{id}'"), "")
+            .replace("</presence>", "<error type='cancel'/></presence>")
+    };
+    assert_eq!(site.local(&refusal(&said.id().unwrap())), Seen::default());
+    assert_eq!(site.local(&refusal("own")).crossed.len(), 1);
+}
+
+/// A guest that the room puts out while we ask for it is let in by what we have asked: it leaves, and hears of neither.
+#[test]
+fn who_is_let_in_for_nobody_leaves() {
+    let mut site = hosting_two();
+    site.room_says("one", "a1");
+    let asked = site.killed();
+    site.is_inside(&asked[0]);
+    let kick = "<item affiliation='none' role='none'/><status code='110'/><status code='307'/>";
+    let out = |item: &str| room_presence("a1", "a1", " type='unavailable'", item);
+    assert_eq!(site.local(&out(kick)).crossed.len(), 1);
+    let seen = site.room_repeats("a1");
+    assert!(has(
+        &seen.asked,
+        &[
+            "type='unavailable'",
+            "from='a1@a.example/r'",
+            "mess@conference.b.example/a1"
+        ]
+    ));
+    assert!(seen.crossed.is_empty());
+    assert!(site.room_remembers("one", "a1").is_empty());
+    assert!(site.room_ends("a1").is_empty());
+    let left = "<item affiliation='none' role='none'/><status code='110'/>";
+    assert_eq!(site.local(&out(left)).crossed.len(), 1);
+    // From then on all is its own again.
+    site.asks_to_enter("a1");
+    assert_eq!(site.room_says_in("a1").crossed.len(), 1);
+    assert_eq!(site.room_remembers("one", "a1"), ["one>a1 late"]);
+}
+
+/// One that has left by itself while we ask for it has the answers to what it has said, and not ours.
+#[test]
+fn who_leaves_while_we_ask_hears_its_own_answers() {
+    let mut site = hosting_two();
+    site.room_says("one", "a1");
+    let asked = site.killed();
+    site.is_inside(&asked[0]);
+    let leave = "<presence from='a1@a.example/r' type='unavailable'></presence>";
+    site.far(leave, &[&format!("{MESS}/a1")]);
+    assert!(site.room_repeats("a1").asked.is_empty());
+    assert!(site.room_remembers("one", "a1").is_empty());
+    assert!(site.room_ends("a1").is_empty());
+    assert_eq!(site.room_says("two", "a1"), ["two>a1"]);
+    let left = "<item affiliation='none' role='none'/><status code='110'/>";
+    let left = room_presence("a1", "a1", " type='unavailable'", left);
+    assert_eq!(site.local(&left).crossed.len(), 1);
+}
+
+/// A guest that the room puts out before it hears that it wants to enter once more, still wants that: what it is told then is watched.
+#[test]
+fn who_asks_while_it_is_put_out_still_asks() {
+    let mut site = hosting_two();
+    site.asks_to_enter("a1");
+    let kick = "<item affiliation='none' role='none'/><status code='110'/><status code='307'/>";
+    site.local(&room_presence("a1", "a1", " type='unavailable'", kick));
+    assert_eq!(site.mirror.levels().guests, 2);
+    site.room_says_in("a1");
+    site.room_ends("a1");
+    assert!(has(
+        &site.split().delivered,
+        &["from='a1@a.example/r'", "<show>away</show>"]
+    ));
+}
+
+/// Who enters while nothing is in doubt has from the history what others, as it turns out after a kill, have not: up to its last line, or, if
+/// it asked for none, up to its coming.
+#[test]
+fn what_was_told_on_entering_is_not_found_again() {
+    for with_history in [true, false] {
+        let mut site = hosting_two();
+        site.now.wall = Wall(1_795_167_041_000);
+        for to in ["a1", "a2"] {
+            site.room_says("one", to);
+        }
+        site.far(
+            "<presence from='a3@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/></presence>",
+            &[&format!("{MESS}/a3")],
+        );
+        site.room_says_in("a3");
+        if with_history {
+            for line in ["one", "two"] {
+                assert_eq!(site.room_remembers(line, "a3"), [format!("{line}>a3 late")]);
+            }
+        }
+        site.room_ends("a3");
+        let asked = site.killed();
+        site.is_inside(&asked[0]);
+        site.room_repeats("a1");
+        for line in ["one", "two"] {
+            site.room_remembers(line, "a1");
+        }
+        assert_eq!(site.room_ends("a1"), ["two>a1 late", "two>a2 late", "->a1"]);
+    }
+}
+
+/// A session that has left and wants to enter again is not forgotten when the room refuses what it had said in between.
+#[test]
+fn a_refusal_of_something_else_is_not_of_the_wish_to_enter() {
+    let mut site = Site::populated(MirrorSettings::default());
+    let leave = format!("<presence from='b1@b.example/r' to='{ROOM}/b1' type='unavailable'/>");
+    site.local(&leave);
+    site.local(&format!(
+        "<presence from='b1@b.example/r' to='{ROOM}/b1' id='again'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+    ));
+    let out = format!(
+        "<presence from='{ROOM}/b1' type='unavailable'><x xmlns='{}'><item role='none'/><status code='110'/></x></presence>",
+        ns::MUC_USER
+    );
+    site.far(&out, &["b1@b.example/r"]);
+    let refused = |id: &str| {
+        format!(
+            "<presence from='{ROOM}/b1' type='error'{id}><error type='cancel'><item-not-found xmlns='{}'/></error></presence>",
+            ns::STANZA_ERRORS
+        )
+    };
+    site.far(&refused(""), &["b1@b.example/r"]);
+    assert!(site.mirror.rooms[ROOM].sessions.contains_key("b1@b.example/r"));
+    site.far(&refused(" id='again'"), &["b1@b.example/r"]);
+    assert!(!site.mirror.rooms[ROOM].sessions.contains_key("b1@b.example/r"));
+}
+
+/// A room's word reaches its hearers in two goes, and the link is lost between: who has not heard it is shown it before what its author said
+/// later, and who has, is not.
+#[test]
+fn a_word_that_the_link_has_cut_is_shown_to_the_rest() {
+    let mut site = Site::populated(MirrorSettings::default());
+    for id in ["one", "two"] {
+        site.local(&say("b1", id));
+    }
+    let reflected = format!("<message from='{ROOM}/b1' type='groupchat' id='one'><body>one</body></message>");
+    assert_eq!(site.far(&reflected, &["b2@b.example/r"]).delivered.len(), 1);
+    let seen = site.split();
+    let shown = |id: &str, to: &str| {
+        let of =
+            |text: &&String| text.contains(&format!("id='{id}'")) && text.contains(&format!("to='{to}@b.example/r'"));
+        seen.delivered.iter().position(|text| of(&text))
+    };
+    assert!(
+        shown("one", "b1").is_some() && shown("one", "b1") < shown("two", "b1"),
+        "{seen:?}"
+    );
+    assert!(shown("one", "b2").is_none() && shown("two", "b2").is_some(), "{seen:?}");
+    site.up();
+    assert!(site.far(&reflected, &["b1@b.example/r"]).delivered.is_empty());
+}
+
+/// A process goes on with its numbers where the last one was, as far as somebody compares with them: an echo is not taken for one that came
+/// before a wish to enter again.
+#[test]
+fn numbers_of_echoes_are_not_given_again() {
+    let mut site = Site::populated(MirrorSettings::default());
+    site.local(&say("b1", "one"));
+    site.local(&format!(
+        "<presence from='b1@b.example/r' to='{ROOM}/b1' id='again'><x xmlns='http://jabber.org/protocol/muc'/></presence>"
+    ));
+    let reflected =
+        |id: &str| format!("<message from='{ROOM}/b1' type='groupchat' id='{id}'><body>{id}</body></message>");
+    site.far(&reflected("one"), &["b1@b.example/r", "b2@b.example/r"]);
+    site.mirror = Site::mirror(&site.settings, &site.rows, site.now);
+    site.local(&say("b1", "two"));
+    site.split();
+    site.up();
+    let again = format!(
+        "<presence from='{ROOM}/b1' id='again'><x xmlns='{}'><item affiliation='member' role='participant'/><status code='110'/></x></presence>",
+        ns::MUC_USER
+    );
+    site.far(&again, &["b1@b.example/r"]);
+    assert!(
+        site.far(&reflected("two"), &["b1@b.example/r", "b2@b.example/r"])
+            .delivered
+            .is_empty()
+    );
 }
 
 impl Site {
@@ -2205,4 +2439,44 @@ fn guests_among_themselves_stay() {
         assert_eq!(site.local(&bob).crossed.len(), 1);
     }
     assert_eq!(site.split().delivered, [""; 0]);
+}
+
+/// Of a room whose last guest has left nothing remains, not even what only that one was shown: numbers of sessions are given again in the next.
+#[test]
+fn what_guests_were_shown_goes_with_them() {
+    let mut site = hosting_leavers();
+    for user in ["a1", "a2"] {
+        let item = "<item affiliation='none' role='none'/><status code='110'/><status code='307'/>";
+        site.local(&room_presence(user, user, " type='unavailable'", item));
+    }
+    let kinds = [rows::Kind::Seen, rows::Kind::SeenOccupant].map(|kind| kind as u8);
+    let left = site.rows.keys().filter(|key| kinds.contains(&key[0])).count();
+    assert_eq!(left, 0);
+}
+
+/// While a guest is out another takes its nick, and then it leaves for good: those who see the other are told that the one has gone, and
+/// then of the other again.
+#[test]
+fn another_with_the_nick_of_who_left_is_shown_again() {
+    let mut site = hosting_leavers();
+    site.all_out();
+    site.up();
+    site.lets_back("a2", &["bob", "a1"]);
+    site.room_ends("a2");
+    let other = room_presence("a1", "a2", "", "<item affiliation='member' role='participant'/>");
+    site.local(&other);
+    let leave = "<presence from='a1@a.example/r' type='unavailable'></presence>";
+    site.far(leave, &[&format!("{MESS}/a1")]);
+    let refused =
+        room_presence("a1", "a1", " type='error'", "").replace("</presence>", "<error type='cancel'/></presence>");
+    let told = site.local(&refused).crossed;
+    let of_a2: Vec<&String> = told
+        .iter()
+        .filter(|text| text.contains("to='a2@a.example/r'"))
+        .collect();
+    assert_eq!(of_a2.len(), 2, "{told:?}");
+    assert!(
+        of_a2[0].contains("unavailable") && of_a2[1].contains("affiliation='member'"),
+        "{told:?}"
+    );
 }

@@ -90,6 +90,25 @@ pub fn utc(unix_ms: u64) -> String {
     humantime::format_rfc3339_seconds(UNIX_EPOCH + Duration::from_millis(unix_ms)).to_string()
 }
 
+/// Whether this is an id of ours, or of a process before this one.
+pub fn is_ours(id: &str) -> bool {
+    number_of(id).is_some_and(|number| number.starts_with(['p', 's']))
+}
+
+/// Whether under it we have asked that this guest be let in again: a room tells all sessions of a nick what one of them has asked.
+pub fn is_wish_of(id: &str, guest: &str) -> bool {
+    number_of(id).is_some_and(|number| number.ends_with(&wish_of(guest)))
+}
+
+/// How such an id ends.
+pub fn wish_of(guest: &str) -> String {
+    format!(".{:x}", mark_of(&[guest.as_bytes()]) as u32)
+}
+
+fn number_of(id: &str) -> Option<&str> {
+    Some(id.strip_prefix("narrows-")?.split_once('-')?.1)
+}
+
 /// XEP-0359 §3: whether the room has stamped the message with an id of its own.
 pub fn gives_id(stanza: &Stanza, room: &str) -> bool {
     let node = node_of(stanza);
@@ -124,6 +143,19 @@ pub fn away(presence: &Stanza) -> Option<Stanza> {
         .without_child(ns::SERVER, "status")?;
     bare.with_child("<show>away</show>")?
         .with_child(&format!("<status>{}</status>", escape_text(AWAY)))
+}
+
+/// The same from a room, as it would say it of one who is there and has said this.
+pub fn undo_away(shown: &Stanza, presence: &Stanza) -> Option<Stanza> {
+    let mut shown = shown
+        .without_child(ns::SERVER, "show")?
+        .without_child(ns::SERVER, "status")?;
+    for name in ["show", "status"] {
+        if let Some(said) = presence.child_text(ns::SERVER, name) {
+            shown = shown.with_child(&said)?;
+        }
+    }
+    Some(shown)
 }
 
 /// What a template says, as a mark. Prosody writes the attributes of one tag in any order.

@@ -85,7 +85,7 @@ impl Declared<'_> {
 
     fn may_be_missing(self, sent: &Bytes) -> bool {
         let stanza = xml::text(sent);
-        self.near && (is_near_question(stanza) || is_answer(stanza))
+        self.near && (is_near_question(stanza) || is_answer(stanza) || is_refusal_of_ours(stanza))
             || self.settled && is_own_leave(stanza).is_some()
             || self.is_echo(stanza)
             || self.shows && is_show(stanza)
@@ -102,6 +102,12 @@ impl Declared<'_> {
             || self.out && (is_put_out(stanza) || words::body(stanza).is_some() || words::is_notice(stanza))
             || self.truth && muc_user(stanza).is_some_and(|x| has_status(x, "110") && has_status(x, "333"))
     }
+}
+
+/// Whether these are the same, but for what a sidecar adds.
+pub fn is_carried(sent: &Bytes, doubtful: &Bytes) -> bool {
+    let (sent, doubtful) = (xml::text(sent), without_delay(xml::text(doubtful)));
+    sent == doubtful || has_got_id(sent, &doubtful)
 }
 
 /// Without a `<delay/>` that another than a room has added: a room's tells how old a line of history is.
@@ -122,6 +128,12 @@ fn is_near_question(stanza: &str) -> bool {
 
 fn is_answer(stanza: &str) -> bool {
     name(stanza) == "iq" && matches!(attribute(stanza, "type"), Some("result" | "error"))
+}
+
+/// What a sidecar has said in a user's name was refused, which is no news for the user.
+fn is_refusal_of_ours(stanza: &str) -> bool {
+    let id = attribute(stanza, "id").unwrap_or_default();
+    name(stanza) == "presence" && is_refusal(stanza) && id.starts_with("narrows-")
 }
 
 /// Whether these are the same words to a room, the second of them with an id of ours.
@@ -380,7 +392,17 @@ impl World {
                         let of = |name| attribute(stanza, name).unwrap_or_default();
                         of("from") == client.jid && bare(of("to")) == room.jid && stanza.contains("protocol/muc'")
                     };
-                    let asked = self.ways[pair][1 - end].sent.iter().filter(asks).count();
+                    let sent = self.ways[pair][1 - end].sent.iter();
+                    // Who has left by itself while it was out anyhow was not missed by the room.
+                    let leaves = |sent: &&Sent| {
+                        let stanza = xml::text(&sent.bytes);
+                        let of = |name| attribute(stanza, name).unwrap_or_default();
+                        of("from") == client.jid && bare(of("to")) == room.jid && of("type") == "unavailable"
+                    };
+                    if sent.clone().any(|sent| leaves(&sent)) {
+                        continue;
+                    }
+                    let asked = sent.filter(asks).count();
                     let is_told = heard.iter().any(|body| words::is_gap(body));
                     let mut last = 0;
                     for (author, body) in &room.said[since..] {
@@ -534,8 +556,11 @@ fn check_way(way: &Way, declared: Declared<'_>, heard_here: (&Speeches, usize), 
         let of = |name| attribute(stanza, name).unwrap_or_default();
         // A room's talk is in order, whoever speaks; what it answers comes in the order of its answers. Two sessions of one user are two
         // senders (RFC 6120 §10.1): one's words may be shared with others' and wait for them.
+        // What a room has to say to one session, in its own name, is not part of the talk.
+        let is_aside = || stanza.starts_with("<message") && !of("from").contains('/') && of("type") != "groupchat";
         let sender = match (stanza.starts_with("<iq"), is_of_room(of("from"))) {
             (true, _) => format!("iq of {}", of("from")),
+            (false, true) if is_aside() => format!("{} itself", of("from")),
             (false, true) => bare(of("from")).to_owned(),
             (false, false) => of("from").to_owned(),
         };
@@ -546,7 +571,9 @@ fn check_way(way: &Way, declared: Declared<'_>, heard_here: (&Speeches, usize), 
     let doubted: Vec<&Bytes> = way.doubtful.iter().filter(|bytes| !said.contains(bytes)).collect();
     for bytes in &doubted {
         let of = |name| attribute(xml::text(bytes), name).unwrap_or_default();
-        lost.insert((bare(of("from")).to_owned(), of("to").to_owned()));
+        for (room, session) in [("from", "to"), ("to", "from")] {
+            lost.insert((bare(of(room)).to_owned(), of(session).to_owned()));
+        }
     }
     let mut flows: BTreeMap<(String, String), Flow<'_>> = BTreeMap::new();
     // What a room repeats for us is kept from the session in whose name it was asked.
@@ -564,6 +591,10 @@ fn check_way(way: &Way, declared: Declared<'_>, heard_here: (&Speeches, usize), 
     check_whispers(way, &near.whispers);
     let mut unseen = 0;
     for ((from, to), Flow { written, read }) in flows {
+        let written = match declared.found {
+            true => without_unwanted(written, &read),
+            false => written,
+        };
         let settled = read
             .iter()
             .any(|bytes| is_near_leave(bytes) && !written.iter().any(|(sent, _)| sent == bytes));
@@ -610,6 +641,29 @@ fn check_way(way: &Way, declared: Declared<'_>, heard_here: (&Speeches, usize), 
         }
     }
     unseen
+}
+
+/// Without what a room tells one who was out, and whom it has let in because a sidecar had asked: from that on until it is out again. That
+/// it is in, it is not told.
+fn without_unwanted<'a>(written: Vec<(&'a Bytes, bool)>, read: &[&Bytes]) -> Vec<(&'a Bytes, bool)> {
+    let (mut is_inside, mut is_unwanted) = (false, false);
+    let is_wanted = |(bytes, _): &(&Bytes, bool)| {
+        let stanza = xml::text(bytes);
+        let is_answer = attribute(stanza, "id").is_some_and(|id| id.starts_with("narrows-"));
+        let is_entrance = name(stanza) == "presence"
+            && attribute(stanza, "type").is_none()
+            && muc_user(stanza).is_some_and(|x| has_status(x, "110"));
+        is_unwanted &= !is_entrance || is_answer;
+        is_unwanted |= is_answer && is_entrance && !is_inside && !read.contains(bytes);
+        let mut was_unwanted = is_unwanted;
+        let is_leave = is_own_leave(stanza).is_some() || stanza.contains("<destroy>");
+        let is_word = words::body(stanza).is_some() && !words::is_old(stanza);
+        was_unwanted &= attribute(stanza, "type") != Some("unavailable") && !is_word;
+        is_unwanted &= !is_leave;
+        is_inside = (is_inside || is_entrance) && !is_leave;
+        !was_unwanted
+    };
+    written.into_iter().filter(is_wanted).collect()
 }
 
 /// One's own leave as it is confirmed near by.

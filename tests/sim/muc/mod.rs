@@ -150,8 +150,10 @@ fn seeds_of_mirrored_rooms_over_a_bad_link() {
 /// forgotten (38, 77); a stale nick was taken for a lost guest (84, 291); a leave, and the end of a room, were kept from those who saw the
 /// occupant (67, 124); what had been settled near by was shown to others in the midst of a split (155); who was put out while asking to
 /// enter once more was forgotten, and heard its words twice (184, 141); who had only asked for a nick took another with it as it left (790);
-/// who left and entered again heard words once more that it had heard near by (1414). In the checks: rooms that keep some from others (1316,
-/// 1474), words without an id that are refused near by (937, 1000).
+/// who left and entered again heard words once more that it had heard near by (1414); what we had said in a guest's name was refused, and
+/// the guest was told so (2908); the role of one that was away was changed, and that was taken for our own word (4918); a refusal of
+/// something else was taken for that of a wish to enter (5888). In the checks: rooms that keep some from others (1316, 1474), words without
+/// an id that are refused near by (937, 1000).
 #[test]
 fn seeds_of_mirrored_rooms_with_splits() {
     let split = Faults {
@@ -161,6 +163,7 @@ fn seeds_of_mirrored_rooms_with_splits() {
     };
     for seed in [
         38, 58, 59, 66, 67, 80, 84, 124, 143, 144, 152, 155, 163, 184, 194, 291, 790, 937, 1000, 1316, 1414, 1474,
+        2908, 4918, 5888,
     ] {
         live(seed, split);
     }
@@ -178,7 +181,12 @@ fn seeds_of_mirrored_rooms_with_splits() {
 /// words that waited for a room's answer and came after their hearer's leave (856, 1157, 1409); a guest that we asked
 /// a room to let in again after it had left (978); a guest that the room was asked about by a nick that it had no more, and that we told it
 /// was out (772); a room's answer to us that its guests got, or theirs that we took (8, 9, 74, 80, 145, 165, 213, 518, 962), and words of one author
-/// out of order for who had just entered (530). In the checks: two sessions of one user are two senders (802).
+/// out of order for who had just entered (530); words that reached their hearers in two goes, with a kill between, came after later ones
+/// (2946, 9184); numbers of echoes were given again (14592); whom a room had put out was let in by what we had asked (5217); answers to
+/// us and to guests in one stream (2560, 3221, 4196, 5516, 5622, 6772, 11624); words that one had from the history of its own (2745, 3856,
+/// 4000, 5864), or was not there to hear (8092); a message that went on after a kill, for one who had entered since (9485, 11904); words
+/// that waited for one whose entrance was lost (10268). In the checks: two sessions of one user are two senders (802); what a sidecar adds to words that a
+/// server may not have read (6062, 11398).
 #[test]
 fn seeds_of_mirrored_rooms_with_kills() {
     let kills = Faults {
@@ -188,10 +196,12 @@ fn seeds_of_mirrored_rooms_with_kills() {
     };
     for seed in [
         8, 9, 37, 41, 74, 77, 80, 89, 145, 154, 165, 182, 213, 251, 518, 530, 772, 802, 856, 962, 978, 1157, 1409,
+        2560, 2745, 2946, 3221, 3856, 4000, 4196, 5217, 5516, 5622, 5864, 6062, 6772, 8092, 9184, 9485, 10268, 11624,
+        11904, 14592,
     ] {
         live(seed, kills);
     }
-    for seed in [106, 112] {
+    for seed in [106, 112, 3300, 3566, 6001, 7829, 11398, 12084, 12577, 13608] {
         live(seed, Faults { mirror: true, ..HUB });
     }
 }
@@ -212,7 +222,8 @@ fn seeds_of_rooms_that_cost_more() {
 }
 
 /// Answers of rooms to who came back, which a killed process had half read: they were for the client, which had asked to enter once more
-/// (306), or wanted another nick (1430).
+/// (306), or wanted another nick (1430); another took the nick of one that was out and left for good (2258, without kills); what a guest was
+/// shown outlived it, and was taken for what the next one was shown (4106).
 #[test]
 fn seeds_of_rooms_that_guests_leave() {
     let leaves = Faults {
@@ -222,8 +233,11 @@ fn seeds_of_rooms_that_guests_leave() {
         leaves: true,
         ..NONE
     };
-    for seed in [306, 1430] {
+    for seed in [306, 1430, 4106] {
         live(seed, leaves);
+    }
+    for seed in [2258, 2882] {
+        live(seed, Faults { kills: false, ..leaves });
     }
 }
 

@@ -107,7 +107,7 @@ pub struct Words {
     pub bytes: Bytes,
     /// Copies of one broadcast share it.
     pub event: u64,
-    /// Told to one who is in and has not asked for it: its sidecar has.
+    /// Told to one who has not asked for it: its sidecar has.
     pub repeated: bool,
 }
 
@@ -298,7 +298,13 @@ impl Room {
                     tools,
                 );
             }
-            None => self.join(from, nick, presence, joins[0], stanza, tools),
+            None => {
+                let begin = tools.words.len();
+                self.join(from, nick, presence, joins[0], stanza, tools);
+                if asks_for_last_words(stanza).is_some() {
+                    tools.words[begin..].iter_mut().for_each(|words| words.repeated = true);
+                }
+            }
         }
     }
 

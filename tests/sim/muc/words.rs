@@ -51,11 +51,11 @@ pub fn is_gap(body: &str) -> bool {
     body.contains("may be missing")
 }
 
-/// Whether these are the same words of the room, the second of them from its history.
+/// Whether these are the same words of the room, the second of them from a history; of a line of one's own that is another's.
 pub fn is_found(sent: &str, heard: &str) -> bool {
     let same = |name| attribute(sent, name) == attribute(heard, name);
     let is_same = same("from") && same("to") && same("id") && body(sent).is_some() && body(sent) == body(heard);
-    is_same && !is_old(sent) && is_old(heard)
+    is_same && is_old(heard)
 }
 
 /// One word, as far as one session is concerned.

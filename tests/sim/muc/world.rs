@@ -21,7 +21,7 @@ use narrows::{
 };
 
 use super::{
-    check::Tally,
+    check::{Tally, is_carried},
     client::{Act, Client, Question, a_nick},
     room::{self, Affiliation, Config, Room},
     server::{Flavour, Server},
@@ -105,7 +105,7 @@ impl Way {
 
     /// Whether this may be missing.
     pub fn is_excused(&self, sent: &Sent) -> bool {
-        sent.abandoned || self.doubtful.contains(&sent.bytes)
+        sent.abandoned || self.doubtful.iter().any(|doubtful| is_carried(&sent.bytes, doubtful))
     }
 }
 
