@@ -598,7 +598,6 @@ fn top(site: &Site, columns: u16, lines: u16, wanted: &str) -> Outcome<String> {
 /// The page of the admin port in a real browser: what the sidecar knows stands in it, nothing is asked of anybody else, and the browser has
 /// nothing to complain of. `narrows top` in a real terminal shows the same. Pictures of both are left in the build's directory.
 #[test]
-#[ignore = "needs Debian's packages chromium-headless-shell (100 MB to fetch) and tmux: cargo test --test e2e in_a_browser -- --ignored"]
 fn page_and_top_in_a_browser_and_a_terminal() {
     let stand = stand(
         "browse",
