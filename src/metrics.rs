@@ -458,7 +458,7 @@ declare! {
     LINK_RETRANSMITTED: Counter<Peer> = "narrows_link_retransmitted_bytes_total",
         "Bytes that TCP sent again, because they or their acknowledgement were lost or late.";
     LINK_CAPACITY: Gauge<Peer> = "narrows_link_capacity_bytes_per_second",
-        "What the link can take from here, in TCP's bytes a second: smoothed over the times when something waited for it, and never probed; 0 if it was not seen yet.";
+        "What the link can take from here at least, in TCP's bytes a second: smoothed over the times when something waited for it, the best that was seen before there were such, and never probed; 0 if nothing was seen yet.";
     LINK_BATCHES: Counter<Peer, Direction> = "narrows_link_batches_total",
         "Batches on the link: what was compressed and flushed together.";
 
