@@ -275,6 +275,10 @@ words! {
     NearAnswer, "question": Ping = "ping", Disco = "disco",
 }
 words! {
+    /// `RoomState` of `mirror`.
+    RoomState, "state": Joining = "joining", Live = "live", Detached = "detached", Resyncing = "resyncing",
+}
+words! {
     /// A message that was shown near by at once: it was shown, the room's copy of it was swallowed, the room refused it.
     EchoEvent, "event": Shown = "shown", Reflected = "reflected", RefusedByRoom = "refused",
 }
@@ -287,6 +291,8 @@ words! {
     Rules = "rules",
     /// Copies that differ in nothing but their recipient became one.
     Collapse = "collapse",
+    /// It gave way to a later entry while it waited.
+    Compaction = "compaction",
     /// The rest, from what is stored to what TLS is given.
     Compression = "compression",
 }
@@ -325,9 +331,9 @@ words! {
     /// What our server said of a dialback key.
     Verified, "verdict": Valid = "valid", Invalid = "invalid", Error = "error",
 }
-reasons! {
+words! {
     /// Why a stanza from our server was refused, or given up before it crossed. Its sender was told, where that does no harm.
-    Refused: "queue_full", "class_full", "expired", "other",
+    Refused, "reason": QueueFull = "queue_full", ClassFull = "class_full", Expired = "expired",
 }
 reasons! {
     /// What is wrong with a store: `Fault::as_label` of `io::store`.
@@ -451,6 +457,8 @@ declare! {
         "Bytes on the link, each as its level was given them: frames before compression, TLS, TCP with its repeats, IP with all headers.";
     LINK_RETRANSMITTED: Counter<Peer> = "narrows_link_retransmitted_bytes_total",
         "Bytes that TCP sent again, because they or their acknowledgement were lost or late.";
+    LINK_CAPACITY: Gauge<Peer> = "narrows_link_capacity_bytes_per_second",
+        "What the link can take from here at least, in TCP's bytes a second: smoothed over the times when something waited for it, the best that was seen before there were such, and never probed; 0 if nothing was seen yet.";
     LINK_BATCHES: Counter<Peer, Direction> = "narrows_link_batches_total",
         "Batches on the link: what was compressed and flushed together.";
 
@@ -473,12 +481,16 @@ declare! {
     SPOOL_OLDEST: Gauge<Peer> = "narrows_spool_oldest_seconds", "How long the oldest entry in the spool has waited.";
     CLASS_ENTRIES: Gauge<Peer, Class> = "narrows_class_entries", "Entries in the spool, by class.";
     CLASS_BYTES: Gauge<Peer, Class> = "narrows_class_bytes", "Bytes of the entries in the spool, by class.";
+    CLASS_OLDEST: Gauge<Class> = "narrows_class_oldest_seconds",
+        "How long the oldest entry of a class has waited, of all peers' spools.";
+    CLASS_CROSSED_BYTES: Counter<Class, Direction> = "narrows_class_crossed_bytes_total",
+        "Bytes of entries, before compression, that were put on the link or came over it, by class; those sent again count again, and what came is classed by what it looks like.";
     CLASS_EXPIRED: Counter<Class> = "narrows_class_expired_total",
         "Entries that waited longer than their class may and were given up. Who sent them was told, unless the class is volatile.";
     SUPERSEDED: Counter<Peer> = "narrows_superseded_total",
         "Entries that did not cross: a later one says what counts, or nobody can have seen who came and went.";
     SPOOL_ACKED_BYTES: Counter<Peer> = "narrows_spool_acked_bytes_total",
-        "Bytes of entries that have left the spool because the peer has them: what the link achieves.";
+        "Bytes of entries that have left the spool because the peer has them: what the link achieves. What was given up is not among them.";
     SPOOL_DRAIN: Gauge<Peer> = "narrows_spool_drain_seconds",
         "How long what waits will take to cross at the pace that the link has shown, once it is up; 0 if nothing waits, +Inf if no pace is known.";
     INBOX_ENTRIES: Gauge<Peer> = "narrows_inbox_entries", "Entries that have crossed and wait for the local server.";
@@ -494,7 +506,7 @@ declare! {
     STANZA_BYTES: Counter<Peer, Direction> = "narrows_stanza_bytes_total",
         "What plain S2S would have carried over the link: the bytes of every copy of every stanza.";
     SAVED: Counter<Peer, Mechanism> = "narrows_saved_bytes_total",
-        "Bytes that plain S2S would have sent over the link and that did not cross, by what saved them. What the peer saves, the peer counts.";
+        "Bytes that plain S2S would have sent over the link and that did not cross, by what saved them; compaction: as they were stored, once for all recipients. What the peer saves, the peer counts.";
     SAMPLE: Counter<Peer, Squeezed> = "narrows_sample_bytes_total",
         "A sample of what plain S2S would have sent, and what it becomes in a stream compressor with a memory (as XEP-0138 or a tunnel has).";
     REFUSED: Counter<Peer, Refused> = "narrows_refused_total", "Stanzas of the local server that were refused, by reason; expired: entries that waited longer than their class may.";
@@ -515,9 +527,8 @@ declare! {
     IN_DOUBT: Counter<Peer> = "narrows_in_doubt_total",
         "Copies of which nobody can tell whether the server got them, at most: they were in flight on a stream without acknowledgements when it died, or given out when a process died.";
 
-    MIRROR_ROOMS: Gauge<Peer> = "narrows_mirror_rooms", "The peer's rooms that local users are in.";
-    MIRROR_ROOMS_SPLIT: Gauge<Peer> = "narrows_mirror_rooms_split",
-        "Of those, the ones whose local users were told that the link is gone.";
+    MIRROR_ROOMS: Gauge<Peer, RoomState> = "narrows_mirror_rooms",
+        "The peer's rooms that local users are in, by state. detached: users were told that the link is gone; resyncing: it is back, and what waited is still coming; live also while it is gone and nobody was told.";
     MIRROR_SESSIONS: Gauge<Peer> = "narrows_mirror_sessions", "Local sessions in the peer's rooms.";
     MIRROR_GUESTS: Gauge<Peer> = "narrows_mirror_guests", "The peer's sessions in local rooms.";
     MIRROR_ECHOES_PENDING: Gauge<Peer> = "narrows_mirror_echoes_pending",
@@ -534,6 +545,8 @@ declare! {
         "How long users were without the far side: from when they were told that the link is gone until they were shown who is there.";
     MIRROR_GHOSTS: Counter<Peer> = "narrows_mirror_ghosts_total",
         "The peer's sessions that a local room no longer knew, and which were told so: after a restart of the server, for one.";
+    MIRROR_GHOSTS_RETURNED: Counter<Peer> = "narrows_mirror_ghosts_returned_total",
+        "Of narrows_mirror_ghosts_total, the sessions that entered the room again.";
     MIRROR_FOUND: Counter<Peer> = "narrows_mirror_found_total",
         "Messages that a local room had said to the peer's users when narrows was killed and had not taken them in, found in its history and sent on.";
     MIRROR_OVERFLOWS: Counter<Peer> = "narrows_mirror_overflows_total",

@@ -162,10 +162,11 @@ fn write_peer(html: &mut String, peer: &PeerStatus) -> fmt::Result {
     row(
         "saved here by",
         format!(
-            "one copy for many: {}; compression: {}; answers near by: {}",
+            "one copy for many: {}; compression: {}; answers near by: {}; what gave way while it waited: {}",
             bytes(saved.collapse),
             bytes(saved.compression),
-            bytes(saved.mirror)
+            bytes(saved.mirror),
+            bytes(saved.compaction)
         ),
     )?;
     let rooms = &peer.rooms;

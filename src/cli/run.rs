@@ -50,7 +50,7 @@ use crate::{
         store::{self, StoreError},
         tls::{self, Acceptor, ChainAndKey, Connector, Roots, ServerTrust, TlsError},
         trace::{Show, Taps},
-        watch::Event,
+        watch::{ClassAges, Event},
     },
     link::session::SessionConfig,
     metrics,
@@ -172,6 +172,7 @@ async fn assemble(file: PathBuf, config: Config, leveller: Leveller, mut inherit
         leaving: BTreeSet::new(),
         reports: Reports::default(),
         taps: Taps::default(),
+        class_ages: ClassAges::default(),
         config,
     };
     running.tell_limits();
@@ -251,6 +252,7 @@ struct Running {
     leaving: BTreeSet<config::Name>,
     reports: Reports,
     taps: Taps,
+    class_ages: ClassAges,
 }
 
 /// By which an owner is led.
@@ -284,6 +286,7 @@ impl Running {
             report,
             settings: rein.settings.subscribe(),
             watchers: self.taps.watchers(),
+            class_ages: self.class_ages.join(),
             room_metrics: self.config.admin.room_metrics.into(),
             draining: rein.draining.subscribe(),
         });
@@ -807,6 +810,7 @@ fn peer_status(peer: &config::Peer, report: &Report, show: Show) -> PeerStatus {
             mirror: report.saved.mirror,
             rules: report.saved.rules,
             collapse: report.saved.collapse,
+            compaction: report.saved.compaction,
             compression: report.saved.compression,
             sampled: relay.sampled_bytes,
             sampled_compressed: relay.sampled_compressed_bytes,

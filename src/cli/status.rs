@@ -82,6 +82,8 @@ pub struct Saved {
     pub rules: u64,
     /// Copies that became one.
     pub collapse: u64,
+    /// What gave way to something later while it waited, as it was stored.
+    pub compaction: u64,
     pub compression: u64,
     /// A sample of plain S2S, and what a compressor with a memory makes of it.
     pub sampled: u64,

@@ -10,7 +10,7 @@
 
 use bytes::Bytes;
 
-use crate::codec::varint::{ReadError, Reader, put_len, put_prefixed, slice_of};
+use crate::codec::varint::{ReadError, Reader, len_bytes, put_len, put_prefixed, slice_of};
 
 /// Encoded bytes of one entry. Debian's ejabberd and Prosody take stanzas of up to 512 KiB; the rest is for recipients.
 pub const ENTRY_BYTES_MAX: usize = 1 << 20;
@@ -84,6 +84,20 @@ impl Cast {
 }
 
 impl Entry {
+    /// What [`Entry::encode`] makes, to the byte, without making it.
+    pub fn encoded_bytes(&self) -> usize {
+        let cast = match self {
+            Self::Void => return 2,
+            Self::Cast(cast) => cast,
+        };
+        let attributes = cast
+            .recipients
+            .iter()
+            .map(|attribute| len_bytes(attribute.len()) + attribute.len());
+        let numbers = [cast.to_at as usize, cast.template.len(), cast.recipients.len()];
+        2 + numbers.into_iter().map(len_bytes).sum::<usize>() + attributes.sum::<usize>() + cast.template.len()
+    }
+
     /// What [`Entry::decode`] reads. Invariants are the caller's to keep, [`Cast::check`] tells.
     pub fn encode(&self) -> Bytes {
         let cast = match self {
@@ -210,6 +224,7 @@ mod tests {
             let recipients = recipients.into_iter().map(Bytes::from).collect();
             let entry = Entry::Cast(Cast { template: template.into(), to_at, recipients });
             let encoded = entry.encode();
+            prop_assert_eq!(entry.encoded_bytes(), encoded.len());
             prop_assert_eq!(Entry::decode(&encoded), Ok(entry));
         }
 

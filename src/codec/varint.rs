@@ -20,6 +20,12 @@ pub fn put_len(out: &mut Vec<u8>, len: usize) {
     put_varint(out, len as u64);
 }
 
+/// What [`put_len`] writes, in bytes.
+pub fn len_bytes(len: usize) -> usize {
+    let bits = (usize::BITS - len.leading_zeros()).max(1);
+    bits.div_ceil(7) as usize
+}
+
 /// Small numbers of either sign as small unsigned ones: 0, −1, 1, −2, …
 pub fn zigzag(value: i64) -> u64 {
     ((value << 1) ^ (value >> 63)) as u64

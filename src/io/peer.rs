@@ -24,11 +24,14 @@ use super::{
     link::{LinkConnection, LinkEvent, LinkReader, LinkTimes, LinkWriter, PeerLink, Survivor, TcpStats, survivor},
     store::{Answer, Request, Store, StoreError},
     trace::{self, Watchers},
-    watch::{Events, Look, Pace, RoomSeries, Run},
+    watch::{Events, Look, Pace, PeerAges, RoomSeries, Run},
 };
 use crate::{
     codec::position::Seq,
-    metrics::{self as m, Direction, EchoEvent, Layer, Mechanism, NearAnswer, RuleMode, Squeezed, StanzaKind},
+    metrics::{
+        self as m, Direction, EchoEvent, Layer, Mechanism, NearAnswer, Refused, RoomState, RuleMode, Squeezed,
+        StanzaKind,
+    },
     mirror::{self, MirrorStats},
     pii::Pii,
     queue::{class::Class, journal::Levels, ledger::Level, rules::Mode},
@@ -77,6 +80,7 @@ pub struct Peer {
     pub settings: watch::Receiver<Settings>,
     /// Who watches stanzas.
     pub watchers: Watchers,
+    pub class_ages: PeerAges,
     /// Of how many rooms the metrics tell.
     pub room_metrics: usize,
     pub draining: watch::Receiver<bool>,
@@ -117,6 +121,7 @@ pub struct Saved {
     pub mirror: u64,
     pub rules: u64,
     pub collapse: u64,
+    pub compaction: u64,
     pub compression: u64,
 }
 
@@ -156,6 +161,7 @@ struct Owner {
     told_dropped: BTreeMap<Dropped, u64>,
     told_overflow: bool,
     watchers: Watchers,
+    class_ages: PeerAges,
     room_series: RoomSeries,
 }
 
@@ -204,6 +210,8 @@ struct Watched {
     mirror: MirrorStats,
     /// By class, as the metrics have it.
     expired: [u64; Class::COUNT],
+    sent_bytes: [u64; Class::COUNT],
+    received_bytes: [u64; Class::COUNT],
     refused: Run,
     dropped: Run,
     /// Since when users are without the far side.
@@ -259,6 +267,7 @@ pub async fn run(peer: Peer) -> Result<(), StoreError> {
         mut settings,
         mut draining,
         watchers,
+        class_ages,
         room_metrics,
     } = peer;
     let mut taps = watchers.clone();
@@ -286,6 +295,7 @@ pub async fn run(peer: Peer) -> Result<(), StoreError> {
         told_dropped: BTreeMap::new(),
         told_overflow: false,
         watchers,
+        class_ages,
         room_series: RoomSeries::new(room_metrics),
     };
     owner.look_who_watches();
@@ -733,6 +743,7 @@ impl Owner {
         });
         self.watched.pace.note(look, tcp.sent, acked_bytes, now.mono);
         let drain = self.watched.pace.time_for(levels.spool_bytes);
+        m::LINK_CAPACITY.set(peer, self.watched.pace.capacity().unwrap_or_default());
         m::LINK_TCP_RTT.set(peer, kernel.map_or(0.0, |(_, stats)| stats.rtt.as_secs_f64()));
         m::LINK_BYTES.follow((peer, Direction::Sent, Layer::Tcp), tcp.sent);
         m::LINK_BYTES.follow((peer, Direction::Received, Layer::Tcp), tcp.received);
@@ -771,11 +782,13 @@ impl Owner {
             mirror: stats.near_bytes,
             rules: stats.rule_bytes,
             collapse: stats.crossing_bytes.saturating_sub(stats.entry_bytes),
+            compaction: stats.superseded_bytes,
             compression: acked_bytes.saturating_sub(sums.bytes_sent),
         };
         m::SAVED.follow((peer, Mechanism::Mirror), saved.mirror);
         m::SAVED.follow((peer, Mechanism::Rules), saved.rules);
         m::SAVED.follow((peer, Mechanism::Collapse), saved.collapse);
+        m::SAVED.follow((peer, Mechanism::Compaction), saved.compaction);
         m::SAVED.follow((peer, Mechanism::Compression), saved.compression);
         m::SAMPLE.follow((peer, Squeezed::Plain), stats.sampled_bytes);
         m::SAMPLE.follow((peer, Squeezed::Compressed), stats.sampled_compressed_bytes);
@@ -789,11 +802,28 @@ impl Owner {
                 warn!(peer = %self.name, reason = dropped.as_label(), "Stanzas are not delivered. This is said once; the metrics count them.");
             }
         }
-        m::REFUSED.follow((peer, "queue_full"), stats.refused);
-        m::REFUSED.follow((peer, "class_full"), stats.class_full.iter().sum());
-        m::REFUSED.follow((peer, "expired"), stats.expired.iter().sum());
+        m::REFUSED.follow((peer, Refused::QueueFull), stats.refused);
+        m::REFUSED.follow((peer, Refused::ClassFull), stats.class_full.iter().sum());
+        m::REFUSED.follow((peer, Refused::Expired), stats.expired.iter().sum());
         m::SUPERSEDED.follow(peer, stats.superseded.iter().sum());
+        let ages = self
+            .class_ages
+            .tell(Class::ALL.map(|class| self.relay.oldest_of(class, now)));
+        let sent_bytes = self.relay.sent_bytes();
         for class in Class::ALL {
+            let index = class as usize;
+            m::CLASS_OLDEST.set(class, ages[index].as_secs_f64());
+            for (direction, bytes, told) in [
+                (Direction::Sent, sent_bytes[index], &mut self.watched.sent_bytes[index]),
+                (
+                    Direction::Received,
+                    stats.received_bytes[index],
+                    &mut self.watched.received_bytes[index],
+                ),
+            ] {
+                m::CLASS_CROSSED_BYTES.add((class, direction), bytes - *told);
+                *told = bytes;
+            }
             let level = self.relay.level(class);
             m::CLASS_ENTRIES.set((peer, class), level.entries as f64);
             m::CLASS_BYTES.set((peer, class), level.bytes as f64);
@@ -818,8 +848,9 @@ impl Owner {
             m::RULE_SAVED.follow((peer, rule, mode), count.bytes_saved);
         }
         let rooms = self.relay.mirror().levels();
-        m::MIRROR_ROOMS.set(peer, rooms.rooms as f64);
-        m::MIRROR_ROOMS_SPLIT.set(peer, rooms.rooms_split as f64);
+        for (state, count) in self.relay.mirror().rooms_by_state() {
+            m::MIRROR_ROOMS.set((peer, room_state_label(state)), count as f64);
+        }
         m::MIRROR_SESSIONS.set(peer, rooms.sessions as f64);
         m::MIRROR_GUESTS.set(peer, rooms.guests as f64);
         m::MIRROR_ECHOES_PENDING.set(peer, rooms.echoes_pending as f64);
@@ -832,6 +863,7 @@ impl Owner {
         m::MIRROR_SPLITS.follow(peer, mirrored.splits);
         m::MIRROR_HEALS.follow(peer, mirrored.heals);
         m::MIRROR_GHOSTS.follow(peer, mirrored.ghosts);
+        m::MIRROR_GHOSTS_RETURNED.follow(peer, mirrored.ghosts_returned);
         m::MIRROR_FOUND.follow(peer, mirrored.found);
         m::MIRROR_OVERFLOWS.follow(peer, mirrored.overflows);
         if mirrored.overflows > 0 && !std::mem::replace(&mut self.told_overflow, true) {
@@ -862,6 +894,15 @@ impl Owner {
             lanes_up,
             unconfirmed,
         });
+    }
+}
+
+fn room_state_label(state: mirror::RoomState) -> RoomState {
+    match state {
+        mirror::RoomState::Joining => RoomState::Joining,
+        mirror::RoomState::Live => RoomState::Live,
+        mirror::RoomState::Detached => RoomState::Detached,
+        mirror::RoomState::Resyncing => RoomState::Resyncing,
     }
 }
 

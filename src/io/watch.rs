@@ -1,12 +1,13 @@
 //! What is watched of one peer over time, for those who operate it: the pace of its queue, and what happened lately.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
-    sync::Arc,
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use crate::{
+    queue::class::Class,
     relay::cost::Rooms,
     time::{Mono, Now, Wall},
 };
@@ -49,6 +50,62 @@ impl RoomSeries {
         }
         all.push(("other".into(), other));
         all
+    }
+}
+
+/// How old the oldest of each class is, with all peers: for each peer a series of its own would be too many, and which of them is late,
+/// the age of its oldest entry tells.
+#[derive(Clone, Debug, Default)]
+pub struct ClassAges(Arc<Mutex<Ages>>);
+
+#[derive(Debug, Default)]
+struct Ages {
+    last: u64,
+    of: BTreeMap<u64, [Duration; Class::COUNT]>,
+}
+
+/// One peer's part in it, for as long as it lives.
+#[derive(Debug)]
+pub struct PeerAges {
+    all: ClassAges,
+    number: u64,
+}
+
+impl ClassAges {
+    pub fn join(&self) -> PeerAges {
+        let number = self.with(|ages| {
+            ages.last += 1;
+            ages.last
+        });
+        let all = self.clone();
+        PeerAges { all, number }
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut Ages) -> T) -> T {
+        // Whoever panicked had written whole values.
+        act(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+impl PeerAges {
+    /// Tells this peer's ages, and gives the oldest of all.
+    pub fn tell(&self, mine: [Duration; Class::COUNT]) -> [Duration; Class::COUNT] {
+        self.all.with(|ages| {
+            ages.of.insert(self.number, mine);
+            let mut oldest = mine;
+            for other in ages.of.values() {
+                for (oldest, age) in oldest.iter_mut().zip(other) {
+                    *oldest = age.max(oldest).to_owned();
+                }
+            }
+            oldest
+        })
+    }
+}
+
+impl Drop for PeerAges {
+    fn drop(&mut self) {
+        self.all.with(|ages| ages.of.remove(&self.number));
     }
 }
 
@@ -110,6 +167,11 @@ impl Pace {
             self.bytes_per_second = self.bytes_per_second.max(seen).max(look.delivered_per_second as f64);
         }
         self.last = Some((now, look));
+    }
+
+    /// What TCP takes across in a second, in bytes, as a link with something to send has shown it; none before that.
+    pub fn capacity(&self) -> Option<f64> {
+        (self.bytes_per_second > 0.0).then_some(self.bytes_per_second)
     }
 
     /// How long so many bytes of entries will take. `None` if nothing has shown it yet.
@@ -240,6 +302,42 @@ mod tests {
             time.abs_diff(Duration::from_secs(50)) < Duration::from_secs(2),
             "{time:?}"
         );
+    }
+
+    /// The link's capacity is what it did when it had to: talk that leaves it half empty says nothing against it.
+    #[test]
+    fn capacity_is_what_a_busy_link_shows() {
+        let mut pace = Pace::default();
+        assert_eq!(pace.capacity(), None);
+        for second in 0..30 {
+            pace.note(
+                Some(look(1_000 * second, true)),
+                1_000 * second,
+                10_000 * second,
+                at(second),
+            );
+        }
+        for second in 30..60 {
+            pace.note(Some(look(29_000 + second, false)), 30_000, 300_000, at(second));
+        }
+        let capacity = pace.capacity().unwrap();
+        assert!((990.0..1_010.0).contains(&capacity), "{capacity}");
+        // Nor does an outage.
+        pace.note(None, 30_000, 300_000, at(60));
+        assert_eq!(pace.capacity(), Some(capacity));
+    }
+
+    /// The oldest of all peers counts, and one that has gone does not.
+    #[test]
+    fn ages_are_of_the_peers_that_are_there() {
+        let all = ClassAges::default();
+        let (quiet, late) = (all.join(), all.join());
+        let age = |seconds| [Duration::from_secs(seconds); Class::COUNT];
+        assert_eq!(quiet.tell(age(1)), age(1));
+        assert_eq!(late.tell(age(60)), age(60));
+        assert_eq!(quiet.tell(age(2)), age(60));
+        drop(late);
+        assert_eq!(quiet.tell(age(3)), age(3));
     }
 
     /// One packet on a fast link is over before anyone looks; the kernel has timed it.

@@ -110,8 +110,9 @@ pub struct MirrorStats {
     pub heals: u64,
     /// Bytes of stanzas that only came because the mirror has spoken to our server itself. Without it there would be none.
     pub caused_bytes: u64,
-    /// Sessions that the room turned out not to have any more.
+    /// Sessions that the room turned out not to have any more, and of them those that the room has let in again.
     pub ghosts: u64,
+    pub ghosts_returned: u64,
     /// Rooms and sessions that pass as they are from then on, because a limit was reached.
     pub overflows: u64,
     /// Messages that our rooms had said while nobody took them in, and that were found.
@@ -143,6 +144,21 @@ pub struct Levels {
     pub rooms_split: usize,
     pub guests: usize,
     pub echoes_pending: usize,
+}
+
+/// Where a mirrored room stands, as its users notice it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum RoomState {
+    /// It has not let any of our users in yet.
+    Joining,
+    /// Nobody was told anything: the link is up, or has not been down for `split_hold`.
+    Live,
+    Detached,
+    Resyncing,
+}
+
+impl RoomState {
+    pub const ALL: [Self; 4] = [Self::Joining, Self::Live, Self::Detached, Self::Resyncing];
 }
 
 #[derive(Debug)]
@@ -319,6 +335,7 @@ impl Mirror {
     pub fn stats(&self) -> MirrorStats {
         MirrorStats {
             ghosts: self.primary.ghosts(),
+            ghosts_returned: self.primary.ghosts_returned(),
             pings_answered: self.stats.pings_answered + self.primary.pongs(),
             found: self.primary.found(),
             overflows: self.stats.overflows + self.primary.overflows(),
@@ -334,6 +351,21 @@ impl Mirror {
             rooms_split: rooms().filter(|room| room.split.is_some()).count(),
             guests: self.primary.guests(),
             echoes_pending: rooms().map(Room::echoes_shown).sum(),
+        }
+    }
+
+    /// How many rooms with users of ours stand where. That the link is gone and nobody was told of it, the link tells.
+    pub fn rooms_by_state(&self) -> [(RoomState, usize); 4] {
+        let used = || self.rooms.values().filter(|room| !room.sessions.is_empty());
+        RoomState::ALL.map(|state| (state, used().filter(|room| self.state_of(room) == state).count()))
+    }
+
+    fn state_of(&self, room: &Room) -> RoomState {
+        match (&room.split, self.link) {
+            (Some(_), Link::Resyncing) => RoomState::Resyncing,
+            (Some(_), Link::Live | Link::Waiting { .. } | Link::Detached { .. }) => RoomState::Detached,
+            (None, _) if !room.sessions.values().any(|session| session.joined) => RoomState::Joining,
+            (None, _) => RoomState::Live,
         }
     }
 

@@ -34,6 +34,9 @@ use crate::{
     time::{Deadline, Mono, Now},
 };
 
+/// Sessions that are remembered as lost, to see whether they come back.
+const LOST_MAX: usize = 1_000;
+
 /// How often a room is asked about each far occupant. One question costs its server some microseconds.
 pub(super) const VERIFY_EVERY: Duration = Duration::from_secs(300);
 /// After a stream to our server began anew: its rooms may still be loading.
@@ -123,6 +126,9 @@ pub struct Primary {
     /// No guest is to be asked about before: those in their rooms are many, and looked through only then.
     wake_at: Option<Mono>,
     ghosts: u64,
+    /// By room and full address, those who were told so and have not come back.
+    lost: BTreeSet<(String, String)>,
+    ghosts_returned: u64,
     /// Questions of rooms about guests that were answered here.
     pongs: u64,
     pub(super) overflows: u64,
@@ -146,6 +152,8 @@ impl Primary {
             next_burst: None,
             wake_at: None,
             ghosts: 0,
+            lost: BTreeSet::new(),
+            ghosts_returned: 0,
             pongs: 0,
             overflows: 0,
             returned_lines: 0,
@@ -284,6 +292,11 @@ impl Primary {
 
     pub fn ghosts(&self) -> u64 {
         self.ghosts
+    }
+
+    /// Of them, those that the room has let in again.
+    pub fn ghosts_returned(&self) -> u64 {
+        self.ghosts_returned
     }
 
     pub fn pongs(&self) -> u64 {
@@ -597,6 +610,8 @@ impl Primary {
         let repeats = wish.is_some() || guest.repeats && !is_own;
         let standing = Some(muc.standing());
         if is_own || guest.repeats != repeats || !guest.joined || guest.nick != nick || guest.standing != standing {
+            let returns = !self.lost.is_empty() && self.lost.remove(&(room.to_owned(), to.to_owned()));
+            self.ghosts_returned += u64::from(returns);
             guest.joined = true;
             guest.repeats = repeats;
             guest.standing = standing;
@@ -851,6 +866,9 @@ impl Primary {
             return;
         };
         self.ghosts += 1;
+        if self.lost.len() < LOST_MAX {
+            self.lost.insert((room.to_owned(), address.to_owned()));
+        }
         let occupant = format!("{room}/{}", guest.nick);
         // As the room would have said it, had it known to whom.
         let (template, to_at) = lost_presence(&occupant, &MucUser::gone(), &[SELF_PRESENCE, LOST]);

@@ -337,9 +337,17 @@ const THERE_FOR_SECONDS: u64 = 60;
 fn a_split_is_shown_late_and_healed_with_the_truth() {
     let mut site = Site::populated(MirrorSettings::default());
     site.presence("adam", "", &["b1@b.example/r", "b2@b.example/r"]);
+    let stands = |site: &Site, state: RoomState| {
+        let all = site.mirror.rooms_by_state();
+        assert_eq!(all.map(|(_, count)| count).iter().sum::<usize>(), 1);
+        assert!(all.contains(&(state, 1)), "{all:?}");
+    };
+    stands(&site, RoomState::Live);
     site.down();
     assert_eq!(site.pass(299), Seen::default());
+    stands(&site, RoomState::Live);
     let seen = site.pass(1);
+    stands(&site, RoomState::Detached);
     for (nick, user) in [("alice", "b1"), ("alice", "b2"), ("adam", "b1"), ("adam", "b2")] {
         let parts = [
             &format!("from='{ROOM}/{nick}'"),
@@ -375,7 +383,9 @@ fn a_split_is_shown_late_and_healed_with_the_truth() {
     );
     let said = format!("<message from='{ROOM}/alice' type='groupchat' id='a9'><body>x</body></message>");
     assert_eq!(site.far(&said, &both).delivered.len(), 2);
+    stands(&site, RoomState::Resyncing);
     site.mirror.handle_caught_up(site.now);
+    stands(&site, RoomState::Live);
     let seen = site.drain();
     assert_eq!(seen.delivered.len(), 4);
     assert!(has(&seen.delivered, &["/alice'", "<show>xa</show>", "to='b1@"]));
@@ -743,7 +753,26 @@ fn a_forgotten_occupant_is_told() {
     ));
     // The same answer again is nobody's.
     assert_eq!(site.local(&answer("not-acceptable")), Seen::default());
-    assert_eq!(site.mirror.stats().ghosts, 1);
+    assert_eq!(
+        (site.mirror.stats().ghosts, site.mirror.stats().ghosts_returned),
+        (1, 0)
+    );
+    // It comes back, once.
+    for _ in 0..2 {
+        site.far(
+            "<presence from='a1@a.example/r'><x xmlns='http://jabber.org/protocol/muc'/></presence>",
+            &["mess@conference.b.example/a1"],
+        );
+        site.local(&format!(
+            "<presence from='mess@conference.b.example/a1' to='a1@a.example/r'><x xmlns='{}'><item affiliation='none' role='participant'/>\
+             <status code='110'/></x></presence>",
+            ns::MUC_USER
+        ));
+        assert_eq!(
+            (site.mirror.stats().ghosts, site.mirror.stats().ghosts_returned),
+            (1, 1)
+        );
+    }
 }
 
 /// An answer that decides nothing (XEP-0410 §3.3) changes nothing.

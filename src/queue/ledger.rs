@@ -25,6 +25,8 @@ pub struct Ledger {
     first: Seq,
     held: VecDeque<Held>,
     levels: [Level; Class::COUNT],
+    /// Before these numbers there is none of the class: where to look for its oldest.
+    from: [Seq; Class::COUNT],
 }
 
 impl Ledger {
@@ -36,11 +38,26 @@ impl Ledger {
             first: Seq(acked.0 + 1),
             held: std::iter::repeat_n(unknown, count).collect(),
             levels: Default::default(),
+            from: [Seq(acked.0 + 1); Class::COUNT],
         }
     }
 
     pub fn level(&self, class: Class) -> Level {
         self.levels[class as usize]
+    }
+
+    /// The lowest number of a class that waits.
+    pub fn oldest(&mut self, class: Class) -> Option<Seq> {
+        if self.level(class).entries == 0 {
+            return None;
+        }
+        // What was passed over once is not looked at again: a queue of a million is asked every second.
+        let from = self.from[class as usize].max(self.first);
+        let mut held = self.held.iter().skip(self.index(from)?);
+        let passed = held.position(|held| held.class == Some(class))?;
+        let oldest = Seq(from.0 + passed as u64);
+        self.from[class as usize] = oldest;
+        Some(oldest)
     }
 
     pub fn class(&self, seq: Seq) -> Option<Class> {
@@ -65,6 +82,8 @@ impl Ledger {
         };
         let before = std::mem::replace(&mut self.held[index], held);
         self.count_out(before);
+        let from = &mut self.from[class as usize];
+        *from = seq.min(*from);
         let level = &mut self.levels[class as usize];
         level.entries += 1;
         level.bytes += u64::from(held.bytes);
@@ -136,5 +155,26 @@ mod tests {
         ledger.advance_to(Seq(20));
         ledger.set(Seq(21), Class::Bulk, 1);
         assert_eq!(ledger.level(Class::Bulk).entries, 1);
+    }
+
+    /// The oldest of a class is found again when the one before it is gone, and when an earlier one turns out to be of the class.
+    #[test]
+    fn the_oldest_of_a_class_is_found() {
+        let mut ledger = Ledger::new(Seq(2), Seq(4));
+        assert_eq!(ledger.oldest(Class::Message), None);
+        ledger.set(Seq(5), Class::Message, 1);
+        ledger.set(Seq(6), Class::Iq, 1);
+        ledger.set(Seq(7), Class::Message, 1);
+        assert_eq!(ledger.oldest(Class::Message), Some(Seq(5)));
+        assert_eq!(ledger.oldest(Class::Iq), Some(Seq(6)));
+        // An earlier process's, read back from the disk.
+        ledger.set(Seq(4), Class::Message, 1);
+        assert_eq!(ledger.oldest(Class::Message), Some(Seq(4)));
+        ledger.clear(Seq(4));
+        ledger.advance_to(Seq(5));
+        assert_eq!(ledger.oldest(Class::Message), Some(Seq(7)));
+        ledger.set(Seq(7), Class::Control, 0);
+        assert_eq!(ledger.oldest(Class::Message), None);
+        assert_eq!(ledger.oldest(Class::Control), Some(Seq(7)));
     }
 }

@@ -165,6 +165,7 @@ pub struct GivenUp {
     pub seq: Seq,
     pub class: Class,
     pub accepted: Mono,
+    pub entry: Entry,
 }
 
 /// Something that has waited too long.
@@ -610,12 +611,13 @@ impl Scheduler {
 
     /// A later entry, last written in this batch, says all that it says.
     fn give_up(&mut self, track: &Track, seq: Seq, batch: u64) {
-        if let Some((slot, _, before, accepted)) = self.remove(track, seq) {
+        if let Some((slot, entry, before, accepted)) = self.remove(track, seq) {
             self.voids.insert(seq, before.max(batch));
             self.given_up.push(GivenUp {
                 seq,
                 class: slot.class,
                 accepted,
+                entry,
             });
         }
     }

@@ -163,6 +163,11 @@ pub struct RelayStats {
     /// By class: what waited too long, what a later one took the place of, and what was refused because there was too much of its class.
     pub expired: [u64; Class::COUNT],
     pub superseded: [u64; Class::COUNT],
+    /// Of entries, as they were stored.
+    pub superseded_bytes: u64,
+    pub expired_bytes: u64,
+    /// Of entries that have come, by what they look like here.
+    pub received_bytes: [u64; Class::COUNT],
     pub class_full: [u64; Class::COUNT],
     dropped: BTreeMap<Drop, u64>,
 }
@@ -585,7 +590,8 @@ impl Relay {
 
     /// Bytes of entries that have left the spool because the peer has them.
     pub fn acked_bytes(&self) -> u64 {
-        (self.inherited_bytes + self.stats.entry_bytes).saturating_sub(self.levels.spool_bytes)
+        let given_up = self.stats.superseded_bytes + self.stats.expired_bytes;
+        (self.inherited_bytes + self.stats.entry_bytes).saturating_sub(self.levels.spool_bytes + given_up)
     }
 
     /// Up to where the peer has everything of ours.
@@ -596,6 +602,16 @@ impl Relay {
     /// How much of a class waits for the peer.
     pub fn level(&self, class: Class) -> Level {
         self.outward.level(class)
+    }
+
+    /// How long the oldest entry of a class has waited for the peer.
+    pub fn oldest_of(&mut self, class: Class, now: Now) -> Duration {
+        self.outward.oldest_of(class, now)
+    }
+
+    /// Bytes of entries that were given to the link, by class: those that were given again after a reconnect count again.
+    pub fn sent_bytes(&self) -> [u64; Class::COUNT] {
+        self.outward.crossed_bytes()
     }
 
     pub fn rules(&self) -> &Rules {
@@ -1187,6 +1203,7 @@ impl Relay {
                 self.stats.shared_received += u64::from(cast.recipients.len() > 1);
                 let copies = cast.recipients.len();
                 if let Some(stanza) = cast.copy(0).and_then(|copy| Stanza::parse(copy).ok()) {
+                    self.stats.received_bytes[Class::of(&stanza) as usize] += entry.len() as u64;
                     self.rooms
                         .note(&stanza, Way::Received, entry.len() as u64, copies as u64);
                     self.trace_arrived(Decision::Arrived { copies }, seq, Some(stanza.bytes()), now);
@@ -1203,7 +1220,7 @@ impl Relay {
                     }
                 }
             }
-            Ok(None) => {}
+            Ok(None) => self.stats.received_bytes[Class::Control as usize] += entry.len() as u64,
             Err(drop) => {
                 self.stats.dropped(drop);
                 self.trace_arrived(Decision::Lost(drop), seq, None, now);

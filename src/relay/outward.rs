@@ -133,6 +133,8 @@ pub struct Outward {
     ages: BTreeMap<Seq, Mono>,
     /// The last that was among them and is acknowledged: those up to the next one count as it.
     acked_age: Mono,
+    /// Bytes of entries that were given to a connection, by class.
+    crossed_bytes: [u64; Class::COUNT],
     /// When the ones among them were given out that have been acknowledged since this was last asked.
     delivered: Vec<Mono>,
     outputs: VecDeque<Output>,
@@ -171,6 +173,7 @@ impl Outward {
             sealed_while_reading: BTreeMap::new(),
             ages,
             acked_age: Mono::default(),
+            crossed_bytes: [0; Class::COUNT],
             delivered: Vec::new(),
             outputs: VecDeque::new(),
         }
@@ -417,13 +420,20 @@ impl Outward {
 
     /// Offers what may cross next, given the batches that are on disk. `false` if nothing was taken.
     pub fn offer(&mut self, committed: u64, mut offer: impl FnMut(Offer<'_>) -> Answer) -> bool {
-        let given = &mut self.given;
+        let (given, ledger, crossed) = (&mut self.given, &self.ledger, &mut self.crossed_bytes);
         self.open
             && self.scheduler.offer(committed, |offered| {
                 let seq = offered.seq();
+                let whole = match &offered {
+                    Offer::Whole { entry, .. } => Some(entry.encoded_bytes()),
+                    Offer::Part { .. } => None,
+                };
                 let answer = offer(offered);
-                if let Answer::Takes(_) = answer {
+                if let Answer::Takes(taken) = answer {
                     given.insert(seq);
+                    // Nothing is taken of what the peer knows already, or does not take.
+                    let bytes = if taken == 0 { 0 } else { whole.unwrap_or(taken) };
+                    crossed[ledger.class(seq).unwrap_or(Class::Control) as usize] += bytes as u64;
                 }
                 answer
             })
@@ -440,6 +450,7 @@ impl Outward {
         let all = self.scheduler.take_given_up();
         for given_up in &all {
             stats.superseded[given_up.class as usize] += 1;
+            stats.superseded_bytes += freed_bytes(&given_up.entry);
             self.write_void(given_up.seq, given_up.accepted, now);
         }
         all
@@ -453,6 +464,7 @@ impl Outward {
             given.contains(&seq) || in_doubt.contains(&seq) || inherited.is_some_and(|inherited| seq <= inherited)
         })?;
         stats.expired[expired.class as usize] += 1;
+        stats.expired_bytes += freed_bytes(&expired.entry);
         self.scheduler.put_void(expired.seq, batch);
         self.write_void(expired.seq, expired.accepted, now);
         Some(expired)
@@ -488,6 +500,17 @@ impl Outward {
             return Duration::ZERO;
         }
         now.mono.since(self.accepted_at(Seq(self.acked.0 + 1)))
+    }
+
+    /// The same for the entries of a class, as far as it is known what they are: what an earlier process has left is read in time.
+    pub fn oldest_of(&mut self, class: Class, now: Now) -> Duration {
+        let oldest = self.ledger.oldest(class);
+        oldest.map_or(Duration::ZERO, |seq| now.mono.since(self.accepted_at(seq)))
+    }
+
+    /// Bytes of entries that were given to a connection, by class.
+    pub fn crossed_bytes(&self) -> [u64; Class::COUNT] {
+        self.crossed_bytes
     }
 
     /// When this number, which waits, was given out, to the second.
@@ -604,6 +627,11 @@ impl Outward {
             self.ages.insert(seq, at);
         }
     }
+}
+
+/// What the spool holds less when a void takes an entry's place.
+fn freed_bytes(entry: &Entry) -> u64 {
+    entry.encoded_bytes().saturating_sub(Entry::Void.encoded_bytes()) as u64
 }
 
 /// By the calendar, because the other clock does not outlive a process. It may have been put back since: then it was just now.

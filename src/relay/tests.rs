@@ -109,7 +109,7 @@ impl Half {
                     Entry::Void => 0,
                 };
                 crossed.push((seq.0, recipients));
-                Answer::Takes(0)
+                Answer::Takes(1)
             }
             Offer::Part { .. } => Answer::Blocked,
         }) {}
@@ -220,6 +220,16 @@ fn a_visit_is_left_out_unless_it_may_have_been_seen() {
         crossed.sort_unstable();
         let recipients = usize::from(is_given);
         assert_eq!(crossed, [(1, 1), (2, recipients), (3, recipients)]);
+        // What was left out is counted as the disk has it, and what crossed as it was stored.
+        let (slots, _) = half.disk.read_spool(Seq(1), 9, usize::MAX);
+        let bytes: Vec<u64> = slots.iter().map(|slot| slot.entry.len() as u64).collect();
+        let stored: u64 = bytes.iter().sum();
+        assert_eq!(half.stats.entry_bytes - half.stats.superseded_bytes, stored);
+        assert_eq!(half.stats.superseded_bytes > 0, !is_given);
+        let twice = if is_given { bytes[0] + bytes[1] } else { 0 };
+        assert_eq!(half.outward.crossed_bytes().iter().sum::<u64>(), stored + twice);
+        let voids = half.outward.crossed_bytes()[Class::Control as usize];
+        assert_eq!(voids, if is_given { 0 } else { bytes[1] + bytes[2] });
     }
 }
 
@@ -837,11 +847,18 @@ fn what_waits_too_long_is_told_to_who_asked() {
         (waits, told.join(" "))
     };
     assert_eq!(pass(&mut whole, 4), (vec![1, 2, 3, 4], String::new()));
+    let age = |whole: &mut Whole, class, seconds: u64| whole.relay.oldest_of(class, at(seconds * 1000)).as_secs();
+    let of = [Class::Iq, Class::Message, Class::State, Class::Bulk];
+    assert_eq!(of.map(|class| age(&mut whole, class, 4)), [4, 4, 4, 0]);
     assert_eq!(pass(&mut whole, 6), (vec![1, 2, 4], String::new()));
     assert_eq!(pass(&mut whole, 61), (vec![2, 4], "1".to_owned()));
     assert_eq!(pass(&mut whole, 62), (vec![2, 4], String::new()));
+    assert_eq!(of.map(|class| age(&mut whole, class, 62)), [0, 62, 0, 0]);
     assert_eq!(pass(&mut whole, 13 * 3600), (vec![], "4".to_owned()));
     assert_eq!(whole.relay.stats().expired.iter().sum::<u64>(), 4);
+    // What was given up has not crossed.
+    assert_eq!(whole.relay.acked_bytes(), 0);
+    assert!(whole.relay.stats().expired_bytes > 400);
     assert!(
         Class::ALL
             .iter()

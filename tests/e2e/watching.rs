@@ -1,12 +1,14 @@
 //! What operators look at, with a real Prometheus that watches a real pair: every query of every dashboard and every alert gives what it
-//! should, before, during and after an outage; and the bytes that the sidecars report are those that the link carried.
+//! should, before, during and after an outage; and the bytes that the sidecars report are those that the link carried. The README's picture
+//! of the overview is drawn from such a run (`the_overview_is_drawn`).
 
 use std::{
     collections::BTreeSet,
     fs,
     io::{self, Read, Write},
     net::{Shutdown, TcpListener, TcpStream},
-    path::Path,
+    path::{Path, PathBuf},
+    process::Command,
     sync::atomic::{AtomicBool, Ordering},
     thread::{self, sleep},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -17,10 +19,10 @@ use narrows_lab::{
     client::{Failure, Outcome},
     net::{Process, write_file},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
-    boards::{BOARDS, Query, alerts, board, directory, list, names, queries, text},
+    boards::{BOARDS, Query, alerts, board, directory, list, names, panels, queries, text},
     cast::Cast,
     stage::{pair_with, stand},
 };
@@ -227,8 +229,26 @@ fn until(what: &str, site: &Site, metric: &str, come: impl Fn(f64) -> bool) -> O
     }
 }
 
-/// Talk, an outage that users are told of, and talk again.
-fn live_through_it(world: &World) -> Outcome {
+/// How long all goes on.
+struct Course {
+    /// Messages before the outage, in it, and after it.
+    turns: [usize; 3],
+    pause: Duration,
+}
+
+const SHORT: Course = Course {
+    turns: [100, 40, 20],
+    pause: Duration::from_millis(250),
+};
+
+/// So long that lines have a shape.
+const LONG: Course = Course {
+    turns: [120, 60, 100],
+    pause: Duration::from_millis(1500),
+};
+
+/// Talk, an outage that users are told of, and talk again. Those who talked stay.
+fn live_through_it<'w>(world: &'w World, course: &Course) -> Outcome<Cast<'w>> {
     let mut cast = Cast::gather(world, "bridge")?;
     let mut speak = |turns: usize| -> Outcome {
         for turn in 0..turns {
@@ -236,19 +256,22 @@ fn live_through_it(world: &World) -> Outcome {
                 turn % 5,
                 "All stations: the supply boat is two hours late. Please confirm.",
             )?;
-            sleep(Duration::from_millis(250));
+            sleep(course.pause);
         }
         Ok(())
     };
     rest(world);
     let before = ip_bytes(world)?;
-    speak(100)?;
+    speak(course.turns[0])?;
     rest(world);
     // The sidecars look at the kernel's figures once a second.
     sleep(Duration::from_secs(2));
     for ((link, said), (link_before, said_before)) in ip_bytes(world)?.into_iter().zip(before) {
         let (link, said) = (link - link_before, said - said_before);
-        println!("100 messages: {link} bytes on the link, {said} as the sidecar says");
+        println!(
+            "{} messages: {link} bytes on the link, {said} as the sidecar says",
+            course.turns[0]
+        );
         if (said - link).abs() > link * BYTES_APART_MAX {
             return Err(Failure(format!(
                 "{link} bytes went over the link, the metrics say {said}"
@@ -256,22 +279,22 @@ fn live_through_it(world: &World) -> Outcome {
         }
     }
     world.link.down();
-    speak(20)?;
+    speak(course.turns[1] / 2)?;
     until("users are told", &world.b, "narrows_mirror_splits_total", |count| {
         count > 0.0
     })?;
-    speak(20)?;
+    speak(course.turns[1] - course.turns[1] / 2)?;
     world.link.up();
     until("users are shown", &world.b, "narrows_mirror_heals_total", |count| {
         count > 0.0
     })?;
-    speak(20)?;
+    speak(course.turns[2])?;
     for site in [&world.a, &world.b] {
         until("all has crossed", site, "narrows_spool_entries", |entries| {
             entries == 0.0
         })?;
     }
-    Ok(())
+    Ok(cast)
 }
 
 /// Whether a query gives what a panel can show.
@@ -303,6 +326,23 @@ fn unix_now() -> f64 {
 /// tell are those that the link has carried.
 #[test]
 fn dashboards_and_alerts_see_a_real_pair() {
+    let picture = watched(&SHORT);
+    // That the picture of the README can be drawn, with all that is on it.
+    for panel in panels(&board("overview")) {
+        let title = text(panel, "title");
+        assert!(picture.contains(title), "{title} is not in the picture");
+    }
+}
+
+/// Draws `grafana/overview.svg` anew, from what Prometheus says of a longer run.
+#[test]
+#[ignore = "eight minutes: cargo test --test e2e the_overview_is_drawn -- --ignored"]
+fn the_overview_is_drawn() {
+    fs::write(directory().join("overview.svg"), watched(&LONG)).expect("it can be written");
+}
+
+/// Runs a pair, looks at it with Prometheus, panics at what is wrong, and gives the picture of the overview.
+fn watched(course: &Course) -> String {
     let stand = stand(
         "watch",
         Profile::vsat128k(),
@@ -317,7 +357,7 @@ fn dashboards_and_alerts_see_a_real_pair() {
     let listener = world.a.listen(FAR_ADMIN_PORT).expect("the port is free");
     let wrong = thread::scope(|scope| {
         let through = scope.spawn(|| lead_through(&listener, &world.b, &done));
-        let wrong = watch(world, since);
+        let wrong = watch(world, course, since);
         done.store(true, Ordering::Relaxed);
         through
             .join()
@@ -332,14 +372,60 @@ fn dashboards_and_alerts_see_a_real_pair() {
         wrong.len(),
         wrong.join("\n")
     );
+    let picture = fs::read_to_string(picture_file(world));
+    picture.expect("it has been drawn")
+}
+
+fn picture_file(world: &World) -> PathBuf {
+    world.dir().join("overview.svg")
+}
+
+/// Asks all that the overview asks, as Grafana would, and has `grafana/draw.py` draw it.
+fn draw(world: &World, prometheus: &Prometheus<'_>, since: f64) -> io::Result<()> {
+    let now = unix_now();
+    let (range, step) = (format!("{}s", (now - since).ceil()), ((now - since) / 200.0).max(1.0));
+    let answer = |expr: &str, instant: bool| {
+        let expr = encoded(&filled_in(expr, &range));
+        let path = match instant {
+            true => format!("query?query={expr}"),
+            false => format!("query_range?query={expr}&start={since}&end={now}&step={step}"),
+        };
+        let data = prometheus.ask(&path).map_err(io::Error::other)?;
+        Ok::<_, io::Error>(data["result"].clone())
+    };
+    let overview = board("overview");
+    let mut panels_said = Vec::new();
+    for panel in panels(&overview) {
+        let targets = list(panel, "targets").map(|target| answer(text(target, "expr"), target["instant"] == true));
+        panels_said.push(json!({ "id": panel["id"], "targets": targets.collect::<io::Result<Vec<Value>>>()? }));
+    }
+    let annotations = list(&overview["annotations"], "list").map(|of| answer(text(of, "expr"), false));
+    let said = json!({
+        "from": since,
+        "to": now,
+        "panels": panels_said,
+        "annotations": annotations.collect::<io::Result<Vec<Value>>>()?,
+    });
+    let answers = world.dir().join("answers.json");
+    fs::write(&answers, said.to_string())?;
+    let script = directory().join("draw.py");
+    let board = directory().join("overview.json");
+    let drawn = Command::new("python3")
+        .args([&script, &board, &answers, &picture_file(world)])
+        .output()?;
+    match drawn.status.success() {
+        true => Ok(()),
+        false => Err(io::Error::other(String::from_utf8_lossy(&drawn.stderr).into_owned())),
+    }
 }
 
 /// Gives what is wrong with queries.
-fn watch(world: &World, since: f64) -> Outcome<Vec<String>> {
+fn watch(world: &World, course: &Course, since: f64) -> Outcome<Vec<String>> {
     let prometheus = Prometheus::start(world)?;
-    live_through_it(world)?;
+    let cast = live_through_it(world, course)?;
     // Two more scrapes.
     sleep(Duration::from_secs(3));
+    draw(world, &prometheus, since)?;
     let mut wrong = Vec::new();
     let mut asked = 0;
     for name in BOARDS {
@@ -377,6 +463,7 @@ fn watch(world: &World, since: f64) -> Outcome<Vec<String>> {
         .instant("max_over_time(scrape_duration_seconds[2m])")
         .map_err(Failure)?;
     println!("{asked} queries; samples of each scrape: {series:?}; the longest took {took:.3?} s; firing: {firing:?}");
+    drop(cast);
     Ok(wrong)
 }
 
@@ -598,7 +685,6 @@ fn top(site: &Site, columns: u16, lines: u16, wanted: &str) -> Outcome<String> {
 /// The page of the admin port in a real browser: what the sidecar knows stands in it, nothing is asked of anybody else, and the browser has
 /// nothing to complain of. `narrows top` in a real terminal shows the same. Pictures of both are left in the build's directory.
 #[test]
-#[ignore = "needs Debian's packages chromium-headless-shell (100 MB to fetch) and tmux: cargo test --test e2e in_a_browser -- --ignored"]
 fn page_and_top_in_a_browser_and_a_terminal() {
     let stand = stand(
         "browse",

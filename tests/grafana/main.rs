@@ -1,4 +1,4 @@
-//! The dashboards and alerts against the list of metrics, and against the rules that Grafana's own linter has for dashboards.
+//! The dashboards and alerts against the list of metrics, against Grafana's own schema, and against the rules that its linter has for dashboards.
 //!
 //! That every query also gives something is seen in `tests/e2e/watching.rs`.
 
@@ -7,12 +7,13 @@ mod boards;
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
+    path::{Path, PathBuf},
     process::Command,
 };
 
 use boards::{BOARDS, alerts, board, directory, list, names, panels, queries, text};
 use narrows::metrics::{ALL, Kind, Metric, Words};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// The metric that a name in a query means; a histogram has three.
 fn metric(name: &str) -> Option<&'static Metric> {
@@ -237,6 +238,75 @@ fn promtool_accepts_the_rules() {
     for rule in alerts() {
         let name = text(&rule, "alert");
         assert!(tested.contains(name), "{name} is not tested");
+    }
+}
+
+/// A Python that has Grafana's schema: a virtual environment below `target/`, made when it is first wanted. That takes the network, as
+/// building did.
+fn python_with_schema() -> PathBuf {
+    let home = Path::new(env!("CARGO_TARGET_TMPDIR")).join("grafana-schema");
+    let python = home.join("bin/python3");
+    let wanted = here().join("requirements.txt");
+    // Put there last, so that what was broken off is made anew.
+    let done = home.join("requirements.txt");
+    let is_same = |one: &Path, other: &Path| fs::read(one).ok() == fs::read(other).ok();
+    if !is_same(&wanted, &done) {
+        let install = ["-m", "pip", "install", "--quiet", "--no-deps", "--require-hashes", "-r"].map(Path::new);
+        let made = |command: &mut Command| {
+            let output = command.output().expect("Python is in Debian's package `python3`");
+            let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+            assert!(
+                output.status.success(),
+                "Debian's package `python3-venv` and a way to PyPI are needed for this test: {said}"
+            );
+        };
+        made(
+            Command::new("/usr/bin/python3")
+                .args(["-m", "venv", "--clear"])
+                .arg(&home),
+        );
+        made(Command::new(&python).args(install).arg(&wanted));
+        fs::copy(&wanted, &done).unwrap();
+    }
+    python
+}
+
+fn here() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/grafana"))
+}
+
+/// Every dashboard is what Grafana's schema says that a dashboard is: no field, value or type that Grafana does not know. That the check finds
+/// such things is seen as well.
+#[test]
+fn dashboards_obey_the_schema() {
+    let python = python_with_schema();
+    let check = |files: &[PathBuf]| {
+        let mut command = Command::new(&python);
+        let output = command.arg(here().join("schema.py")).args(files).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
+        (output.status.success(), said.into_owned())
+    };
+    let (good, said) = check(&BOARDS.map(|name| directory().join(format!("{name}.json"))));
+    assert!(good, "{said}");
+
+    for (place, value) in [
+        ("/panels/0/legend", json!(1)),
+        ("/panels/0/type", json!("stats")),
+        ("/panels/0/gridPos/w", json!("6")),
+        ("/panels/0/options/colorMode", json!("rainbow")),
+        ("/panels/0/options/reduceOptions/calc", json!("last")),
+        ("/panels/0/targets/0/editorMode", json!("codes")),
+        ("/panels/0/fieldConfig/defaults/thresholds/mode", json!("abs")),
+        ("/panels/6/fieldConfig/defaults/custom/drawStyle", json!("lines")),
+        ("/templating/list/0/type", json!("queries")),
+    ] {
+        let mut broken = board("overview");
+        let (parent, key) = place.rsplit_once('/').unwrap();
+        broken.pointer_mut(parent).unwrap()[key] = value;
+        let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("broken.json");
+        fs::write(&file, broken.to_string()).unwrap();
+        let (good, said) = check(&[file]);
+        assert!(!good && said.lines().count() == 1, "{place}: {said}");
     }
 }
 
