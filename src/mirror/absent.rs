@@ -70,6 +70,10 @@ pub struct Out {
     nicks: u8,
     /// It may never have left, or be in already: the room may not tell others once more that it has come.
     in_doubt: bool,
+    /// No session of this nick was left in the room.
+    vacant: bool,
+    /// Guests to whom the room has shown the nick since.
+    shown_to: BTreeSet<String>,
 }
 
 #[derive(Clone, Debug)]
@@ -85,8 +89,6 @@ enum Stage {
         confirmed: bool,
         /// Who is there.
         seen: BTreeSet<String>,
-        /// Guests to whom the room has shown it again.
-        shown_to: BTreeSet<String>,
         /// What was said, once it is in.
         history: Option<VecDeque<Line>>,
     },
@@ -151,6 +153,8 @@ impl Out {
             tries: 0,
             nicks: 0,
             in_doubt,
+            vacant: false,
+            shown_to: BTreeSet::new(),
         })
     }
 
@@ -166,7 +170,6 @@ impl Out {
         Stage::Returning {
             confirmed,
             seen: BTreeSet::new(),
-            shown_to: BTreeSet::new(),
             history: None,
         }
     }
@@ -234,10 +237,9 @@ impl Primary {
         if self.split_far != SplitFar::Leave {
             return self.untrack(room, address);
         }
-        if self.is_tracked(room, address) && self.place(room, address) != Some(Place::Here) {
+        if self.is_tracked(room, address) {
             return;
         }
-        self.untrack(room, address);
         self.shown
             .entry(room.to_owned())
             .or_default()
@@ -402,11 +404,27 @@ impl Primary {
                     tries: 0,
                     nicks: 0,
                     in_doubt: false,
+                    vacant: false,
+                    shown_to: BTreeSet::new(),
                 });
             }
         }
+        self.note_vacant(room, address);
         self.write(room, address, now);
         self.deliver_leave(room, address);
+    }
+
+    /// With the last session of a nick, the others do not see it any more.
+    fn note_vacant(&mut self, room: &str, address: &str) {
+        let Some(guests) = self.rooms.get_mut(room) else { return };
+        let Some(nick) = guests.get(address).map(|guest| guest.nick.clone()) else {
+            return;
+        };
+        let mut sessions: Vec<&mut Guest> = guests.values_mut().filter(|guest| guest.nick == nick).collect();
+        if sessions.iter().all(|guest| guest.out.is_some()) {
+            let outs = sessions.iter_mut().filter_map(|guest| guest.out.as_mut());
+            outs.for_each(|out| (out.vacant, out.shown_to) = (true, BTreeSet::new()));
+        }
     }
 
     fn deliver_leave(&mut self, room: &str, address: &str) {
@@ -618,7 +636,8 @@ impl Primary {
                 if muc.is_own_leave() {
                     return self.put_out(stanza, node, &muc, room, to, place, now);
                 }
-                let is_for_now = muc.is_plain_leave() && self.is_out(room, nick, to);
+                // Another session of the nick may really have left.
+                let is_for_now = muc.is_plain_leave() && is_ours(node) && self.is_out(room, nick, to);
                 let is_renamed = muc.is_self() && muc.new_nick().is_some() && self.is_in_doubt(room, to);
                 if is_for_now || matches!(place, Place::Gone | Place::Parting) && !is_renamed {
                     return None;
@@ -653,15 +672,18 @@ impl Primary {
         {
             seen.insert(nick.to_owned());
         }
-        for (_, other) in self
+        let guests = self
             .rooms
             .get_mut(room)
             .into_iter()
-            .flatten()
-            .filter(|(_, guest)| guest.nick == nick)
-        {
-            if let Some(Stage::Returning { shown_to, .. }) = other.out.as_mut().map(|out| &mut out.stage) {
-                shown_to.insert(to.to_owned());
+            .flat_map(|guests| guests.values_mut());
+        let mut sessions: Vec<&mut Guest> = guests.filter(|guest| guest.nick == nick).collect();
+        // What the room says before it has heard that they left tells nothing of who sees them then.
+        let returns = |guest: &&mut Guest| matches!(guest.place(), Place::Returning { confirmed: true, .. });
+        if sessions.iter().any(returns) {
+            let outs = sessions.iter_mut().filter_map(|guest| guest.out.as_mut());
+            for out in outs {
+                out.shown_to.insert(to.to_owned());
             }
         }
         let is_told_again = matches!(place, Place::Returning { .. }) || self.is_out(room, nick, to);
@@ -714,6 +736,7 @@ impl Primary {
             }
             Place::Gone | Place::Parting => return None,
             Place::Here | Place::Leaving { .. } => {
+                self.show_absent(room, to);
                 self.note_shown(room, nick, to, &stanza);
                 return Some(stanza);
             }
@@ -758,6 +781,22 @@ impl Primary {
         None
     }
 
+    /// A guest that is in is told all again, and the room knows nothing of those who are out because of the link.
+    fn show_absent(&mut self, room: &str, to: &str) {
+        let guest = self.rooms.get(room).and_then(|guests| guests.get(to));
+        let Some(shown) = self.shown.get(room).filter(|_| guest.is_some_and(Guest::asks)) else {
+            return;
+        };
+        let absent = shown.occupants.keys().filter(|nick| self.is_out(room, nick, to));
+        let versions = absent.filter_map(|nick| shown.version(nick, to));
+        let versions: Vec<(Bytes, u32)> = versions
+            .map(|version| (version.template.clone(), version.to_at))
+            .collect();
+        for (template, to_at) in versions {
+            self.cross(&template, to_at, to);
+        }
+    }
+
     /// Who was shown to a guest and is not there any more is gone.
     fn hide_unseen(&mut self, room: &str, to: &str, seen: &BTreeSet<String>) {
         let Some(shown) = self.shown.get(room) else { return };
@@ -778,10 +817,13 @@ impl Primary {
         }
     }
 
-    /// A guest is in again: the other guests in the room to whom it was not shown again (`presencebroadcast`) no longer see it.
+    /// A guest is in again, and with it all sessions of its nick: the other guests in the room to whom it was not shown again
+    /// (`presencebroadcast`) no longer see it.
     fn hide_unshown(&mut self, room: &str, nick: &str, to: &str, shown_to: &BTreeSet<String>) {
         let Some(guests) = self.rooms.get(room) else { return };
-        let is_shared = guests.iter().any(|(other, guest)| other != to && guest.nick == nick);
+        let is_shared = guests
+            .iter()
+            .any(|(other, guest)| other != to && guest.nick == nick && guest.out.is_some());
         let is_inside = |guest: &Guest| match guest.place() {
             Place::Here => guest.joined,
             Place::Returning { entered, .. } => entered,
@@ -793,7 +835,8 @@ impl Primary {
         let versions = shown.occupants.get(nick).into_iter().flatten();
         let viewers = versions.flat_map(|version| shown.viewers(version).map(move |viewer| (viewer, version)));
         let unshown = viewers.filter(|(viewer, _)| {
-            *viewer != to && !shown_to.contains(*viewer) && guests.get(*viewer).is_some_and(is_inside)
+            let is_other = |guest: &&Guest| guest.nick != nick;
+            !shown_to.contains(*viewer) && guests.get(*viewer).filter(is_other).is_some_and(is_inside)
         });
         let unshown: Vec<(String, MucUser)> = unshown
             .map(|(viewer, version)| (viewer.clone(), version.muc().unwrap_or_else(MucUser::gone)))
@@ -833,9 +876,7 @@ impl Primary {
             return Some(stanza);
         }
         // A stream that broke may have said twice what we had said.
-        let is_ours = node
-            .child(ns::SERVER, "status")
-            .is_some_and(|status| status.text == AWAY);
+        let is_ours = is_ours(node);
         let stage = match place {
             Place::Leaving { .. } => Stage::Gone,
             Place::Returning { entered: false, .. } => Out::returning(true),
@@ -868,6 +909,8 @@ impl Primary {
                 tries: 0,
                 nicks: 0,
                 in_doubt: true,
+                vacant: false,
+                shown_to: BTreeSet::new(),
             });
         }
         self.await_room(room, to, now);
@@ -994,15 +1037,13 @@ impl Primary {
         let Some(out) = guest.out.take() else { return };
         let nick = guest.nick.clone();
         let Stage::Returning {
-            history: Some(history),
-            shown_to,
-            ..
+            history: Some(history), ..
         } = &out.stage
         else {
             return;
         };
-        if !out.in_doubt {
-            self.hide_unshown(room, &nick, to, shown_to);
+        if !out.in_doubt && out.vacant {
+            self.hide_unshown(room, &nick, to, &out.shown_to);
         }
         let (begin, is_whole) = out.unheard(history);
         if !is_whole {
@@ -1027,6 +1068,12 @@ impl Primary {
         self.wake_by(verify_at);
         self.write(room, to, now);
     }
+}
+
+/// Whether a room tells what we have said in a guest's name as it left.
+fn is_ours(leave: &Node) -> bool {
+    let status = leave.child(ns::SERVER, "status");
+    status.is_some_and(|status| status.text == AWAY)
 }
 
 /// A guest's wish to enter again, as it was there before.

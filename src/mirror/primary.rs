@@ -89,6 +89,10 @@ enum Question {
 }
 
 impl Guest {
+    pub(super) fn asks(&self) -> bool {
+        matches!(self.asking, Asking::Asked(_))
+    }
+
     /// What history and subject are to it.
     pub(super) fn expected(&self) -> Expected {
         match (self.repeats, &self.asking) {
@@ -231,7 +235,7 @@ impl Primary {
             let guests = guests.iter().filter(|(_, guest)| guest.joined && guest.out.is_none());
             for (address, guest) in guests {
                 inside.entry(room.clone()).or_default().insert(address.clone());
-                if matches!(guest.asking, Asking::Asked(_)) {
+                if guest.asks() {
                     self.tails.enters(room, address);
                 }
             }
@@ -632,7 +636,7 @@ impl Primary {
         let Some(guest) = self.rooms.get_mut(room).and_then(|guests| guests.get_mut(address)) else {
             return;
         };
-        if !matches!(guest.asking, Asking::Asked(_)) {
+        if !guest.asks() {
             return self.remove(room, address, now);
         }
         (guest.joined, guest.repeats) = (false, false);

@@ -2509,3 +2509,51 @@ fn another_with_the_nick_of_who_left_is_shown_again() {
         "{told:?}"
     );
 }
+
+/// A guest that is in and asks to enter again is shown those who are out because of the link, whom the room does not know; and hears of it if
+/// one of them does not come back.
+#[test]
+fn who_enters_again_sees_who_is_out() {
+    let mut site = hosting_leavers();
+    site.all_out();
+    site.up();
+    site.lets_back("a2", &["bob"]);
+    site.room_ends("a2");
+    site.asks_to_enter("a2");
+    site.room_shows("bob", "a2");
+    let told = site.room_says_in("a2").crossed;
+    assert!(
+        told.len() == 2 && told[0].contains("mess@conference.b.example/a1"),
+        "{told:?}"
+    );
+    let leave = "<presence from='a1@a.example/r' type='unavailable'></presence>";
+    site.far(leave, &[&format!("{MESS}/a1")]);
+    let refused =
+        room_presence("a1", "a1", " type='error'", "").replace("</presence>", "<error type='cancel'/></presence>");
+    let told = site.local(&refused).crossed;
+    assert!(
+        has(
+            &told,
+            &["unavailable", "mess@conference.b.example/a1", "to='a2@a.example/r'"]
+        ),
+        "{told:?}"
+    );
+}
+
+/// That one has left crosses, also if another session of its nick is out because of the link.
+#[test]
+fn a_leave_of_another_session_is_one() {
+    let mut site = hosting_leavers();
+    site.all_out();
+    site.up();
+    site.lets_back("a2", &["bob"]);
+    site.room_ends("a2");
+    let gone = room_presence(
+        "a1",
+        "a2",
+        " type='unavailable'",
+        "<item affiliation='none' role='none'/>",
+    );
+    assert_eq!(site.local(&gone).crossed.len(), 1);
+    assert_eq!(site.room_hides("a1", "a2", ""), Seen::default());
+}

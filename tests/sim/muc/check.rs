@@ -461,9 +461,11 @@ impl World {
                     if self.faults.mirror && room.keeps_from_some {
                         let shown = view.shown.values_mut().chain(told.shown.values_mut());
                         shown.for_each(|shown| shown.show.clear());
-                        // Nor does it say to all that one has left, who was shown near by as leaving.
-                        let is_seen =
-                            |nick: &String| view.shown.contains_key(nick) || room.occupants.contains_key(nick);
+                        // Nor does it say to all that one has left, who was shown near by as leaving; nor, to one who was shown it
+                        // before, that a guest has left and come again: those who are not shown it then see it go.
+                        let is_seen = |nick: &String| {
+                            view.shown.contains_key(nick) || room.occupants.contains_key(nick) && !self.faults.leaves
+                        };
                         told.shown.retain(|nick, _| is_seen(nick));
                     }
                     assert_eq!(view, told, "{} was told otherwise by {}", client.jid, room.jid);
