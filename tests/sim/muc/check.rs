@@ -106,8 +106,11 @@ impl Declared<'_> {
 
 /// Whether these are the same, but for what a sidecar adds.
 pub fn is_carried(sent: &Bytes, doubtful: &Bytes) -> bool {
-    let (sent, doubtful) = (xml::text(sent), without_delay(xml::text(doubtful)));
-    sent == doubtful || has_got_id(sent, &doubtful)
+    let (sent, doubtful) = (xml::text(sent), xml::text(doubtful));
+    let plain = without_delay(doubtful);
+    [doubtful, &plain]
+        .iter()
+        .any(|doubtful| sent == *doubtful || has_got_id(sent, doubtful))
 }
 
 /// Without a `<delay/>` that another than a room has added: a room's tells how old a line of history is.
