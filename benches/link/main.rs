@@ -2,7 +2,8 @@
 //!
 //! Real servers in the lab's worlds, on a link without limits; bytes are the emulator's, at IP level and of both directions.
 //! `cargo bench --bench link` runs everything, `-- --quick` a little of everything; `-- --joins` measures instead what it costs that
-//! users behind the link enter a room, and beside it the same through a zstd stream. Needs root and the packages of `tests/setup`,
+//! users behind the link enter a room, and beside it the same through a zstd stream; `-- --waits`, how long a line takes on 9600 bit/s while
+//! other things cross. Needs root and the packages of `tests/setup`,
 //! for the tunnel also openssh-server.
 
 mod join;
@@ -10,6 +11,7 @@ mod lines;
 mod squeeze;
 mod talk;
 mod tunnel;
+mod waits;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -40,6 +42,7 @@ struct Plan {
     lines: usize,
     hosts: Vec<Kind>,
     joins: bool,
+    waits: bool,
     ways: Vec<Way>,
     link: Profile,
 }
@@ -89,6 +92,10 @@ fn main() -> ExitCode {
     let measured = plan().and_then(|plan| {
         let lines = Lines::find()?;
         println!("{}; {} lines a measurement.", lines.source, plan.lines);
+        if plan.waits {
+            waits::measure(&lines)?;
+            return Ok(Measured::new());
+        }
         if let Some(why) = tunnel::missing() {
             println!("No tunnel: {why}.");
         }
@@ -132,6 +139,7 @@ fn plan() -> Outcome<Plan> {
         lines: 40,
         hosts: vec![Kind::Prosody, Kind::Ejabberd],
         joins: false,
+        waits: false,
         ways: vec![Way::Pair, Way::Plain, Way::Tunnel, Way::Squeezed],
         link: Profile::lan(),
     };
@@ -146,6 +154,7 @@ fn plan() -> Outcome<Plan> {
                 plan.hosts = vec![Kind::Prosody];
             }
             "--joins" => plan.joins = true,
+            "--waits" => plan.waits = true,
             "--pair" => plan.ways = vec![Way::Pair],
             "--prosody" => plan.hosts = vec![Kind::Prosody],
             "--ejabberd" => plan.hosts = vec![Kind::Ejabberd],
@@ -160,7 +169,7 @@ fn plan() -> Outcome<Plan> {
             }
             other => {
                 return Err(Failure(format!(
-                    "{other}: known are --quick, --joins, --pair, --prosody, --ejabberd, --occupants 1,50, --link sat9600"
+                    "{other}: known are --quick, --joins, --waits, --pair, --prosody, --ejabberd, --occupants 1,50, --link sat9600"
                 )));
             }
         }

@@ -4,7 +4,8 @@
 //! room's far occupants would never hear. But a room repeats its last words to who enters, also to one who is inside and enters again
 //! ([XEP-0045 §7.2.13](https://xmpp.org/extensions/xep-0045.html#enter-history)). So we keep a mark of each message that a room of ours
 //! says to far occupants, in the batch that carries it. A process that begins asks each such room once, in the name of one of them, and
-//! sends what is missing to all that were inside, with the time that the room tells (XEP-0203).
+//! sends what is missing to all that were inside, with the time that the room tells (XEP-0203). Whether they are is asked as well, and
+//! answered before that; and of those who have entered since the last that they were sent, it is known when, and what they were told then.
 //!
 //! ```text
 //!            begun                 the guest is inside              its subject comes
