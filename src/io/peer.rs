@@ -360,8 +360,8 @@ async fn read_link(reader: Option<&mut LinkReader>) -> io::Result<Option<Bytes>>
     }
 }
 
-/// When the link can take a batch, if there may be one; meanwhile what was started goes out.
-async fn writable(writer: Option<&mut LinkWriter>, transmit: bool) -> io::Result<()> {
+/// When the link can take a batch, and of how many bytes, if there may be one; meanwhile what was started goes out.
+async fn writable(writer: Option<&mut LinkWriter>, transmit: bool) -> io::Result<usize> {
     match writer {
         Some(writer) if transmit || writer.is_busy() => writer.ready().await,
         Some(_) | None => std::future::pending().await,
@@ -474,11 +474,12 @@ impl Owner {
         }
     }
 
-    fn handle_writable(&mut self, ready: io::Result<()>) {
-        if let Err(error) = ready {
-            return self.lose_link("io", &error.to_string());
-        }
-        if let Some(bytes) = self.relay.poll_transmit(self.clock.now())
+    fn handle_writable(&mut self, ready: io::Result<usize>) {
+        let room = match ready {
+            Ok(room) => room,
+            Err(error) => return self.lose_link("io", &error.to_string()),
+        };
+        if let Some(bytes) = self.relay.poll_transmit_upto(room, self.clock.now())
             && let Some(connection) = self.connection.as_deref_mut()
         {
             connection.writer.start(bytes);

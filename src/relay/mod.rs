@@ -528,6 +528,12 @@ impl Relay {
 
     /// The next bytes for the link, asked for when the socket can take them: what is most urgent then is what goes.
     pub fn poll_transmit(&mut self, now: Now) -> Option<Bytes> {
+        self.poll_transmit_upto(usize::MAX, now)
+    }
+
+    /// The same of a link that has room for so many bytes; with what was begun it may be a piece more.
+    pub fn poll_transmit_upto(&mut self, room: usize, now: Now) -> Option<Bytes> {
+        let batch_bytes = self.settings.batch_bytes.min(room);
         let session = self.link.session()?;
         let stats = &mut self.stats;
         let mut over_limit = Vec::new();
@@ -535,7 +541,7 @@ impl Relay {
         // A piece of what is large ends a batch: what comes now waits for this one piece, not for more of them.
         let mut part = false;
         while !part
-            && session.batch_bytes() < self.settings.batch_bytes
+            && session.batch_bytes() < batch_bytes
             && self.outward.offer(self.committed, |offer| {
                 let is_part = matches!(offer, Offer::Part { .. });
                 let (seq, before) = (offer.seq(), stats.entries_sent);

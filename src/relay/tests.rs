@@ -1176,3 +1176,37 @@ fn counts_outlive_their_sessions() {
         before = sent;
     }
 }
+
+/// A link that has little room is given little, and still all in the end.
+#[test]
+fn a_batch_is_no_larger_than_there_is_room() {
+    for (room, at_once) in [(1, 1), (usize::MAX, 20)] {
+        let mut whole = Whole::new(settings());
+        for n in 1..=20 {
+            let text = format!(
+                "<message type='chat' id='{n}' from='v@a.example/r' to='u@b.example/r'><body>{n:099}</body></message>"
+            );
+            whole.handle(Input::Stanza {
+                leg: LegId(1),
+                n,
+                pair: DomainPair {
+                    local: domain("a.example"),
+                    far: domain("b.example"),
+                },
+                stanza: Stanza::parse(Bytes::from(text)).unwrap(),
+            });
+        }
+        let (mut peer, _) = linked(&mut whole);
+        while let Some(bytes) = peer.poll_transmit(at(0)) {
+            whole.handle(Input::LinkBytes(bytes));
+        }
+        let (mut sent, mut most) = (whole.relay.stats().entries_sent, 0);
+        while whole.relay.poll_transmit_upto(room, at(0)).is_some() {
+            let all = whole.relay.stats().entries_sent;
+            most = most.max(all - sent);
+            sent = all;
+        }
+        assert!(sent >= 20);
+        assert_eq!(most, at_once, "{room}");
+    }
+}

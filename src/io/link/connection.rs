@@ -2,7 +2,8 @@
 //!
 //! The halves are made for one `select!` loop: [`LinkReader::read`] and [`LinkWriter::ready`] may be dropped at any await
 //! and called again. A batch is asked for only when `ready` has returned, and `ready` returns only when the one before is
-//! with the kernel and the kernel has sent nearly all it holds: so what goes next is decided as late as can be.
+//! with the kernel and the kernel has sent nearly all it holds, and the path has room for it ([`Window`]): so what goes next is decided as
+//! late as can be.
 
 use std::{
     io,
@@ -10,21 +11,29 @@ use std::{
     pin::Pin,
     sync::{Arc, Weak},
     task::{Context, Poll, ready},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf, ReadHalf, WriteHalf},
     net::TcpStream,
+    time,
 };
 use tokio_rustls::{TlsStream, rustls};
 
-use crate::io::{
-    keys::PublicKey,
-    link::kernel::{self, TcpStats},
+use crate::{
+    io::{
+        clock::Clock,
+        keys::PublicKey,
+        link::kernel::{self, TcpStats},
+    },
+    link::window::Window,
 };
 
+/// Between two looks at what is confirmed.
+const ASK_MIN: Duration = Duration::from_millis(1);
+const ASK_MAX: Duration = Duration::from_millis(40);
 /// What one read takes at most: one TLS record.
 const READ_BYTES_MAX: usize = 16 * 1024;
 
@@ -64,6 +73,8 @@ impl LinkConnection {
             pending: Bytes::new(),
             busy: false,
             closed: false,
+            window: Window::default(),
+            clock: Clock::start(),
         };
         Self { info, reader, writer }
     }
@@ -116,13 +127,28 @@ pub struct LinkWriter {
     /// Something may still be in TLS's buffer.
     busy: bool,
     closed: bool,
+    window: Window,
+    clock: Clock,
 }
 
 impl LinkWriter {
-    /// Gives what was started to the kernel, then waits until the kernel wants more. Safe to cancel and to call again; while
-    /// [`LinkWriter::is_busy`] it must be called, or what was started stays here.
-    pub async fn ready(&mut self) -> io::Result<()> {
+    /// Gives what was started to the kernel, then waits until the kernel wants more and the path has room: for so many bytes. Safe to cancel
+    /// and to call again; while [`LinkWriter::is_busy`] it must be called, or what was started stays here.
+    pub async fn ready(&mut self) -> io::Result<usize> {
         self.flush().await?;
+        self.writable().await?;
+        loop {
+            let path = self.stats()?.path();
+            if let Some(room) = self.window.room(path, self.clock.now()) {
+                return Ok(usize::try_from(room).unwrap_or(usize::MAX));
+            }
+            // Nobody tells when something is confirmed.
+            time::sleep((path.rtt / 16).clamp(ASK_MIN, ASK_MAX)).await;
+        }
+    }
+
+    /// Waits until the kernel wants more.
+    async fn writable(&self) -> io::Result<()> {
         loop {
             self.tcp.writable().await?;
             let asked = self

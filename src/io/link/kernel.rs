@@ -13,6 +13,8 @@ use std::{
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
+use crate::link::window::Path;
+
 /// Unsent bytes that the kernel may hold: below half of this it asks for more. One small segment and the record after it, so that
 /// what is decided is decided late; the window of a fast link is filled by what is in flight, which this does not limit.
 const NOTSENT_LOWAT: u32 = 2048;
@@ -64,6 +66,8 @@ pub fn is_writable(fd: BorrowedFd<'_>) -> io::Result<bool> {
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 pub struct TcpStats {
     pub rtt: Duration,
+    /// The shortest of the last five minutes.
+    pub rtt_min: Duration,
     pub retransmits: u32,
     /// First transmissions and repeats.
     pub bytes_sent: u64,
@@ -85,6 +89,18 @@ pub struct TcpStats {
 const TCP_HEADER: u64 = 32;
 
 impl TcpStats {
+    /// For who decides how much may follow.
+    pub fn path(&self) -> Path {
+        let sent = self.bytes_sent.saturating_sub(self.bytes_retransmitted);
+        // The kernel counts the SYN, too.
+        let acked = self.bytes_acked.saturating_sub(1);
+        Path {
+            rtt: self.rtt,
+            rtt_min: self.rtt_min,
+            on_its_way: sent.saturating_sub(acked) + u64::from(self.unsent_bytes),
+        }
+    }
+
     /// At IP level: sent, with repeats, and received. What is not TCP's (a SYN without an answer, a segment that came twice) is not seen.
     pub fn ip_bytes(&self, ip_header: u64) -> (u64, u64) {
         let headers = |segments: u32| (ip_header + TCP_HEADER) * u64::from(segments);
@@ -121,6 +137,7 @@ pub fn tcp_stats(stream: &TcpStream) -> io::Result<TcpStats> {
     Ok(TcpStats {
         unacked_segments: small(24),
         rtt: Duration::from_micros(small(68).into()),
+        rtt_min: Duration::from_micros(small(148).into()),
         retransmits: small(100),
         bytes_acked: large(120),
         bytes_received: large(128),

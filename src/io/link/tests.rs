@@ -392,7 +392,7 @@ impl MiniRelay {
         }
         // Our own last acknowledgement may still be owed to the other end.
         session.goodbye(Reason::Shutdown);
-        if let (Ok(()), Some(batch)) = (writer.ready().await, session.poll_transmit(now())) {
+        if let (Ok(_), Some(batch)) = (writer.ready().await, session.poll_transmit(now())) {
             writer.start(batch);
         }
         let _ = writer.shutdown().await;
