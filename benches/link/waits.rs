@@ -202,7 +202,14 @@ impl<'w> Deck<'w> {
         self.world.link.set(Profile::sat9600());
         settle(self.world, self.rest);
         let backlog = match what {
-            Meanwhile::Backlog => Some(self.leave_backlog(lines)?),
+            Meanwhile::Backlog => {
+                let [first, last] = self.leave_backlog(lines)?;
+                // What the way back takes is the outage's.
+                self.hears.expect("the first that waited", PATIENCE, |stanza| {
+                    stanza.body().as_deref() == Some(&*first)
+                })?;
+                Some(last)
+            }
             Meanwhile::Nothing | Meanwhile::Large | Meanwhile::Presences | Meanwhile::Page => None,
         };
         let stanzas: Vec<(String, String)> = lines
@@ -307,14 +314,18 @@ impl<'w> Deck<'w> {
         Ok(())
     }
 
-    /// Ten minutes of another room wait when the link is back: gives the body of the last that was said in it.
-    fn leave_backlog(&mut self, lines: &Lines) -> Outcome<String> {
+    /// Ten minutes of another room wait when the link is back: gives the bodies of the first and the last that was said in it.
+    fn leave_backlog(&mut self, lines: &Lines) -> Outcome<[String; 2]> {
         let cabin = self.cabin();
         self.world.link.down();
-        let mut last = String::new();
-        for (number, line) in lines.slice(2000, BACKLOG).iter().enumerate() {
-            last = format!("{} ({number})", line.body);
-            let (stanza, _) = Shape::Usual.stanza(&cabin, &last, &mut self.dice);
+        let said = lines.slice(2000, BACKLOG);
+        let bodies = said
+            .iter()
+            .enumerate()
+            .map(|(number, line)| format!("{} ({number})", line.body));
+        let bodies: Vec<String> = bodies.collect();
+        for body in &bodies {
+            let (stanza, _) = Shape::Usual.stanza(&cabin, body, &mut self.dice);
             self.adam.send(&stanza)?;
         }
         self.adam.expect("its own last line", PATIENCE, |stanza| {
@@ -326,6 +337,6 @@ impl<'w> Deck<'w> {
         // Long enough for the pair to find out; TCP of plain S2S goes on afterwards.
         thread::sleep(Duration::from_secs(30));
         self.world.link.up();
-        Ok(last)
+        Ok([bodies[0].clone(), bodies[BACKLOG - 1].clone()])
     }
 }

@@ -126,13 +126,16 @@ impl Place {
             }
             (Sort::Presence | Sort::Iq, _) => Line::Pair(bare(&to).into()),
         };
+        // Who came and went is so however long ago it was, whichever class takes it along.
+        let is_status = sort == Sort::Presence && matches!(stanza_type.as_deref(), None | Some("unavailable"));
+        let expiry = classes[if is_status { Class::Presence } else { class }].expiry;
         let sender = bare(&from).into();
         Some(Self {
             class,
             track: Track { sender, line },
             from: hash(&from),
             sort,
-            expiry: rule.expiry.unwrap_or(classes[class].expiry),
+            expiry: rule.expiry.unwrap_or(expiry),
             event: (sort == Sort::Message)
                 .then(|| stanza.node_event())
                 .flatten()
@@ -171,4 +174,39 @@ pub fn hash(value: impl Hash) -> u64 {
     let mut hasher = DefaultHasher::new();
     value.hash(&mut hasher);
     hasher.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+
+    /// However long a link is gone, who came and went meanwhile is told: only an operator's rule gives that up.
+    #[test]
+    fn presences_do_not_expire() {
+        let x = "<x xmlns='http://jabber.org/protocol/muc#user'><item role='none'/></x>";
+        let room = "from='r@conference.a.example/n' to='u@b.example/r'";
+        let expiry = |text: &str, rule: Placement| {
+            let stanza = Stanza::parse(Bytes::copy_from_slice(text.as_bytes())).unwrap();
+            Place::of(&stanza, Class::of(&stanza), rule, &Classes::default())
+                .unwrap()
+                .expiry
+        };
+        for text in [
+            format!("<presence {room}>{x}</presence>"),
+            format!("<presence {room} type='unavailable'>{x}</presence>"),
+            "<presence from='u@b.example/r' to='r@conference.a.example/n' type='unavailable'/>".to_owned(),
+        ] {
+            assert_eq!(expiry(&text, Placement::default()), None, "{text}");
+            let hour = Some(Duration::from_secs(3600));
+            let rule = Placement {
+                expiry: Some(hour),
+                ..Placement::default()
+            };
+            assert_eq!(expiry(&text, rule), hour, "{text}");
+        }
+        let words = format!("<message {room} type='groupchat'><body>x</body></message>");
+        assert!(expiry(&words, Placement::default()).is_some());
+    }
 }
